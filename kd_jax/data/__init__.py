@@ -1,0 +1,61 @@
+"""Data: sources (what), pipelines (in which order), augmentation (how)."""
+
+import importlib
+from typing import Any
+
+from kd_jax.data.batch import Batch, Pipeline, eval_batches
+from kd_jax.data.sources import Source, load, unknown_name
+
+__all__ = [
+  "Batch",
+  "Pipeline",
+  "Source",
+  "create",
+  "eval_batches",
+  "load",
+  "names",
+]
+
+# Name: module, class, and the package that it needs beyond JAX and numpy.
+_PIPELINES = {
+  "device": ("kd_jax.data.device_pipeline", "DevicePipeline", None),
+  "grain": ("kd_jax.data.grain_pipeline", "GrainPipeline", "grain"),
+}
+
+
+def names() -> list[str]:
+  """The names that `create` knows."""
+  return sorted(_PIPELINES)
+
+
+def create(name: str, source: Source, **options: Any) -> Pipeline:
+  """Builds the training pipeline of that name.
+
+  Args:
+    name: "device" (the set stays on the device) or "grain" (host memory).
+    source: the training set.
+    **options: batch_size (global), seed, process_index=0, process_count=1,
+      shuffle=True; grain also num_threads=0 and prefetch=4.
+
+  Returns:
+    The pipeline; see `kd_jax.data.batch.Pipeline`.
+
+  Raises:
+    ValueError: unknown name, or an option out of range.
+    ImportError: the pipeline's package is not installed.
+  """
+  if name not in _PIPELINES:
+    raise unknown_name("pipeline", name, _PIPELINES)
+  module, attribute, package = _PIPELINES[name]
+  try:
+    pipeline = getattr(importlib.import_module(module), attribute)
+  except ModuleNotFoundError as error:
+    if package is None or (error.name or "").split(".")[0] != package:
+      raise
+    others = " or ".join(repr(other) for other in names() if other != name)
+    raise ImportError(
+      f"The pipeline {name!r} needs the package {package}, which is not"
+      f" installed. Install it (pip install {package}), or use the pipeline"
+      f" {others}, which needs nothing more."
+    ) from error
+  return pipeline(source, **options)

@@ -1,0 +1,142 @@
+"""Augmentation and normalisation on the device: pure functions of arrays.
+
+The standard CIFAR recipe (He et al., Deep Residual Learning, 2016, section
+4.2): 4 pixels of zeros on every side, a random crop of the original size, a
+horizontal flip half of the time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _check_images(images: jax.Array) -> None:
+  if images.ndim != 4 or images.dtype != jnp.uint8:
+    raise ValueError(
+      "images must be uint8 [B, H, W, C], got"
+      f" {images.dtype} {tuple(images.shape)}. Augment before normalising."
+    )
+
+
+def draw(
+  key: jax.Array, index: jax.Array, *, pad: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Draws every example's crop and flip from its own key.
+
+  Args:
+    key: the step's key.
+    index: int32 [B], position in the training set. An example's draw depends
+      on `key` and its index alone: not on its place in the batch, on the
+      batch's size or on the number of devices.
+    pad: pixels of padding.
+
+  Returns:
+    Row and column of the crop's corner in the padded image, int32 [B] in
+    0..2 pad, and whether to flip, bool [B].
+  """
+  limits = jnp.array([2 * pad + 1, 2 * pad + 1, 2], jnp.int32)
+
+  def one(i):
+    return jax.random.randint(jax.random.fold_in(key, i), (3,), 0, limits)
+
+  drawn = jax.vmap(one)(index)
+  return drawn[:, 0], drawn[:, 1], drawn[:, 2] == 1
+
+
+def crop(
+  images: jax.Array, row: jax.Array, column: jax.Array, *, pad: int
+) -> jax.Array:
+  """Pads with zeros and crops to the original size.
+
+  Args:
+    images: [B, H, W, C].
+    row: int32 [B], the crop's first row in the padded image.
+    column: int32 [B], its first column.
+    pad: pixels of zeros on each of the four sides.
+
+  Returns:
+    [B, H, W, C]; with row = column = pad, the images themselves.
+  """
+  size = images.shape[1:]
+  padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+  def one(image, y, x):
+    return jax.lax.dynamic_slice(image, (y, x, 0), size)
+
+  return jax.vmap(one)(padded, row, column)
+
+
+def augment(
+  key: jax.Array,
+  images: jax.Array,
+  index: jax.Array,
+  *,
+  pad: int = 4,
+  flip: bool = True,
+) -> jax.Array:
+  """Random crop of the zero-padded image, then a horizontal flip.
+
+  The zeros are raw (black before normalisation), as in the references.
+
+  Args:
+    key: the step's key, the same on every device.
+    images: uint8 [B, H, W, C].
+    index: int32 [B], position in the training set; see `draw`.
+    pad: pixels of zeros on every side; 0 leaves the crop out.
+    flip: whether to flip with probability 1/2.
+
+  Returns:
+    uint8 [B, H, W, C].
+
+  Raises:
+    ValueError: images are not uint8 [B, H, W, C], or index is not [B].
+  """
+  _check_images(images)
+  if index.shape != images.shape[:1]:
+    raise ValueError(
+      f"index must be [B] = [{images.shape[0]}], one position per image, got"
+      f" {tuple(index.shape)}."
+    )
+  if pad < 0:
+    raise ValueError(f"pad must be 0 or more pixels, got {pad}.")
+  row, column, flipped = draw(key, index, pad=pad)
+  if pad:
+    images = crop(images, row, column, pad=pad)
+  if flip:
+    images = jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+  return images
+
+
+def normalize(
+  images: jax.Array,
+  mean: Sequence[float],
+  std: Sequence[float],
+  dtype: Any = jnp.float32,
+) -> jax.Array:
+  """`(x / 255 - mean) / std` per channel, in float32, then cast.
+
+  Args:
+    images: uint8 [B, H, W, C].
+    mean: of x / 255, C values.
+    std: of x / 255, C values.
+    dtype: of the result.
+
+  Returns:
+    [B, H, W, C] in `dtype`.
+
+  Raises:
+    ValueError: images are not uint8 [B, H, W, C], or mean or std have not C
+      values.
+  """
+  _check_images(images)
+  channels = images.shape[-1]
+  if len(mean) != channels or len(std) != channels:
+    raise ValueError(
+      f"mean and std must have one value for each of the {channels} channels,"
+      f" got {len(mean)} and {len(std)}."
+    )
+  scaled = images.astype(jnp.float32) / 255.0
+  centred = scaled - jnp.asarray(mean, jnp.float32)
+  return (centred / jnp.asarray(std, jnp.float32)).astype(dtype)

@@ -1,0 +1,198 @@
+"""What the input pipelines share: the contract, the plan and evaluation."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from kd_jax.data.sources import Source
+
+Batch = dict[str, jax.Array]
+
+
+class Pipeline(Protocol):
+  """An endless, resumable stream of training batches.
+
+  A batch is a dict of `image` uint8 [B, H, W, C], `label` int32 [B], `index`
+  int32 [B] (position in the training set) and `mask` bool [B] (true: a real
+  example, in training all are). B is this process's share of the global
+  batch. The order is a function of (seed, epoch) only, and the same for any
+  number of processes; an epoch drops its remainder.
+
+  One step of training is `batch = load(resident, x)`, where `x` is one row of
+  what `next_chunk` returned; under jit, `resident` is an argument.
+  """
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Global batches in an epoch."""
+    ...
+
+  @property
+  def resident(self) -> Any:
+    """Pytree of device arrays that `load` reads from, {} if none."""
+    ...
+
+  @property
+  def step(self) -> int:
+    """Steps handed out since the first epoch's start."""
+    ...
+
+  @property
+  def epoch(self) -> int:
+    """The epoch of the next step, counted from 0."""
+    ...
+
+  def next_chunk(self, k: int) -> Any:
+    """The next `k` steps' inputs: a pytree with leaves [k, B, ...].
+
+    Raises ValueError, and moves nothing, if `k` steps would cross the end of
+    the epoch.
+    """
+    ...
+
+  @staticmethod
+  def load(resident: Any, x: Any) -> Batch:
+    """One step's batch from its row of a chunk; pure, works under jit."""
+    ...
+
+  def get_state(self) -> dict[str, Any]:
+    """The position, as a dict that JSON can hold."""
+    ...
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position of `get_state`, exactly.
+
+    Raises ValueError if the state is of another order (seed, batch size, ...).
+    """
+    ...
+
+
+def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f"batch_size is the global one: expected a multiple of the"
+      f" {process_count} processes, got {batch_size}."
+    )
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f"process_index must be in 0..{process_count - 1}, got {process_index}."
+    )
+  return batch_size // process_count
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+  """How a training set is cut into global batches and shared out.
+
+  Every process takes its contiguous share of every global batch, so that the
+  shares, put side by side, are the batch that one process would have.
+
+  Attributes:
+    pipeline: name of the pipeline, which decides the order.
+    num_examples: in the training set.
+    batch_size: global, in examples.
+    seed: of the order, 0 or more.
+    process_index: this process.
+    process_count: of all processes.
+    shuffle: whether epochs are permuted.
+  """
+
+  pipeline: str
+  num_examples: int
+  batch_size: int
+  seed: int
+  process_index: int = 0
+  process_count: int = 1
+  shuffle: bool = True
+
+  def __post_init__(self):
+    _local_size(self.batch_size, self.process_index, self.process_count)
+    if self.batch_size > self.num_examples:
+      raise ValueError(
+        f"batch_size {self.batch_size} is more than the {self.num_examples}"
+        " examples of the training set, and training drops an incomplete"
+        f" batch. Use at most {self.num_examples}."
+      )
+    if self.seed < 0:
+      raise ValueError(f"seed must be 0 or more, got {self.seed}.")
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Global batches in an epoch; the remainder is dropped."""
+    return self.num_examples // self.batch_size
+
+  @property
+  def local_size(self) -> int:
+    """Examples of a batch that this process takes."""
+    return self.batch_size // self.process_count
+
+  @property
+  def local_start(self) -> int:
+    """Where this process's share of a global batch begins."""
+    return self.process_index * self.local_size
+
+  def check_chunk(self, step: int, k: int) -> None:
+    """Raises ValueError unless steps [step, step + k) are of one epoch."""
+    left = self.steps_per_epoch - step % self.steps_per_epoch
+    if not 1 <= k <= left:
+      raise ValueError(
+        f"A chunk must not cross the end of an epoch: expected k in 1..{left}"
+        f" ({left} of {self.steps_per_epoch} steps are left), got {k}."
+      )
+
+  def identity(self) -> dict[str, Any]:
+    """What a saved position is only valid with."""
+    return {
+      "pipeline": self.pipeline,
+      "num_examples": self.num_examples,
+      "batch_size": self.batch_size,
+      "seed": self.seed,
+      "shuffle": self.shuffle,
+    }
+
+  def check_identity(self, state: dict[str, Any]) -> None:
+    """Raises ValueError if `state` was saved under another order."""
+    for key, expected in self.identity().items():
+      if state.get(key) != expected:
+        raise ValueError(
+          f"The saved data position is of another order: expected {key}"
+          f" {expected!r} (this run), got {state.get(key)!r} (saved). Restore"
+          " the setting, or start in a new workdir."
+        )
+
+
+def eval_batches(
+  source: Source,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> dict[str, np.ndarray]:
+  """Cuts a set into padded batches that count every example exactly once.
+
+  Args:
+    source: the set, of N examples.
+    batch_size: global, in examples; a multiple of `process_count`.
+    process_index: this process.
+    process_count: of all processes.
+
+  Returns:
+    dict of `image` uint8 [n, B, H, W, C], `label` int32 [n, B], `index` int32
+    [n, B] and `mask` bool [n, B], with n = ceil(N / batch_size) on every
+    process and B = batch_size / process_count, in the set's order. Where
+    `mask` is false the rest is zero; over all processes it is true N times.
+
+  Raises:
+    ValueError: batch_size or process_index out of range.
+  """
+  local = _local_size(batch_size, process_index, process_count)
+  batches = -(-len(source) // batch_size)
+  rows = np.arange(batches * batch_size).reshape(batches, process_count, local)
+  rows = rows[:, process_index]
+  mask = rows < len(source)
+  index = np.where(mask, rows, 0).astype(np.int32)
+  image = source.images[index]
+  image[~mask] = 0
+  label = np.where(mask, source.labels[index], 0).astype(np.int32)
+  return {"image": image, "label": label, "index": index, "mask": mask}
