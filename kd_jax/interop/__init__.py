@@ -1,0 +1,1 @@
+"""Exchange of weights with other frameworks, as plain numpy arrays."""

@@ -1,0 +1,196 @@
+"""Layers that every family shares, with PyTorch's semantics.
+
+The reference toolboxes are written in PyTorch; the defaults that decide an
+accuracy (paddings, initialisers, BatchNorm's running variance) are therefore
+PyTorch's here, so that weights are interchangeable and training starts alike.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd_jax import parallel
+
+Initializer = Callable[..., jax.Array]
+
+# kaiming_uniform(a=sqrt(5)), PyTorch's default for convolutions and linear
+# layers: uniform within +-1/sqrt(fan_in).
+torch_default_init = nn.initializers.variance_scaling(
+  1.0 / 3.0, "fan_in", "uniform"
+)
+# kaiming_normal(mode="fan_out", nonlinearity="relu").
+kaiming_normal_fan_out = nn.initializers.variance_scaling(
+  2.0, "fan_out", "normal"
+)
+
+
+class ModelOutput(NamedTuple):
+  """What every model returns.
+
+  Attributes:
+    logits: [B, num_classes] float32.
+    features: named maps in forward order, NHWC: `stem`, `stage1`..`stageN`
+      (after the activation), `stem_preact`/`stage1_preact`.. where the family
+      has them, `last` (the map whose global average pool feeds the
+      classifier), and `pooled` [B, C].
+  """
+
+  logits: jax.Array
+  features: dict[str, jax.Array]
+
+  def stages(self, *, stem: bool = False) -> list[jax.Array]:
+    """The maps stage1..stageN, with `stem` before them if asked for."""
+    maps = [self.features["stem"]] if stem else []
+    index = 1
+    while f"stage{index}" in self.features:
+      maps.append(self.features[f"stage{index}"])
+      index += 1
+    return maps
+
+
+def uniform_bias_init(fan_in: int) -> Initializer:
+  """PyTorch's default bias: uniform within +-1/sqrt(fan_in)."""
+  bound = 1.0 / math.sqrt(fan_in)
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def conv(
+  x: jax.Array,
+  features: int,
+  kernel_size: int,
+  *,
+  name: str,
+  strides: int = 1,
+  padding: int = 0,
+  groups: int = 1,
+  use_bias: bool = False,
+  kernel_init: Initializer = torch_default_init,
+  bias_init: Initializer | None = None,
+  dtype: Any = jnp.float32,
+) -> jax.Array:
+  """Convolves `x` [B, H, W, C]; call it inside a compact method.
+
+  Padding is explicit because "SAME" shifts by one pixel at stride 2.
+  """
+  fan_in = kernel_size * kernel_size * x.shape[-1] // groups
+  return nn.Conv(
+    features,
+    (kernel_size, kernel_size),
+    strides=(strides, strides),
+    padding=((padding, padding), (padding, padding)),
+    feature_group_count=groups,
+    use_bias=use_bias,
+    kernel_init=kernel_init,
+    bias_init=bias_init or uniform_bias_init(fan_in),
+    dtype=dtype,
+    name=name,
+  )(x)
+
+
+def dense(
+  x: jax.Array,
+  features: int,
+  *,
+  name: str,
+  use_bias: bool = True,
+  kernel_init: Initializer = torch_default_init,
+  bias_init: Initializer | None = None,
+  dtype: Any = jnp.float32,
+) -> jax.Array:
+  """Linear layer on the last axis of `x`; call it inside a compact method."""
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    kernel_init=kernel_init,
+    bias_init=bias_init or uniform_bias_init(x.shape[-1]),
+    dtype=dtype,
+    name=name,
+  )(x)
+
+
+class BatchNorm(nn.Module):
+  """Batch normalisation over all axes but the last, as PyTorch computes it.
+
+  It differs from `flax.linen.BatchNorm` in one point: the running variance is
+  the unbiased estimate, n / (n - 1) times the batch's. Statistics, parameters
+  and arithmetic are float32; the result is `dtype`.
+
+  Attributes:
+    momentum: share of the old running statistics kept at each step.
+    epsilon: added to the variance.
+    axis_name: mapped axis whose devices share their statistics, or None.
+    use_affine: whether there are a scale and a bias.
+    dtype: of the result.
+  """
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+  axis_name: str | None = None
+  use_affine: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    shape = (x.shape[-1],)
+    f32 = jnp.float32
+    ra_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, f32)
+    ra_var = self.variable("batch_stats", "var", jnp.ones, shape, f32)
+    x = x.astype(f32)
+    if train:
+      axes = tuple(range(x.ndim - 1))
+      # No axis is bound while the variables are being made.
+      axis_name = None if self.is_initializing() else self.axis_name
+      mean = parallel.axis_mean(jnp.mean(x, axes), axis_name)
+      var = jnp.mean(jnp.square(x - mean), axes)
+      var = parallel.axis_mean(var, axis_name)
+      if not self.is_initializing():
+        n = x.size // x.shape[-1] * parallel.axis_size(axis_name)
+        unbiased = var * (n / max(n - 1, 1))
+        keep = self.momentum
+        ra_mean.value = keep * ra_mean.value + (1 - keep) * mean
+        ra_var.value = keep * ra_var.value + (1 - keep) * unbiased
+    else:
+      mean, var = ra_mean.value, ra_var.value
+    multiplier = jax.lax.rsqrt(var + self.epsilon)
+    if self.use_affine:
+      multiplier *= self.param("scale", nn.initializers.ones, shape, f32)
+    y = (x - mean) * multiplier
+    if self.use_affine:
+      y += self.param("bias", nn.initializers.zeros, shape, f32)
+    return y.astype(self.dtype)
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+  """[B, H, W, C] -> [B, C] in float32."""
+  return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
+def max_pool(
+  x: jax.Array, window: int, *, strides: int, padding: int = 0
+) -> jax.Array:
+  """Maximum over square windows; padded pixels never win."""
+  pad: Sequence[tuple[int, int]] = ((padding, padding), (padding, padding))
+  return nn.max_pool(x, (window, window), (strides, strides), pad)
+
+
+def avg_pool(
+  x: jax.Array, window: int, *, strides: int, padding: int = 0
+) -> jax.Array:
+  """Mean over square windows; padded zeros count, as in PyTorch."""
+  pad: Sequence[tuple[int, int]] = ((padding, padding), (padding, padding))
+  return nn.avg_pool(x, (window, window), (strides, strides), pad)
+
+
+def channel_shuffle(x: jax.Array, groups: int) -> jax.Array:
+  """Interleaves the channels of `groups` equal groups (ShuffleNet, 2018)."""
+  *outer, channels = x.shape
+  x = x.reshape(*outer, groups, channels // groups)
+  return jnp.swapaxes(x, -1, -2).reshape(*outer, channels)

@@ -1,0 +1,121 @@
+"""MobileNetV2 for 32x32 images.
+
+Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks (CVPR
+2018), table 2, with ReLU, and stride 1 where stage 1 would halve the map.
+"""
+
+import functools
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+
+from kd_jax.models import base, layers
+
+# Expansion, channels at width 1, repetitions, strides of the first.
+_GROUPS = (
+  (1, 16, 1, 1),
+  (6, 24, 2, 1),
+  (6, 32, 3, 2),
+  (6, 64, 4, 2),
+  (6, 96, 3, 1),
+  (6, 160, 3, 2),
+  (6, 320, 1, 1),
+)
+# The groups after which the map is a feature.
+_STAGE_ENDS = {1: "stage1", 2: "stage2", 4: "stage3", 6: "stage4"}
+
+
+class InvertedResidual(nn.Module):
+  """1x1 expansion, depthwise 3x3, linear 1x1 projection, and a shortcut.
+
+  Attributes:
+    width: channels of the result.
+    strides: of the depthwise convolution.
+    expansion: inner channels per input channel.
+    conv: convolution to use.
+    norm: normalisation to use.
+  """
+
+  width: int
+  strides: int
+  expansion: int
+  conv: base.Conv
+  norm: base.Norm
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    inner = self.expansion * x.shape[-1]
+    y = self.conv(x, inner, 1, name="conv_0")
+    y = nn.relu(self.norm(name="conv_1")(y, train=train))
+    y = self.conv(
+      y,
+      inner,
+      3,
+      strides=self.strides,
+      padding=1,
+      groups=inner,
+      name="conv_3",
+    )
+    y = nn.relu(self.norm(name="conv_4")(y, train=train))
+    y = self.conv(y, self.width, 1, name="conv_6")
+    y = self.norm(name="conv_7")(y, train=train)
+    return x + y if self.strides == 1 and x.shape[-1] == self.width else y
+
+
+class MobileNetV2Cifar(base.Classifier):
+  """A stem at stride 2, seven groups of blocks in four stages, a 1x1 layer.
+
+  Features: stem_preact, stem, then stageN: linear bottlenecks, of either sign,
+  without an activation and so without a `_preact` of their own. `last` is the
+  final 1x1 convolution's map after BatchNorm and ReLU. The reference's
+  initialisers: He normal over the fan-out for convolutions, N(0, 0.01^2) for
+  the classifier, zero biases.
+
+  Attributes:
+    width_multiplier: factor of all channels; the final 1x1 convolution keeps
+      1280 below 1.
+  """
+
+  width_multiplier: float = 1.0
+
+  head: ClassVar[str] = "classifier_0"
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, *, train: bool = False
+  ) -> layers.ModelOutput:
+    """See `Classifier`."""
+    conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
+    norm = self._norm()
+    factor = self.width_multiplier
+    features = {}
+    x = self._prepare(images)
+    x = conv(x, int(32 * factor), 3, strides=2, padding=1, name="conv1_0")
+    features["stem_preact"] = norm(name="conv1_1")(x, train=train)
+    x = features["stem"] = nn.relu(features["stem_preact"])
+    for group, (expansion, width, repeats, strides) in enumerate(_GROUPS):
+      for i in range(repeats):
+        block = InvertedResidual(
+          int(width * factor),
+          strides if i == 0 else 1,
+          expansion,
+          conv,
+          norm,
+          name=f"blocks_{group}_{i}",
+        )
+        x = block(x, train=train)
+      if group in _STAGE_ENDS:
+        features[_STAGE_ENDS[group]] = x
+    x = conv(x, int(1280 * max(factor, 1.0)), 1, name="conv2_0")
+    x = nn.relu(norm(name="conv2_1")(x, train=train))
+    return self._finish(
+      features,
+      x,
+      kernel_init=nn.initializers.normal(0.01),
+      bias_init=nn.initializers.zeros,
+    )
+
+
+MobileNetV2 = functools.partial(MobileNetV2Cifar, width_multiplier=0.5)
+MobileNetV2_1_0 = functools.partial(MobileNetV2Cifar, width_multiplier=1.0)

@@ -1,0 +1,124 @@
+"""ShuffleNetV2 for 32x32 images.
+
+Ma et al., ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture
+Design (ECCV 2018), table 5, with a 1x1 stem at stride 1.
+"""
+
+import functools
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd_jax.models import base, layers
+
+
+class SplitUnit(nn.Module):
+  """Half of the channels pass, the other half is convolved; then a shuffle.
+
+  It returns the result before its last ReLU, shuffled as the activated one is
+  (the passed half comes out of a ReLU already: a second one leaves it).
+
+  Attributes:
+    conv: convolution to use.
+    norm: normalisation to use.
+  """
+
+  conv: base.Conv
+  norm: base.Norm
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    passed, y = jnp.split(x, 2, axis=-1)
+    width = y.shape[-1]
+    y = self.conv(y, width, 1, name="conv1")
+    y = nn.relu(self.norm(name="bn1")(y, train=train))
+    y = self.conv(y, width, 3, padding=1, groups=width, name="conv2")
+    y = self.norm(name="bn2")(y, train=train)
+    y = self.conv(y, width, 1, name="conv3")
+    y = self.norm(name="bn3")(y, train=train)
+    return layers.channel_shuffle(jnp.concatenate([passed, y], axis=-1), 2)
+
+
+class DownUnit(nn.Module):
+  """Two convolved branches at half the resolution, joined; then a shuffle.
+
+  It returns the result before its last ReLU.
+
+  Attributes:
+    width: channels of the result.
+    conv: convolution to use.
+    norm: normalisation to use.
+  """
+
+  width: int
+  conv: base.Conv
+  norm: base.Norm
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    depthwise = functools.partial(self.conv, strides=2, padding=1)
+    channels, half = x.shape[-1], self.width // 2
+    left = depthwise(x, channels, 3, groups=channels, name="conv1")
+    left = self.norm(name="bn1")(left, train=train)
+    left = self.conv(left, half, 1, name="conv2")
+    left = self.norm(name="bn2")(left, train=train)
+    right = self.conv(x, half, 1, name="conv3")
+    right = nn.relu(self.norm(name="bn3")(right, train=train))
+    right = depthwise(right, half, 3, groups=half, name="conv4")
+    right = self.norm(name="bn4")(right, train=train)
+    right = self.conv(right, half, 1, name="conv5")
+    right = self.norm(name="bn5")(right, train=train)
+    return layers.channel_shuffle(jnp.concatenate([left, right], axis=-1), 2)
+
+
+class ShuffleNetV2(base.Classifier):
+  """Stem, three stages at 1/2, 1/4 and 1/8 resolution, a final 1x1 layer.
+
+  Features: stem_preact, stem, then stageN_preact, stageN, with
+  relu(x_preact) = x; `last` is the final 1x1 convolution's map after BatchNorm
+  and ReLU. The reference's initialisers: PyTorch's defaults.
+
+  Attributes:
+    widths: channels of the three stages.
+    blocks: split units of each stage, after the one that halves the map.
+    last_width: channels of the final 1x1 convolution.
+  """
+
+  widths: tuple[int, int, int] = (116, 232, 464)
+  blocks: tuple[int, int, int] = (3, 7, 3)
+  last_width: int = 1024
+
+  head: ClassVar[str] = "linear"
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, *, train: bool = False
+  ) -> layers.ModelOutput:
+    """See `Classifier`."""
+    conv, norm = self._conv(), self._norm()
+    features = {}
+    x = self._prepare(images)
+    x = conv(x, 24, 1, name="conv1")
+    features["stem_preact"] = norm(name="bn1")(x, train=train)
+    x = features["stem"] = nn.relu(features["stem_preact"])
+    for stage, (width, blocks) in enumerate(
+      zip(self.widths, self.blocks), start=1
+    ):
+      preact = DownUnit(width, conv, norm, name=f"layer{stage}_0")(
+        x, train=train
+      )
+      x = nn.relu(preact)
+      for i in range(1, blocks + 1):
+        unit = SplitUnit(conv, norm, name=f"layer{stage}_{i}")
+        preact = unit(x, train=train)
+        x = nn.relu(preact)
+      features[f"stage{stage}_preact"] = preact
+      features[f"stage{stage}"] = x
+    x = conv(x, self.last_width, 1, name="conv2")
+    return self._finish(features, nn.relu(norm(name="bn2")(x, train=train)))
+
+
+ShuffleV2 = functools.partial(ShuffleNetV2)
+ShuffleV2_1_5 = functools.partial(ShuffleNetV2, widths=(176, 352, 704))

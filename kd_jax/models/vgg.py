@@ -1,0 +1,71 @@
+"""VGG with BatchNorm for 32x32 images, with a single linear layer on top.
+
+Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image
+Recognition (ICLR 2015), table 1; VGG-8 has one convolution per block.
+"""
+
+import functools
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+
+from kd_jax.models import base, layers
+
+_WIDTHS = (64, 128, 256, 512, 512)
+
+
+class VGG(base.Classifier):
+  """Five blocks of 3x3 convolutions, with max-pools between the first four.
+
+  Features: stem_preact, stem (the first block), then stageN_preact, stageN,
+  with relu(x_preact) = x. The reference's initialisers: He normal over the
+  fan-out for convolutions, N(0, 0.01^2) for the classifier, zero biases.
+
+  Attributes:
+    convs: convolutions of each block.
+  """
+
+  convs: tuple[int, int, int, int, int] = (1, 1, 1, 1, 1)
+
+  head: ClassVar[str] = "classifier"
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, *, train: bool = False
+  ) -> layers.ModelOutput:
+    """See `Classifier`."""
+    conv = self._conv(
+      use_bias=True,
+      kernel_init=layers.kaiming_normal_fan_out,
+      bias_init=nn.initializers.zeros,
+    )
+    norm = self._norm()
+    features = {}
+    x = self._prepare(images)
+    # The reference pools before the last block at 64x64 pixels, not at 32x32.
+    pools = 4 if x.shape[1] >= 64 else 3
+    for block, (convs, width) in enumerate(zip(self.convs, _WIDTHS)):
+      if 1 <= block <= pools:
+        x = layers.max_pool(x, 2, strides=2)
+      for i in range(convs):
+        # The reference counts each convolution, BatchNorm and ReLU as one.
+        x = conv(x, width, 3, padding=1, name=f"block{block}_{3 * i}")
+        preact = norm(name=f"block{block}_{3 * i + 1}")(x, train=train)
+        x = nn.relu(preact)
+      name = f"stage{block}" if block else "stem"
+      features[f"{name}_preact"] = preact
+      features[name] = x
+    return self._finish(
+      features,
+      x,
+      kernel_init=nn.initializers.normal(0.01),
+      bias_init=nn.initializers.zeros,
+    )
+
+
+vgg8 = functools.partial(VGG, convs=(1, 1, 1, 1, 1))
+vgg11 = functools.partial(VGG, convs=(1, 1, 2, 2, 2))
+vgg13 = functools.partial(VGG, convs=(2, 2, 2, 2, 2))
+vgg16 = functools.partial(VGG, convs=(2, 2, 3, 3, 3))
+vgg19 = functools.partial(VGG, convs=(2, 2, 4, 4, 4))

@@ -1,0 +1,114 @@
+"""Wide residual networks for 32x32 images, without dropout.
+
+Zagoruyko and Komodakis, Wide Residual Networks (BMVC 2016), table 1.
+"""
+
+import functools
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+
+from kd_jax.models import base, layers
+
+
+class PreactivationBlock(nn.Module):
+  """BatchNorm, ReLU, 3x3 convolution, twice, and a shortcut.
+
+  It returns the sum, and its input after the first BatchNorm: that is the
+  pre-activation of whatever map the block was given.
+
+  Attributes:
+    width: channels of the result.
+    strides: of the first convolution.
+    conv: convolution to use.
+    norm: normalisation to use.
+  """
+
+  width: int
+  strides: int
+  conv: base.Conv
+  norm: base.Norm
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, *, train: bool
+  ) -> tuple[jax.Array, jax.Array]:
+    preact = self.norm(name="bn1")(x, train=train)
+    activated = nn.relu(preact)
+    y = self.conv(
+      activated, self.width, 3, strides=self.strides, padding=1, name="conv1"
+    )
+    y = nn.relu(self.norm(name="bn2")(y, train=train))
+    y = self.conv(y, self.width, 3, padding=1, name="conv2")
+    if x.shape[-1] != self.width:
+      # A block that changes the width projects the activated input, the
+      # others pass the raw sum on.
+      x = self.conv(
+        activated, self.width, 1, strides=self.strides, name="convShortcut"
+      )
+    return x + y, preact
+
+
+class WideResNet(base.Classifier):
+  """Stem and three stages of pre-activation blocks, then BatchNorm and ReLU.
+
+  Features: the reference's, `stem` (the first convolution) and `stageN` (the
+  raw sums), have either sign; `stem_preact` and `stageN_preact` are those maps
+  after the BatchNorm that follows them, just before a ReLU. `last` is
+  relu(stage3_preact). The reference's initialisers: He normal over the fan-out
+  for convolutions, and zeros for the classifier's bias.
+
+  Attributes:
+    depth: number of weighted layers, 6n + 4.
+    widen: factor of the stages' channels.
+  """
+
+  depth: int = 16
+  widen: int = 1
+
+  head: ClassVar[str] = "fc"
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, *, train: bool = False
+  ) -> layers.ModelOutput:
+    """See `Classifier`."""
+    if self.depth < 10 or self.depth % 6 != 4:
+      raise ValueError(
+        "The depth of a wide ResNet is 6n + 4 (10, 16, 22, ...), got"
+        f" {self.depth}."
+      )
+    conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
+    norm = self._norm()
+    features = {}
+    x = self._prepare(images)
+    x = features["stem"] = conv(x, 16, 3, padding=1, name="conv1")
+    before = "stem"
+    for stage, width in enumerate((16, 32, 64), start=1):
+      for i in range((self.depth - 4) // 6):
+        strides = 2 if stage > 1 and i == 0 else 1
+        block = PreactivationBlock(
+          width * self.widen,
+          strides,
+          conv,
+          norm,
+          name=f"block{stage}_layer_{i}",
+        )
+        x, preact = block(x, train=train)
+        if i == 0:
+          features[f"{before}_preact"] = preact
+      before = f"stage{stage}"
+      features[before] = x
+    features[f"{before}_preact"] = norm(name="bn1")(x, train=train)
+    return self._finish(
+      features,
+      nn.relu(features[f"{before}_preact"]),
+      bias_init=nn.initializers.zeros,
+    )
+
+
+wrn_16_1 = functools.partial(WideResNet, depth=16, widen=1)
+wrn_16_2 = functools.partial(WideResNet, depth=16, widen=2)
+wrn_40_1 = functools.partial(WideResNet, depth=40, widen=1)
+wrn_40_2 = functools.partial(WideResNet, depth=40, widen=2)

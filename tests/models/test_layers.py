@@ -1,0 +1,143 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax.models import layers
+
+
+class _Conv(nn.Module):
+  """One convolution, to call `layers.conv` in a compact method."""
+
+  strides: int = 1
+  padding: int = 1
+  groups: int = 1
+
+  @nn.compact
+  def __call__(self, x):
+    return layers.conv(
+      x,
+      4,
+      3,
+      name="conv",
+      strides=self.strides,
+      padding=self.padding,
+      groups=self.groups,
+      use_bias=True,
+    )
+
+
+def _windows(x, size, strides, padding, fill):
+  """All windows of an NHWC array: [B, H', W', size, size, C]."""
+  pad = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+  x = np.pad(x, pad, constant_values=fill)
+  w = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
+  return w[:, ::strides, ::strides].transpose(0, 1, 2, 4, 5, 3)
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv_pads_both_sides_alike(strides, groups):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, 6, 8, 4)).astype(np.float32)
+  model = _Conv(strides=strides, groups=groups)
+  variables = model.init(jax.random.key(0), x)
+  kernel = np.asarray(variables["params"]["conv"]["kernel"], np.float64)
+  bias = np.asarray(variables["params"]["conv"]["bias"])
+  windows = _windows(x, 3, strides, 1, 0.0)
+  per = 4 // groups
+  expected = [
+    np.einsum(
+      "bhwijc,ijco->bhwo",
+      windows[..., g * per : (g + 1) * per],
+      kernel[..., g * per : (g + 1) * per],
+    )
+    for g in range(groups)
+  ]
+  expected = np.concatenate(expected, -1) + bias
+  np.testing.assert_allclose(
+    model.apply(variables, x), expected, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_default_initialisers_are_uniform_in_the_fan_in():
+  init = layers.torch_default_init(jax.random.key(0), (3, 3, 64, 50))
+  bound = 1 / np.sqrt(9 * 64)
+  values = np.asarray(init)
+  assert np.abs(values).max() <= bound
+  assert np.abs(values).max() > 0.99 * bound
+  assert values.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+  bias = np.asarray(layers.uniform_bias_init(25)(jax.random.key(0), (5000,)))
+  assert 0.19 < bias.max() <= 0.2 and -0.2 <= bias.min() < -0.19
+
+
+def test_he_initialiser_is_normal_in_the_fan_out():
+  init = layers.kaiming_normal_fan_out(jax.random.key(0), (3, 3, 50, 64))
+  values = np.asarray(init)
+  std = np.sqrt(2 / (9 * 64))
+  assert values.std() == pytest.approx(std, rel=0.02)
+  assert np.abs(values).max() > 3 * std  # not truncated at 2
+
+
+def test_batch_norm_keeps_the_unbiased_variance():
+  rng = np.random.default_rng(0)
+  x = (3 + 2 * rng.standard_normal((2, 2, 1, 3))).astype(np.float32)
+  model = layers.BatchNorm()
+  variables = model.init(jax.random.key(0), x, train=True)
+  y, state = model.apply(variables, x, train=True, mutable=["batch_stats"])
+  flat = x.reshape(-1, 3)
+  expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+  np.testing.assert_allclose(y.reshape(-1, 3), expected, rtol=1e-4, atol=1e-5)
+  stats = state["batch_stats"]
+  np.testing.assert_allclose(stats["mean"], 0.1 * flat.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(
+    stats["var"], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5
+  )
+
+
+def test_batch_norm_evaluates_with_the_running_statistics():
+  model = layers.BatchNorm(dtype=jnp.bfloat16)
+  x = jnp.array([[1.0, 2.0]])
+  variables = {
+    "params": {"scale": jnp.array([2.0, 1.0]), "bias": jnp.array([0.5, 0.0])},
+    "batch_stats": {"mean": jnp.array([0.0, 1.0]), "var": jnp.array([4, 0.25])},
+  }
+  y = model.apply(variables, x, train=False)
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_allclose(y.astype(jnp.float32), [[1.5, 2.0]], rtol=1e-2)
+
+
+def test_batch_norm_without_parameters():
+  model = layers.BatchNorm(use_affine=False)
+  variables = model.init(jax.random.key(0), jnp.ones((4, 3)), train=True)
+  assert set(variables) == {"batch_stats"}
+
+
+def test_pools():
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, 7, 7, 3)).astype(np.float32) - 5
+  mean = _windows(x, 3, 2, 1, 0.0).mean((3, 4))
+  np.testing.assert_allclose(
+    layers.avg_pool(x, 3, strides=2, padding=1), mean, rtol=1e-5
+  )
+  best = _windows(x, 3, 2, 1, -np.inf).max((3, 4))
+  np.testing.assert_array_equal(
+    layers.max_pool(x, 3, strides=2, padding=1), best
+  )
+  pooled = layers.global_average_pool(jnp.asarray(x, jnp.bfloat16))
+  assert pooled.dtype == jnp.float32
+  np.testing.assert_allclose(pooled, x.mean((1, 2)), rtol=1e-2)
+
+
+def test_channel_shuffle_interleaves_the_groups():
+  x = jnp.arange(6).reshape(1, 1, 1, 6)
+  assert layers.channel_shuffle(x, 2).ravel().tolist() == [0, 3, 1, 4, 2, 5]
+  assert layers.channel_shuffle(x, 3).ravel().tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_stages_stop_at_the_last():
+  maps = {"stem": 0, "stage1": 1, "stage2": 2, "stage2_preact": 9, "last": 3}
+  output = layers.ModelOutput(None, maps)
+  assert output.stages() == [1, 2]
+  assert output.stages(stem=True) == [0, 1, 2]
