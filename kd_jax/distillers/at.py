@@ -1,0 +1,36 @@
+"""AT: attention transfer (Zagoruyko and Komodakis, ICLR 2017)."""
+
+from typing import final
+
+import jax
+
+from kd_jax import losses
+from kd_jax.distillers import base
+from kd_jax.models.layers import ModelOutput
+
+
+@final
+class AT(base.Distiller):
+  """Compares where the energy of each stage sits.
+
+  Stages are paired from the first; where the networks have different numbers,
+  the longer one's last stages go unused, as in the reference toolboxes.
+  """
+
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`; the method's term is "at"."""
+    terms = self.logit_losses(student, teacher, batch)
+    maps_s = base.stages(student, whose="student")
+    maps_t = base.stages(teacher, whose="teacher")
+    pairs = min(len(maps_s), len(maps_t))
+    terms["at"] = losses.at_loss(maps_s[:pairs], maps_t[:pairs])
+    return base.DistillOutput(student.logits, terms)

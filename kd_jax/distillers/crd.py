@@ -1,0 +1,157 @@
+"""CRD: contrastive representation distillation (Tian et al., ICLR 2020)."""
+
+import math
+from typing import final
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses, parallel
+from kd_jax.distillers import base, connectors
+from kd_jax.models.layers import ModelOutput
+
+
+@final
+class CRD(base.Distiller):
+  """Pulls both networks' embeddings of one image together, others apart.
+
+  The collection "memory" holds one vector per training example and network
+  (`bank_s`, `bank_t`), the normalisers (`z_s`, `z_t`; 0 until the first batch
+  fixes them) and the training set sorted by class (`order`, `class_start`,
+  `class_count`), from which negatives are drawn on the device. `init` reads
+  the set's classes from `batch["train_labels"]` [N].
+
+  Every device applies the updates of all devices' batches, with or without
+  `sync`: otherwise its copy of the banks would drift. A step needs the random
+  stream "distiller" (one key for all devices), unless the batch brings
+  `negatives` [B, k], as a replay of another toolbox's run does.
+
+  Attributes:
+    k: negatives per example.
+    nce_temperature: of the contrast.
+    momentum: share of a bank's old vector kept at each visit.
+    feat_dim: width of the embeddings.
+    mode: "exact", where the positive is the image itself, or "relax", where it
+      is a random image of its class.
+  """
+
+  k: int = 16384
+  nce_temperature: float = 0.07
+  momentum: float = 0.5
+  feat_dim: int = 128
+  mode: str = "exact"
+
+  @nn.compact
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`; the method's term is "crd"."""
+    if self.mode not in ("exact", "relax"):
+      raise ValueError(f"mode: expected 'exact' or 'relax', got {self.mode!r}")
+    terms = self.logit_losses(student, teacher, batch)
+    feature_s = base.feature(student, "pooled", whose="student")
+    feature_t = base.feature(teacher, "pooled", whose="teacher")
+    embed_s = connectors.UnitEmbedding(
+      self.feat_dim, dtype=self.dtype, name="embed_s"
+    )
+    embed_t = connectors.UnitEmbedding(
+      self.feat_dim, dtype=self.dtype, name="embed_t"
+    )
+    if self.is_initializing():
+      self._make_memory(batch, student.logits.shape[-1])
+      embed_s(feature_s), embed_t(feature_t)
+    elif train:
+      terms["crd"] = self._contrast(
+        embed_s(feature_s), embed_t(feature_t), batch
+      )
+    return base.DistillOutput(student.logits, terms)
+
+  def _make_memory(self, batch, num_classes: int) -> None:
+    if "train_labels" not in batch:
+      raise ValueError(
+        "crd: init expected batch['train_labels'], the class of every "
+        f"training example [N] int32, got only {', '.join(sorted(batch))}; "
+        "add it to the batch given to init"
+      )
+    table = losses.class_table(batch["train_labels"], num_classes)
+    bound = 1.0 / math.sqrt(self.feat_dim / 3)
+    shape = (table.order.shape[0], self.feat_dim)
+    for name in ("bank_s", "bank_t"):
+      self.variable(
+        "memory",
+        name,
+        lambda: jax.random.uniform(
+          self.make_rng("params"), shape, jnp.float32, -bound, bound
+        ),
+      )
+    for name in ("z_s", "z_t"):
+      self.variable("memory", name, jnp.zeros, (), jnp.float32)
+    self.variable("memory", "order", lambda: table.order)
+    self.variable("memory", "class_start", lambda: table.class_start)
+    self.variable("memory", "class_count", lambda: table.class_count)
+
+  def _indices(self, batch) -> jax.Array:
+    """Positions [B, 1 + k] of the positive and the negatives."""
+    index, label = batch["index"], batch["label"]
+    table = losses.ClassTable(
+      self.get_variable("memory", "order"),
+      self.get_variable("memory", "class_start"),
+      self.get_variable("memory", "class_count"),
+    )
+    positives = index
+    negatives = batch.get("negatives")
+    if negatives is None or self.mode == "relax":
+      key_negative, key_positive = jax.random.split(self.make_rng("distiller"))
+      if self.mode == "relax":
+        positives = losses.draw_positives(key_positive, index, label, table)
+      if negatives is None:
+        negatives = losses.draw_negatives(
+          key_negative, index, label, table, k=self.k
+        )
+    return jnp.concatenate([positives[:, None], negatives], axis=1)
+
+  def _contrast(self, v_s: jax.Array, v_t: jax.Array, batch) -> jax.Array:
+    if "index" not in batch:
+      raise ValueError(
+        "crd: expected batch['index'], the positions of the examples in the "
+        f"training set [B], got only {', '.join(sorted(batch))}"
+      )
+    indices = self._indices(batch)
+    bank_s: nn.Variable[jax.Array] = self.variable("memory", "bank_s")
+    bank_t: nn.Variable[jax.Array] = self.variable("memory", "bank_t")
+    num_examples = bank_s.value.shape[0]
+    scores_s = losses.crd_scores(
+      v_s, bank_t.value, indices, temperature=self.nce_temperature
+    )
+    scores_t = losses.crd_scores(
+      v_t, bank_s.value, indices, temperature=self.nce_temperature
+    )
+    z_s = self._normalizer("z_s", scores_s, num_examples)
+    z_t = self._normalizer("z_t", scores_t, num_examples)
+    index = parallel.axis_gather(batch["index"], self.axis_name)
+    for bank, v in ((bank_s, v_s), (bank_t, v_t)):
+      v = parallel.axis_gather(jax.lax.stop_gradient(v), self.axis_name)
+      bank.value = losses.crd_update(
+        bank.value, v, index, momentum=self.momentum
+      )
+    return losses.crd_loss(
+      scores_s, scores_t, z_s, z_t, num_examples=num_examples
+    )
+
+  def _normalizer(
+    self, name: str, scores: jax.Array, num_examples: int
+  ) -> jax.Array:
+    """The stored Z, or on the first batch that batch's, which is stored."""
+    z: nn.Variable[jax.Array] = self.variable("memory", name)
+    first = losses.crd_normalizer(jax.lax.stop_gradient(scores), num_examples)
+    first = parallel.axis_mean(first, self.axis_name)
+    z.value = jnp.where(z.value > 0, z.value, first)
+    return z.value

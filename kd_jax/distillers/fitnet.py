@@ -1,0 +1,45 @@
+"""FitNet: regression onto a hint layer (Romero et al., ICLR 2015)."""
+
+from typing import final
+
+import flax.linen as nn
+import jax
+
+from kd_jax import losses
+from kd_jax.distillers import base, connectors
+from kd_jax.models.layers import ModelOutput
+
+
+@final
+class FitNet(base.Distiller):
+  """Regresses one of the student's maps onto the teacher's of the same name.
+
+  Attributes:
+    hint_layer: a map that both networks have, such as "stem" or "stage2".
+  """
+
+  hint_layer: str = "stage1"
+
+  @nn.compact
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`; the method's term is "fitnet"."""
+    terms = self.logit_losses(student, teacher, batch)
+    regressor = connectors.HintRegressor(
+      axis_name=self.batch_axis, dtype=self.dtype, name="regressor"
+    )
+    regressed, target = regressor(
+      base.feature(student, self.hint_layer, whose="student"),
+      base.feature(teacher, self.hint_layer, whose="teacher"),
+      train=train,
+    )
+    terms["fitnet"] = losses.fitnet_loss(regressed, target)
+    return base.DistillOutput(student.logits, terms)

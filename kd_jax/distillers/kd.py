@@ -1,0 +1,28 @@
+"""KD: the teacher's softened logits (Hinton et al., 2015)."""
+
+from typing import final
+
+import jax
+
+from kd_jax.distillers import base
+from kd_jax.models.layers import ModelOutput
+
+
+@final
+class KD(base.Distiller):
+  """The terms "ce" and "kd" that every method has, and no other."""
+
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`."""
+    return base.DistillOutput(
+      student.logits, self.logit_losses(student, teacher, batch)
+    )

@@ -1,0 +1,72 @@
+"""ReviewKD: knowledge review (Chen et al., CVPR 2021)."""
+
+from typing import final
+
+import flax.linen as nn
+import jax
+
+from kd_jax import losses
+from kd_jax.distillers import base, connectors
+from kd_jax.models.layers import ModelOutput
+
+
+@final
+class ReviewKD(base.Distiller):
+  """Teaches every stage with the student's deeper stages folded in.
+
+  Levels are the stages and the pooled feature as a 1x1 map. The teacher's
+  stages are taken before their activation where the network offers them
+  (`stage1_preact`..). A warm-up of the weight belongs to the configuration.
+
+  Attributes:
+    max_mid: levels are fused in as many channels as the student's pooled
+      feature has, at most this many.
+  """
+
+  max_mid: int = 512
+
+  @nn.compact
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`; the method's term is "reviewkd"."""
+    terms = self.logit_losses(student, teacher, batch)
+    maps_s = base.stages(student, whose="student")
+    maps_t = [
+      teacher.features.get(f"stage{i}_preact", x)
+      for i, x in enumerate(base.stages(teacher, whose="teacher"), start=1)
+    ]
+    if len(maps_s) != len(maps_t):
+      raise ValueError(
+        "reviewkd: expected equally many stages, each level teaches its "
+        f"counterpart, got {len(maps_s)} (student) and {len(maps_t)} "
+        "(teacher); choose another pair or method"
+      )
+    pooled_s = base.feature(student, "pooled", whose="student")
+    pooled_t = base.feature(teacher, "pooled", whose="teacher")
+    maps_s.append(pooled_s[:, None, None])
+    maps_t.append(pooled_t[:, None, None])
+    middle = min(self.max_mid, pooled_s.shape[-1])
+    outputs: list[jax.Array] = []
+    residual: jax.Array | None = None
+    for i in reversed(range(len(maps_s))):
+      fuse = connectors.AttentionFusion(
+        middle=middle,
+        axis_name=self.batch_axis,
+        dtype=self.dtype,
+        name=f"level{i + 1}",
+      )
+      _, height, width, channels = maps_t[i].shape
+      output, residual = fuse(
+        maps_s[i], residual, (height, width), channels, train=train
+      )
+      outputs.insert(0, output)
+    terms["reviewkd"] = losses.reviewkd_loss(outputs, maps_t)
+    return base.DistillOutput(student.logits, terms)

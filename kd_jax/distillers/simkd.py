@@ -1,0 +1,82 @@
+"""SimKD: the reused teacher classifier (Chen et al., CVPR 2022)."""
+
+from typing import Any, ClassVar, final
+
+import jax
+
+from kd_jax import losses
+from kd_jax.distillers import base, connectors
+from kd_jax.models.layers import ModelOutput, global_average_pool
+
+
+@final
+class SimKD(base.Distiller):
+  """Projects the student's last map onto the teacher's.
+
+  The prediction is the teacher's classifier on the pooled projection. The
+  method needs no other term: the usual weights are 0 for "ce" and "kd", which
+  are those of the student's own, then unused, classifier.
+
+  Attributes:
+    factor: the projector's middle has the teacher's channels over `factor`.
+  """
+
+  factor: int = 2
+
+  predicts_with_teacher_head: ClassVar[bool] = True
+
+  def setup(self) -> None:
+    """Makes the projector, which reads its sizes from its inputs."""
+    self.projector = connectors.Bottleneck(
+      final_activation=True, axis_name=self.batch_axis, dtype=self.dtype
+    )
+
+  def _project(self, map_s: jax.Array, map_t: Any, train: bool) -> jax.Array:
+    """P(f_s) at the smaller of both sizes; `map_t` gives only its shape."""
+    channels = map_t.shape[-1]
+    if not 1 <= self.factor <= channels:
+      raise ValueError(
+        f"factor: expected 1 to {channels}, the teacher's channels, got "
+        f"{self.factor}"
+      )
+    if map_s.shape[1] > map_t.shape[1]:
+      map_s = losses.adaptive_average_pool(
+        map_s, (map_t.shape[1], map_t.shape[2])
+      )
+    return self.projector(map_s, channels // self.factor, channels, train=train)
+
+  def predict(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    *,
+    teacher_classifier: base.Classifier,
+    train: bool = False,
+  ) -> jax.Array:
+    """See `base.Distiller.predict`; reads the shape of the teacher's map."""
+    map_s = base.feature(student, "last", whose="student")
+    map_t = base.feature(teacher, "last", whose="teacher")
+    projected = self._project(map_s, map_t, train)
+    return teacher_classifier(global_average_pool(projected))
+
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`; the method's term is "simkd"."""
+    terms = self.logit_losses(student, teacher, batch)
+    map_s = base.feature(student, "last", whose="student")
+    map_t = base.feature(teacher, "last", whose="teacher")
+    projected = self._project(map_s, map_t, train)
+    target = losses.adaptive_average_pool(
+      map_t, (projected.shape[1], projected.shape[2])
+    )
+    terms["simkd"] = losses.simkd_loss(projected, target)
+    logits = teacher_classifier(global_average_pool(projected))
+    return base.DistillOutput(logits, terms)

@@ -1,0 +1,42 @@
+"""SRRL: softmax-regression representation learning (Yang et al., ICLR 2021)."""
+
+from typing import final
+
+import flax.linen as nn
+import jax
+
+from kd_jax import losses
+from kd_jax.distillers import base, connectors
+from kd_jax.models.layers import ModelOutput
+
+
+@final
+class SRRL(base.Distiller):
+  """Matches the pooled feature, also seen through the teacher's classifier."""
+
+  @nn.compact
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`; the method's term is "srrl"."""
+    terms = self.logit_losses(student, teacher, batch)
+    target = base.feature(teacher, "pooled", whose="teacher")
+    transfer = connectors.FeatureTransfer(
+      axis_name=self.batch_axis, dtype=self.dtype, name="transfer"
+    )
+    x = transfer(
+      base.feature(student, "pooled", whose="student"),
+      target.shape[-1],
+      train=train,
+    )
+    terms["srrl"] = losses.srrl_loss(
+      x, teacher_classifier(x), target, teacher.logits
+    )
+    return base.DistillOutput(student.logits, terms)

@@ -1,0 +1,60 @@
+"""VID: variational information distillation (Ahn et al., CVPR 2019)."""
+
+from typing import final
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses
+from kd_jax.distillers import base, connectors
+from kd_jax.losses import vid
+from kd_jax.models.layers import ModelOutput
+
+
+@final
+class VID(base.Distiller):
+  """Predicts the teacher's stages as Gaussians from the student's.
+
+  Stages are paired from the first; where the networks have different numbers,
+  the longer one's last stages go unused, as in the reference toolboxes.
+
+  Attributes:
+    initial_variance: of every channel, above 1e-5; it is learned.
+  """
+
+  initial_variance: float = 5.0
+
+  @nn.compact
+  def __call__(
+    self,
+    student: ModelOutput,
+    teacher: ModelOutput,
+    batch: base.Batch,
+    *,
+    teacher_classifier: base.Classifier,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`; the method's term is "vid"."""
+    if not self.initial_variance > vid.MIN_VARIANCE:
+      raise ValueError(
+        f"initial_variance: expected a number above {vid.MIN_VARIANCE}, got "
+        f"{self.initial_variance}"
+      )
+    terms = self.logit_losses(student, teacher, batch)
+    log_scale = base.inverse_softplus(self.initial_variance - vid.MIN_VARIANCE)
+    total = jnp.zeros(student.logits.shape[0], jnp.float32)
+    pairs = zip(
+      base.stages(student, whose="student"),
+      base.stages(teacher, whose="teacher"),
+    )
+    for i, pair in enumerate(pairs, start=1):
+      map_s, map_t = losses.pool_to_smaller(*pair)
+      regressor = connectors.GaussianRegressor(
+        initial_log_scale=log_scale, dtype=self.dtype, name=f"stage{i}"
+      )
+      mean, scale = regressor(map_s, map_t.shape[-1])
+      total += losses.vid_loss(mean, losses.vid_variance(scale), map_t)
+    terms["vid"] = total
+    return base.DistillOutput(student.logits, terms)

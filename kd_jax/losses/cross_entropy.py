@@ -1,0 +1,42 @@
+"""Cross-entropy with the true labels."""
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax.losses import checks
+
+
+def cross_entropy_loss(
+  logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+) -> jax.Array:
+  """Negative log-likelihood of the label of each example, in nats.
+
+  -sum_c q_c log softmax(z)_c with q = 1 - s on the label plus s / C on every
+  class, where s is `label_smoothing`.
+
+  Args:
+    logits: [B, C], floating-point.
+    labels: [B], integers in [0, C).
+    label_smoothing: s, in [0, 1).
+
+  Returns:
+    [B] float32. An out-of-range label (>= C) gives NaN rather than a number.
+
+  Raises:
+    ValueError: for other ranks, shapes or dtypes, or s outside [0, 1).
+
+  >>> import jax.numpy as jnp
+  >>> cross_entropy_loss(jnp.zeros((1, 2)), jnp.array([1])).tolist()
+  [0.6931471824645996]
+  """
+  if not 0.0 <= label_smoothing < 1.0:
+    raise ValueError(
+      f"label_smoothing: expected a number in [0, 1), got {label_smoothing}"
+    )
+  logits = checks.float_array("logits", logits, rank=2)
+  labels = checks.labels_of(labels, logits)
+  log_p = jax.nn.log_softmax(logits)
+  loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+  if label_smoothing:
+    loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(log_p, 1)
+  return loss

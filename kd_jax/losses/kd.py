@@ -1,0 +1,47 @@
+"""Knowledge distillation by softened logits."""
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax.losses import checks
+
+
+def kd_loss(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float,
+) -> jax.Array:
+  """Divergence of the student's softened prediction from the teacher's.
+
+  T^2 * sum_c p_c * (log p_c - log q_c), p = softmax(teacher / T), q =
+  softmax(student / T). The factor T^2 keeps the size of the gradient when T
+  changes.
+
+  Args:
+    student_logits: [B, C], floating-point.
+    teacher_logits: [B, C], floating-point.
+    temperature: T, above 0.
+
+  Returns:
+    [B] float32, in nats times T^2; 0 where the two agree.
+
+  Raises:
+    ValueError: for other ranks, unequal shapes, or a temperature of 0 or less.
+
+  Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural
+  Network", 2015, section 2.
+
+  >>> import jax.numpy as jnp
+  >>> z = jnp.array([[1.0, 2.0]])
+  >>> kd_loss(z, z, temperature=4.0).tolist()
+  [0.0]
+  """
+  checks.positive("temperature", temperature)
+  student = checks.float_array("student_logits", student_logits, rank=2)
+  teacher = checks.float_array("teacher_logits", teacher_logits, rank=2)
+  checks.same_shape("student_logits", student, "teacher_logits", teacher)
+  log_p = jax.nn.log_softmax(teacher / temperature)
+  log_q = jax.nn.log_softmax(student / temperature)
+  divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
+  return temperature**2 * divergence

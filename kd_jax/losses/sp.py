@@ -1,0 +1,71 @@
+"""SP: similarity-preserving distillation."""
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import parallel
+from kd_jax.losses import checks, spatial
+
+
+def similarity_matrix(
+  x: jax.Array, *, axis_name: str | None = None
+) -> jax.Array:
+  """Inner products of the examples of a batch: rows local, columns global.
+
+  Args:
+    x: [B, ...], floating-point; flattened to one vector per example.
+    axis_name: mapped axis whose devices' batches form the columns, or None.
+
+  Returns:
+    [B, B * devices] float32.
+  """
+  rows = x.reshape(x.shape[0], -1).astype(jnp.float32)
+  columns = parallel.axis_gather(rows, axis_name)
+  # Full precision: methods that normalise or attend to these products amplify
+  # the rounding of a TF32 or bfloat16 product.
+  return jnp.matmul(rows, columns.T, precision=spatial.HIGHEST)
+
+
+def sp_loss(
+  student_map: jax.Array,
+  teacher_map: jax.Array,
+  *,
+  axis_name: str | None = None,
+) -> jax.Array:
+  """Distance of the two networks' similarities between the batch's examples.
+
+  ||G_s - G_t||_F^2 / B^2, G = F F^T with every row divided by its L2 norm,
+  where row b of F is the flattened map of example b.
+
+  A relational loss: it is a function of the whole batch. With `axis_name`, the
+  batch is that of all devices along the axis, and what each device returns is
+  its own rows' share, scaled so that the mean over the devices is the loss.
+
+  Args:
+    student_map: [B, ...], floating-point.
+    teacher_map: [B, ...], floating-point; other axes may differ.
+    axis_name: mapped axis over which the batch is gathered, or None.
+
+  Returns:
+    Scalar float32, without a unit.
+
+  Raises:
+    ValueError: for unequal batch sizes or integer maps.
+
+  Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV
+  2019, equations 1 to 4, one layer.
+
+  >>> import jax.numpy as jnp
+  >>> a = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+  >>> float(sp_loss(a, a))
+  0.0
+  >>> float(sp_loss(a, jnp.ones((2, 3)))) > 0
+  True
+  """
+  student = checks.float_array("student_map", student_map)
+  teacher = checks.float_array("teacher_map", teacher_map)
+  checks.same_batch("student_map", student, "teacher_map", teacher)
+  rows_s = similarity_matrix(student, axis_name=axis_name)
+  rows_t = similarity_matrix(teacher, axis_name=axis_name)
+  difference = spatial.l2_normalize(rows_s) - spatial.l2_normalize(rows_t)
+  return jnp.mean(jnp.square(difference))

@@ -1,0 +1,108 @@
+"""Spatial sizes: pooling and resizing maps [B, H, W, C] as PyTorch does.
+
+The reference toolboxes align a student's and a teacher's maps with PyTorch's
+adaptive average pool and nearest resize; both rules differ from what
+`jax.image.resize` does, so they are spelt out here.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _pool_matrix(size: int, target: int) -> np.ndarray:
+  """[target, size]: row i averages the pixels that output pixel i sees."""
+  matrix = np.zeros((target, size), np.float32)
+  for i in range(target):
+    start = i * size // target
+    end = -(-(i + 1) * size // target)
+    matrix[i, start:end] = 1.0 / (end - start)
+  return matrix
+
+
+def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Averages a map down to `size`, whatever the ratio.
+
+  Output pixel i of n sees the input pixels floor(i * N / n) up to, and
+  without, ceil((i + 1) * N / n); windows overlap where n does not divide N.
+
+  Args:
+    x: [B, H, W, C].
+    size: (height, width) of the result.
+
+  Returns:
+    [B, height, width, C] in float32.
+  """
+  batch, height, width, channels = x.shape
+  x = x.astype(jnp.float32)
+  if (height, width) == size:
+    return x
+  if height % size[0] == 0 and width % size[1] == 0:
+    windows = (batch, size[0], height // size[0], size[1], width // size[1])
+    return jnp.mean(x.reshape((*windows, channels)), axis=(2, 4))
+  rows = jnp.asarray(_pool_matrix(height, size[0]))
+  columns = jnp.asarray(_pool_matrix(width, size[1]))
+  # Full precision: a mean in TF32 would lose half of the map's digits.
+  return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision=HIGHEST)
+
+
+def nearest_resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Resizes a map by copying: output pixel i is input floor(i * N / n).
+
+  Args:
+    x: [B, H, W, C].
+    size: (height, width) of the result.
+
+  Returns:
+    [B, height, width, C] in the dtype of `x`.
+  """
+  for axis, target in ((1, size[0]), (2, size[1])):
+    current = x.shape[axis]
+    if target == current:
+      continue
+    if target % current == 0:
+      x = jnp.repeat(x, target // current, axis=axis)
+    elif current % target == 0:
+      x = jax.lax.slice_in_dim(x, 0, None, current // target, axis)
+    else:
+      x = jnp.take(x, np.arange(target) * current // target, axis=axis)
+  return x
+
+
+def pool_to_smaller(
+  student_map: jax.Array, teacher_map: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Average-pools the higher of two maps to the other's height and width.
+
+  Args:
+    student_map: [B, H, W, C].
+    teacher_map: [B, H', W', C'].
+
+  Returns:
+    Both maps in float32, of one height and width.
+  """
+  smaller = min(student_map, teacher_map, key=lambda x: x.shape[1])
+  target = (smaller.shape[1], smaller.shape[2])
+  return (
+    adaptive_average_pool(student_map, target),
+    adaptive_average_pool(teacher_map, target),
+  )
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+  """Divides each vector along the last axis by its L2 norm.
+
+  A vector shorter than 1e-12 becomes zero with a zero gradient, where dividing
+  would give NaN, or a gradient of 1e12.
+  """
+  squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  visible = squares > 1e-24
+  inverse = jax.lax.rsqrt(jnp.where(visible, squares, 1.0))
+  return jnp.where(visible, x * inverse, 0.0)
+
+
+def mean_square(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Mean squared difference of each example: [B, ...] and [B, ...] -> [B]."""
+  return jnp.mean(jnp.square(a - b), axis=tuple(range(1, a.ndim)))

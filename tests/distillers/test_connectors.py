@@ -1,0 +1,77 @@
+"""Shapes, kernels and initial weights of the learned modules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax.distillers import connectors
+
+
+@pytest.mark.parametrize(
+  "size_s, size_t, name, kernel, target",
+  [
+    (8, 4, "conv", (3, 3, 5, 6), 4),
+    (4, 8, "deconv", (4, 4, 5, 6), 8),
+    (8, 8, "conv", (1, 1, 5, 6), 8),
+    (8, 5, "conv", (4, 4, 5, 6), 5),
+    (4, 7, "conv", (3, 3, 5, 6), 4),
+  ],
+)
+def test_hint_regressor_meets_the_teacher(size_s, size_t, name, kernel, target):
+  def run(key):
+    student = jnp.ones((2, size_s, size_s, 5))
+    teacher = jnp.ones((2, size_t, size_t, 6))
+    module = connectors.HintRegressor()
+    return module.init_with_output(key, student, teacher, train=True)
+
+  (x, hint), variables = jax.eval_shape(run, jax.random.key(0))
+  assert x.shape == hint.shape == (2, target, target, 6)
+  assert set(variables["params"]) == {name, "bn"}
+  assert variables["params"][name]["kernel"].shape == kernel
+
+
+def test_hint_regressor_refuses_what_it_cannot_do():
+  with pytest.raises(ValueError, match=r"8x4 cannot be regressed to 5x6"):
+    connectors.HintRegressor().init(
+      jax.random.key(0),
+      jnp.ones((1, 8, 4, 3)),
+      jnp.ones((1, 5, 6, 3)),
+      train=True,
+    )
+
+
+def assert_uniform(x, bound):
+  """Within +-bound, and filling it."""
+  assert float(jnp.abs(x).max()) <= bound
+  np.testing.assert_allclose(jnp.std(x), bound / np.sqrt(3), rtol=0.1)
+
+
+def test_initial_weights_are_the_references(quick):
+  def init(module, *args, **kwargs):
+    return quick(lambda k: module.init(k, *args, **kwargs))(jax.random.key(0))[
+      "params"
+    ]
+
+  x = jnp.ones((2, 4, 4, 20))
+  params = init(
+    connectors.HintRegressor(), x, jnp.ones((2, 8, 8, 30)), train=True
+  )
+  assert_uniform(params["deconv"]["kernel"], 1 / np.sqrt(30 * 16))
+  params = init(
+    connectors.AttentionFusion(middle=24),
+    x,
+    jnp.ones((2, 2, 2, 24)),
+    (4, 4),
+    30,
+    train=True,
+  )
+  assert_uniform(params["conv1"]["kernel"], np.sqrt(3 / 20))
+  assert_uniform(params["conv2"]["kernel"], np.sqrt(3 / (24 * 9)))
+  assert_uniform(params["attention"]["kernel"], 1 / np.sqrt(48))
+  params = init(connectors.UnitEmbedding(40), jnp.ones((2, 50)))
+  assert_uniform(params["linear"]["kernel"], 1 / np.sqrt(50))
+  params = init(
+    connectors.Bottleneck(final_activation=True), x, 24, 30, train=True
+  )
+  assert_uniform(params["conv2"]["kernel"], 1 / np.sqrt(24 * 9))

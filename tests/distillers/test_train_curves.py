@@ -1,0 +1,195 @@
+"""Six SGD steps of every method against the reference toolboxes' curves."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kd_jax import distillers, models, optim, train_step
+from kd_jax import state as state_lib
+from kd_jax.interop import pytorch
+
+# The golden folder's word -> ours, and the tolerance of losses and logits.
+# SemCKD's attention amplifies rounding: the reference's own float32 run
+# strays as far from its float64 run.
+METHODS = {
+  "vanilla": ("none", 1e-4),
+  "kd": ("kd", 1e-4),
+  "hint": ("fitnet", 1e-4),
+  "attention": ("at", 1e-4),
+  "similarity": ("sp", 1e-4),
+  "vid": ("vid", 1e-4),
+  "crd": ("crd", 1e-4),
+  "semckd": ("semckd", 2e-2),
+  "srrl": ("srrl", 1e-4),
+  "simkd": ("simkd", 1e-4),
+}
+
+
+@pytest.fixture(scope="module")
+def curves(golden):
+  paths = sorted((golden / "train").glob("*.json"))
+  assert paths, f"{golden / 'train'} holds no curves"
+  return json.loads(paths[0].read_text())
+
+
+def torch_variables(rebuild, name, *, seed):
+  model = models.create(name, 100)
+  template = jax.eval_shape(
+    lambda: model.init(
+      jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False
+    )
+  )
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+  tensors = {
+    key: value
+    if key.endswith("num_batches_tracked")
+    else rebuild.fill(key, value.shape, seed=seed)
+    for key, value in pytorch.to_state_dict(name, zeros).items()
+  }
+  return model, pytorch.from_state_dict(name, 100, tensors)
+
+
+def images(rebuild, name, shape, *, seed):
+  return rebuild.normal(name, shape, seed=seed).transpose(0, 2, 3, 1)
+
+
+def batch_of(curves, rebuild, step, seed):
+  size, crd = curves["batch"], curves["crd"]
+  index = np.random.default_rng([seed, step]).permutation(crd["n_data"])[:size]
+  return {
+    "image": images(rebuild, f"batch{step}", (size, 3, 32, 32), seed=seed),
+    "label": rebuild.integers(f"label{step}", 100, (size,), seed=seed).astype(
+      np.int32
+    ),
+    "index": index.astype(np.int32),
+    "mask": np.ones(size, bool),
+    "negatives": rebuild.integers(
+      f"negatives{step}", crd["n_data"], (size, crd["k"]), seed=seed
+    ).astype(np.int32),
+  }
+
+
+def fields_of(curves, method):
+  if method == "fitnet":
+    return {"hint_layer": f"stage{curves['hint_layer']}"}
+  if method == "crd":
+    crd = curves["crd"]
+    return {
+      "k": crd["k"],
+      "nce_temperature": crd["temperature"],
+      "momentum": crd["momentum"],
+    }
+  return {}
+
+
+def with_golden_memory(variables, rebuild, n_data, seed):
+  memory = dict(variables["memory"])
+  for ours, theirs in (("bank_s", "memory_v1"), ("bank_t", "memory_v2")):
+    rows = rebuild.normal(theirs, memory[ours].shape, seed=seed)
+    assert len(rows) == n_data
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    memory[ours] = jnp.asarray(rows)
+  return {**variables, "memory": memory}
+
+
+@pytest.mark.parametrize("word", METHODS)
+def test_six_steps(word, curves, rebuild, fill_distiller):
+  method, tolerance = METHODS[word]
+  seed = curves["student_seed"]
+  student, student_variables = torch_variables(
+    rebuild, curves["student"], seed=seed
+  )
+  teacher, teacher_variables = torch_variables(
+    rebuild, curves["teacher"], seed=curves["teacher_seed"]
+  )
+  if method == "none":
+    teacher, teacher_variables = None, {}
+  fields = fields_of(curves, method)
+  distiller = distillers.create(method, **fields)
+  batches = [batch_of(curves, rebuild, i, seed) for i in range(curves["steps"])]
+
+  def initialize(student_variables, teacher_variables, batch):
+    output, classify = train_step.run_teacher(
+      teacher, teacher_variables, batch["image"]
+    )
+    labels = np.arange(curves["crd"]["n_data"], dtype=np.int32) % 8
+    return distiller.init(
+      jax.random.key(0),
+      student.apply(student_variables, batch["image"], train=False),
+      output,
+      {**batch, "train_labels": labels},
+      teacher_classifier=classify,
+      step=0,
+      train=True,
+    )
+
+  variables = jax.jit(initialize)(
+    student_variables, teacher_variables, batches[0]
+  )
+  variables, used = fill_distiller(method, variables, "distiller.", seed)
+  learned = jax.tree.leaves(variables.get("params", {}))
+  assert bool(learned) == bool(used)
+  if method == "crd":
+    variables = with_golden_memory(
+      variables, rebuild, curves["crd"]["n_data"], seed
+    )
+
+  ce, kd, own = curves["weights_cls_div_beta"][word]
+  weights = {method: own, "ce": ce, "kd": kd}
+  weights = {name: weight for name, weight in weights.items() if weight}
+  optimizer = optim.sgd(
+    optax.constant_schedule(curves["lr"]),
+    momentum=curves["momentum"],
+    weight_decay=curves["weight_decay"],
+  )
+  step = jax.jit(
+    train_step.make_train_step(
+      optimizer=optimizer,
+      student=student,
+      teacher=teacher,
+      distiller=distiller,
+      loss_weights=weights,
+      ramp_steps={},
+      transform=lambda key, batch: batch["image"],
+      seed=0,
+    )
+  )
+  state = state_lib.create(student_variables, variables, optimizer)
+  losses = []
+  for batch in batches:
+    state, sums = step(state, teacher_variables, batch)
+    losses.append(float(sums["loss"] / sums["count"]))
+  expected = curves["methods"][word]
+  np.testing.assert_allclose(losses, expected["loss"], rtol=tolerance)
+
+  def evaluate(state, teacher_variables, x):
+    output, classify = train_step.run_teacher(teacher, teacher_variables, x)
+    return distiller.apply(
+      state.variables("distiller"),
+      student.apply(state.variables("student"), x, train=False),
+      output,
+      teacher_classifier=classify,
+      method="predict",
+    )
+
+  eval_images = images(rebuild, "eval_batch", (8, 3, 32, 32), seed=seed)
+  logits = jax.jit(evaluate)(state, teacher_variables, eval_images)
+  expected_logits = np.asarray(expected["eval_logits"])
+  error = np.abs(logits - expected_logits).max() / np.abs(expected_logits).max()
+  # Where the reference's own float32 run strays further, so may ours.
+  strays = expected["float32_rel_eval_error"]
+  assert error < max(tolerance, 2 * strays), (error, strays)
+
+  statistics = state.collections["student"]["batch_stats"]["bn1"]
+  for ours, theirs in (("mean", "running_mean"), ("var", "running_var")):
+    wanted = np.asarray(expected[f"stem_{theirs}"])
+    error = np.abs(statistics[ours] - wanted).max() / np.abs(wanted).max()
+    assert error < tolerance, (ours, error)
+
+
+def test_every_curve_is_compared(curves):
+  assert set(curves["methods"]) == set(METHODS)
