@@ -1,5 +1,6 @@
 """Six SGD steps of every method against the reference toolboxes' curves."""
 
+import functools
 import json
 
 import jax
@@ -26,6 +27,12 @@ METHODS = {
   "semckd": ("semckd", 2e-2),
   "srrl": ("srrl", 1e-4),
   "simkd": ("simkd", 1e-4),
+}
+
+# Six small steps: compiling them well takes longer than running them.
+QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
 }
 
 
@@ -127,9 +134,8 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
       train=True,
     )
 
-  variables = jax.jit(initialize)(
-    student_variables, teacher_variables, batches[0]
-  )
+  make = functools.partial(jax.jit, compiler_options=QUICK)
+  variables = make(initialize)(student_variables, teacher_variables, batches[0])
   variables, used = fill_distiller(method, variables, "distiller.", seed)
   learned = jax.tree.leaves(variables.get("params", {}))
   assert bool(learned) == bool(used)
@@ -146,7 +152,7 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
     momentum=curves["momentum"],
     weight_decay=curves["weight_decay"],
   )
-  step = jax.jit(
+  step = make(
     train_step.make_train_step(
       optimizer=optimizer,
       student=student,
@@ -177,7 +183,7 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
     )
 
   eval_images = images(rebuild, "eval_batch", (8, 3, 32, 32), seed=seed)
-  logits = jax.jit(evaluate)(state, teacher_variables, eval_images)
+  logits = make(evaluate)(state, teacher_variables, eval_images)
   expected_logits = np.asarray(expected["eval_logits"])
   error = np.abs(logits - expected_logits).max() / np.abs(expected_logits).max()
   # Where the reference's own float32 run strays further, so may ours.
