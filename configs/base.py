@@ -1,0 +1,180 @@
+"""The whole schema of a run. Every other config is a delta of this file.
+
+Durations are in epochs unless a name says otherwise. A field whose default is
+a placeholder (None) is settled when the run starts, logged, and written to
+`config.json` as settled.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Plain supervised training of a CIFAR-100 network, with every field."""
+  config = ConfigDict()
+  # Of everything random: initial weights, order, augmentation, negatives.
+  config.seed = 0
+  # Length of the run.
+  config.epochs = 240
+  # Images per optimiser update, over all devices.
+  config.batch_size = 64
+  # Parts into which a batch is cut to save memory; gradients are averaged.
+  config.accumulate_steps = 1
+  # Optimiser updates in one dispatch to the device; it has to divide those of
+  # an epoch. 0 settles it: 1 on a CPU, else the most that divides an epoch.
+  config.steps_per_dispatch = 0
+  # Arithmetic of the networks: "float32" or "bfloat16". Parameters,
+  # statistics, logits and losses are float32 always.
+  config.dtype = "float32"
+  # BatchNorm, batch-relational losses and memory banks see the whole batch,
+  # so that a run does not depend on the number of devices. False: each device
+  # sees its share, as in the PyTorch toolboxes.
+  config.sync_batch_stats = True
+
+  config.student = ConfigDict()
+  # A name of kd_jax.models.names().
+  config.student.name = "resnet8x4"
+
+  config.teacher = ConfigDict()
+  # A name of kd_jax.models.names(); "" where the method has no teacher.
+  config.teacher.name = ""
+  # A finished run's workdir or an export. "": train the teacher of this
+  # config first, and keep it beside the workdir for the next run.
+  config.teacher.checkpoint = ""
+  # Used when it has to be trained. None: the run's own epochs and milestones,
+  # and the rate that optim.learning_rate's None stands for.
+  config.teacher.epochs = placeholder(int)
+  config.teacher.learning_rate = placeholder(float)
+  config.teacher.milestones = placeholder(tuple)
+  config.teacher.seed = 0
+
+  # The method: a name of kd_jax.distillers.names() and that module's fields.
+  config.distiller = ConfigDict({"name": "none"})
+  # Weight of each term of the loss; a term of weight 0 is not computed.
+  config.loss_weights = ConfigDict({"ce": 1.0})
+  # Epochs over which a term's weight grows linearly to full size.
+  config.loss_ramp_epochs = ConfigDict()
+
+  config.optim = ConfigDict()
+  # None: 0.05, or 0.01 for MobileNet and ShuffleNet students.
+  config.optim.learning_rate = placeholder(float)
+  # "step", "cosine" or "constant".
+  config.optim.schedule = "step"
+  # The rate is multiplied by decay_rate after each of these epochs.
+  config.optim.milestones = (150, 180, 210)
+  config.optim.decay_rate = 0.1
+  # Epochs over which the rate grows linearly from 0.
+  config.optim.warmup_epochs = 0.0
+  config.optim.momentum = 0.9
+  config.optim.nesterov = False
+  # Coupled, on all parameters that the loss reaches.
+  config.optim.weight_decay = 5e-4
+  # Largest global norm of the gradient; 0 does not clip.
+  config.optim.gradient_clip = 0.0
+
+  config.data = ConfigDict()
+  # "cifar10", "cifar100", "tfds:cifar10", "tfds:cifar100", "digits" or
+  # "synthetic".
+  config.data.name = "cifar100"
+  # Folder that holds the publisher's files, or TFDS's data.
+  config.data.dir = "../data"
+  # "device": the data set stays on the device. "grain": read by the host.
+  config.data.pipeline = "device"
+  # Pixels of zero padding around an image before its random crop; 0: no crop.
+  config.data.crop_padding = 4
+  # Whether half of the images are mirrored.
+  config.data.flip = True
+  # Height and width in pixels; "digits" and "synthetic" only (None: 32).
+  config.data.image_size = placeholder(int)
+  # Images of a split, and classes; "synthetic" only (None: 1024 and 10).
+  config.data.num_examples = placeholder(int)
+  config.data.num_classes = placeholder(int)
+
+  config.eval = ConfigDict()
+  config.eval.every_epochs = 1
+  # Images per step, over all devices.
+  config.eval.batch_size = 500
+
+  config.checkpoint = ConfigDict()
+  # Minutes between checkpoints; one is written at the end in any case.
+  config.checkpoint.every_minutes = 5.0
+  # Optimiser updates between checkpoints; 0: only by the clock.
+  config.checkpoint.every_steps = 0
+  # How many of the newest are kept.
+  config.checkpoint.keep = 2
+
+  # At the end, load the export in a fresh process and let it predict.
+  config.verify_export = False
+
+  config.log = ConfigDict()
+  # Optimiser updates between lines of training metrics.
+  config.log.every_steps = 100
+
+  config.parallel = ConfigDict()
+  # Devices of this run; 0: all.
+  config.parallel.num_devices = 0
+  # "shard_map" or "pmap".
+  config.parallel.mapping = "shard_map"
+  # Folder for compiled programs; "auto": beside the workdir on accelerators
+  # and none on a CPU, "": none.
+  config.parallel.compilation_cache = "auto"
+
+  # Several runs in one: name -> {section: {field: value}}, each a delta of
+  # this config in a workdir of its own below this one; a table and a figure of
+  # all of them at the end.
+  config.grid = ConfigDict()
+  return finish(config, arg)
+
+
+def distillation(
+  method: str,
+  *,
+  student: str = "resnet8x4",
+  teacher: str = "resnet32x4",
+  weights: dict[str, float],
+  ramp_epochs: dict[str, float] | None = None,
+  **fields,
+) -> ConfigDict:
+  """The base config with a method, its pair and the weights of its loss."""
+  config = get_config()
+  config.student.name = student
+  config.teacher.name = teacher
+  config.distiller = ConfigDict({"name": method, **fields})
+  config.loss_weights = ConfigDict(weights)
+  config.loss_ramp_epochs = ConfigDict(ramp_epochs or {})
+  return config
+
+
+def finish(config: ConfigDict, arg: str) -> ConfigDict:
+  """Applies the argument that follows a config file's colon.
+
+  Args:
+    config: the config.
+    arg: "" or "smoke", which makes a run of seconds: small networks, small
+      made-up images, two epochs.
+
+  Returns:
+    The config.
+
+  Raises:
+    ValueError: for any other argument.
+  """
+  if arg not in ("", "smoke"):
+    raise ValueError(
+      f"config argument: expected '' or 'smoke' (CONFIG.py:smoke), got"
+      f" {arg!r}; fields are set with --config.FIELD=VALUE"
+    )
+  if arg == "smoke":
+    config.student.name = "resnet8"
+    if config.teacher.name:
+      config.teacher.name = "resnet14"
+    config.data.name = "synthetic"
+    config.data.image_size = 16
+    config.data.num_examples = 128
+    config.epochs = 2
+    config.teacher.epochs = 2
+    config.batch_size = 16
+    config.optim.milestones = (1,)
+    config.eval.batch_size = 64
+    config.log.every_steps = 4
+  return config

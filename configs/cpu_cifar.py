@@ -1,0 +1,35 @@
+"""Student alone, KD and SimKD on all of CIFAR-100, at the scale of a CPU.
+
+    python launch.py --config configs/cpu_cifar.py
+
+ResNet-20 teaches ResNet-8 for a few epochs: enough to see real images learnt
+on two cores in about an hour, far from the accuracy of a full schedule.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  """The four runs; `:smoke` makes each one of seconds."""
+  config = base.get_config()
+  config.student.name = "resnet8"
+  config.epochs = 3
+  config.batch_size = 128
+  config.optim.learning_rate = 0.1
+  config.optim.schedule = "cosine"
+  config.optim.milestones = ()
+  teacher = {"name": "resnet20"}
+  config.grid = {
+    "alone": {},
+    "kd": {
+      "teacher": teacher,
+      "distiller": {"name": "kd", "temperature": 4.0},
+      "loss_weights": {"ce": 1.0, "kd": 1.0},
+    },
+    "simkd": {
+      "teacher": teacher,
+      "distiller": {"name": "simkd", "factor": 2},
+      "loss_weights": {"ce": 0.0, "kd": 0.0, "simkd": 1.0},
+    },
+  }
+  return base.finish(config, arg)

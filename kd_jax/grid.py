@@ -1,0 +1,67 @@
+"""Several runs in one: each cell of a grid is an ordinary run of its own.
+
+A cell is a delta of the config, in a workdir of its own below the grid's, so
+that it can be resumed, exported or named as a teacher like any other run.
+"""
+
+import copy
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kd_jax import report, train
+
+# Free-form sections: a cell that names one replaces it.
+_REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
+
+
+def cells(config: ConfigDict) -> dict[str, ConfigDict]:
+  """The config of every cell, by name, in the order of `config.grid`.
+
+  Raises:
+    ValueError: if a cell sets a field that configs do not have.
+  """
+  made = {}
+  for name, delta in config.grid.items():
+    cell = copy.deepcopy(config)
+    with cell.unlocked():
+      cell.grid = ConfigDict()
+      for section in _REPLACED:
+        if section in delta:
+          cell[section] = ConfigDict(delta[section].to_dict())
+    rest = {k: v for k, v in delta.to_dict().items() if k not in _REPLACED}
+    try:
+      cell.lock().update(rest)
+    except (KeyError, TypeError) as error:
+      raise ValueError(f"config.grid.{name}: {error}") from error
+    made[name] = cell
+  return made
+
+
+def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
+  """Runs every cell, then writes and prints the table and the figure.
+
+  Args:
+    config: with a `grid`.
+    workdir: folder of the grid.
+
+  Returns:
+    The rows of the table.
+  """
+  folder = pathlib.Path(workdir).absolute()
+  made = cells(config)
+  for name, cell in made.items():  # a mistake in the last one is found now
+    try:
+      train.prepare(cell, folder / name)
+    except ValueError as error:
+      raise ValueError(f"config.grid.{name}: {error}") from error
+  for number, (name, cell) in enumerate(made.items(), 1):
+    print(f"\n[{number}/{len(made)}] {name}", flush=True)
+    train.train_and_evaluate(cell, str(folder / name))
+  rows = report.collect(folder)
+  text = report.table(rows)
+  (folder / "table.md").write_text(text, encoding="utf-8")
+  report.curves(folder, folder / "curves.png")
+  print(f"\n{text}\n{folder / 'table.md'}\n{folder / 'curves.png'}", flush=True)
+  return rows

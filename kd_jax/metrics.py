@@ -1,0 +1,192 @@
+"""Metrics: sums on the device, means on the host, and where they are written.
+
+A device never divides: a step returns sums over its global batch and their
+count, so that means over any number of steps, batches or devices are exact.
+"""
+
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax import parallel
+
+_log = logging.getLogger(__name__)
+
+
+COUNT = "count"
+
+
+def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+  """Whether each label is among the k largest logits.
+
+  Args:
+    logits: [B, C].
+    labels: [B] int.
+    k: at most C is used. Ties count against the label, NaNs too.
+
+  Returns:
+    [B] float32, 1 for a hit.
+  """
+  own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+  # Comparisons with NaN are false: count what is surely smaller instead of
+  # what is larger, so that a diverged network scores 0 and not 100 %.
+  smaller = jnp.sum((logits < own).astype(jnp.int32), axis=1)
+  return (smaller >= logits.shape[1] - min(k, logits.shape[1])).astype(
+    jnp.float32
+  )
+
+
+def global_sums(
+  values: Mapping[str, jax.Array],
+  count: jax.Array,
+  axis_name: str | None,
+) -> dict[str, jax.Array]:
+  """Adds local sums and their count over the devices.
+
+  Args:
+    values: name -> local sum.
+    count: local number of examples.
+    axis_name: the mapped axis, or None.
+
+  Returns:
+    The global sums, and the global count under "count".
+  """
+  return parallel.axis_sum({**values, COUNT: count}, axis_name)
+
+
+def means(sums: Mapping[str, Any]) -> dict[str, float]:
+  """Divides sums (scalars, or arrays over steps) by their count.
+
+  Args:
+    sums: what a step returned, fetched to the host.
+
+  Returns:
+    name -> mean, without the count; hits ("top1", "top5") in percent.
+  """
+  count = float(np.sum(sums[COUNT], dtype=np.float64))
+  return {
+    name: float(np.sum(value, dtype=np.float64))
+    * (100.0 if name.startswith("top") else 1.0)
+    / count
+    for name, value in sums.items()
+    if name != COUNT
+  }
+
+
+def first_non_finite(sums: Mapping[str, Any]) -> tuple[int, list[str]] | None:
+  """Finds the first step whose sums are not all finite.
+
+  Args:
+    sums: arrays [k] over k steps, on the host.
+
+  Returns:
+    (position in 0..k-1, the names that are not finite there), or None.
+  """
+  bad = {name: ~np.isfinite(value) for name, value in sums.items()}
+  anywhere = np.logical_or.reduce(list(bad.values()))
+  if not anywhere.any():
+    return None
+  first = int(np.argmax(anywhere))
+  return first, [name for name, flags in bad.items() if flags[first]]
+
+
+class Writer:
+  """Writes scalars to `metrics.jsonl` and to TensorBoard event files.
+
+  One line per call: `{"step": .., "kind": "train" | "eval", name: value}`.
+  """
+
+  def __init__(self, workdir: pathlib.Path, *, resume_step: int):
+    """Opens the files.
+
+    Args:
+      workdir: folder to write to.
+      resume_step: what was written after this step is removed: those steps
+        are about to be made again.
+    """
+    import tensorboardX  # after a restore, and not by those who only read
+
+    self._path = workdir / "metrics.jsonl"
+    _drop_after(self._path, resume_step)
+    self._lines = self._path.open("a", encoding="utf-8")
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=resume_step + 1
+    )
+
+  def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
+    """Appends one record and hands it to the operating system."""
+    record = {"step": step, "kind": kind, **scalars}
+    self._lines.write(json.dumps(record) + "\n")
+    self._lines.flush()
+    for name, value in scalars.items():
+      self._events.add_scalar(f"{kind}/{name}", value, step)
+
+  def close(self) -> None:
+    """Flushes and closes both files."""
+    self._lines.close()
+    self._events.close()
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+  """Removes records of later steps, and a last line that was cut short."""
+  if not path.exists():
+    return
+  kept = [r for r in read(path) if r["step"] <= step]
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(
+    "".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8"
+  )
+  os.replace(temporary, path)
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads a `metrics.jsonl`; a last line cut short by a crash is left out."""
+  records = []
+  for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      _log.warning("%s: left out a line that was cut short", path)
+  return records
+
+
+class Progress:
+  """A progress bar on a terminal, plain lines elsewhere."""
+
+  def __init__(self, *, total: int, initial: int, title: str, enabled: bool):
+    """Shows `initial` of `total` steps under `title`."""
+    from tqdm import tqdm
+
+    self._enabled = enabled
+    self._bar = tqdm(
+      total=total,
+      initial=initial,
+      desc=title,
+      unit="step",
+      dynamic_ncols=True,
+      mininterval=0.5,
+      disable=not (enabled and sys.stderr.isatty()),
+    )
+
+  def advance(self, steps: int, **shown: str) -> None:
+    """Moves on by `steps` and shows `shown` beside the bar."""
+    self._bar.set_postfix(shown, refresh=False)
+    self._bar.update(steps)
+
+  def line(self, text: str) -> None:
+    """Prints a line without disturbing the bar."""
+    if self._enabled:
+      self._bar.write(text, file=sys.stdout)
+      sys.stdout.flush()
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    self._bar.close()

@@ -1,0 +1,112 @@
+"""Learning-rate schedules and the optimiser, from keyword arguments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import optax
+
+# Networks of depthwise and grouped convolutions diverge at the general rate;
+# the reference toolboxes train them at a fifth of it.
+DEFAULT_LEARNING_RATE = 0.05
+MOBILE_LEARNING_RATE = 0.01
+_MOBILE_PREFIXES = ("MobileNet", "Shuffle")
+
+
+def default_learning_rate(model_name: str) -> float:
+  """The references' CIFAR rate for a student: 0.05, or 0.01 if mobile."""
+  if model_name.startswith(_MOBILE_PREFIXES):
+    return MOBILE_LEARNING_RATE
+  return DEFAULT_LEARNING_RATE
+
+
+def learning_rate_schedule(
+  base: float,
+  *,
+  schedule: str,
+  epochs: int,
+  steps_per_epoch: int,
+  milestones: Sequence[int] = (),
+  decay_rate: float = 0.1,
+  warmup_epochs: float = 0.0,
+) -> optax.Schedule:
+  """Learning rate as a function of the step.
+
+  Args:
+    base: the rate after warm-up.
+    schedule: "step" multiplies it by `decay_rate` from the first step after
+      `milestones` epochs on (the 1-based epoch exceeds the milestone);
+      "cosine" takes it to 0 over the steps; "constant" keeps it.
+    epochs: length of the run.
+    steps_per_epoch: optimiser updates in an epoch.
+    milestones: epochs, ascending.
+    decay_rate: factor at each milestone.
+    warmup_epochs: epochs over which the rate grows linearly from 0.
+
+  Returns:
+    A function from the step (0-based) to the rate.
+
+  Raises:
+    ValueError: for an unknown schedule.
+  """
+  total = epochs * steps_per_epoch
+  warmup = round(warmup_epochs * steps_per_epoch)
+  if schedule == "step":
+    # Milestones count from the start of the run; join_schedules restarts the
+    # count after the warm-up.
+    boundaries: dict[int, float] = {}
+    for milestone in milestones:
+      step = max(round(milestone * steps_per_epoch) - warmup, 0)
+      boundaries[step] = boundaries.get(step, 1.0) * decay_rate
+    main = optax.piecewise_constant_schedule(base, boundaries)
+  elif schedule == "cosine":
+    main = optax.cosine_decay_schedule(base, max(total - warmup, 1))
+  elif schedule == "constant":
+    main = optax.constant_schedule(base)
+  else:
+    raise ValueError(
+      "config.optim.schedule: expected one of 'step', 'cosine',"
+      f" 'constant', got {schedule!r}"
+    )
+  if not warmup:
+    return main
+  ramp = optax.linear_schedule(0.0, base, warmup)
+  return optax.join_schedules([ramp, main], [warmup])
+
+
+def sgd(
+  learning_rate: optax.Schedule,
+  *,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+  weight_decay: float = 0.0,
+  decay_mask: Any = None,
+  gradient_clip: float = 0.0,
+) -> optax.GradientTransformation:
+  """SGD as the reference toolboxes' PyTorch optimiser computes it.
+
+  g <- clip(g) + weight_decay * p;  v <- momentum * v + g;  p <- p - rate * v
+  (Nesterov: p <- p - rate * (g + momentum * v)). Weight decay is coupled and
+  acts on every parameter, BatchNorm's and biases included.
+
+  Args:
+    learning_rate: a schedule.
+    momentum: of the velocity v, which has no dampening.
+    nesterov: whether to look ahead.
+    weight_decay: coefficient of p in the gradient.
+    decay_mask: pytree of bools like the parameters; False leaves one out.
+    gradient_clip: largest global norm of the gradient; 0 does not clip.
+
+  Returns:
+    The optax transformation.
+  """
+  clip = (
+    optax.clip_by_global_norm(gradient_clip)
+    if gradient_clip
+    else optax.identity()
+  )
+  return optax.chain(
+    clip,
+    optax.add_decayed_weights(weight_decay, mask=decay_mask),
+    optax.trace(decay=momentum, nesterov=nesterov),
+    optax.scale_by_learning_rate(learning_rate),
+  )

@@ -1,0 +1,95 @@
+"""Classifies image files with an exported model.
+
+python -m kd_jax.predict --model DIR image.png ...
+"""
+
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+
+from kd_jax import export, setup
+
+
+def read_image(path: pathlib.Path, *, height: int, width: int) -> np.ndarray:
+  """Reads an image file as the model wants it.
+
+  Args:
+    path: any format that Pillow reads.
+    height: in pixels; another size is resized (bilinear, antialiased).
+    width: in pixels.
+
+  Returns:
+    uint8 [height, width, 3].
+
+  Raises:
+    ValueError: if it is no image.
+  """
+  from PIL import Image, ImageOps, UnidentifiedImageError
+
+  try:
+    with Image.open(path) as file:
+      image = ImageOps.exif_transpose(file).convert("RGB")
+      if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+      return np.asarray(image, np.uint8)
+  except FileNotFoundError as error:
+    raise ValueError(
+      f"{path} does not exist: expected an image file"
+    ) from error
+  except (UnidentifiedImageError, OSError) as error:
+    raise ValueError(
+      f"{path}: expected an image file, got one that cannot be decoded"
+      f" ({error})"
+    ) from error
+
+
+def top_classes(
+  model: export.ExportedModel, images: np.ndarray, *, k: int = 5
+) -> list[list[tuple[str, float]]]:
+  """The most probable classes of each image.
+
+  Args:
+    model: an exported model.
+    images: uint8 [B, H, W, 3].
+    k: how many; at most the number of classes.
+
+  Returns:
+    For each image (class name, probability), the most probable first.
+  """
+  probabilities = np.asarray(jax.nn.softmax(model.logits(images), axis=-1))
+  names = model.card["class_names"]
+  order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :k]
+  return [
+    [(names[i], float(row[i])) for i in best]
+    for row, best in zip(probabilities, order, strict=True)
+  ]
+
+
+def main() -> None:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+    prog="python -m kd_jax.predict",
+    description="Prints the five most probable classes of each image.",
+  )
+  parser.add_argument(
+    "--model", required=True, help="an export, or a finished run's workdir"
+  )
+  parser.add_argument("images", nargs="+", type=pathlib.Path)
+  args = parser.parse_args()
+  setup.configure_logging()
+  try:
+    model = export.load(args.model)
+    height, width, _ = model.card["image_shape"]
+    images = [read_image(p, height=height, width=width) for p in args.images]
+  except ValueError as error:
+    parser.exit(2, f"{error}\n")
+  answers = top_classes(model, np.stack(images))
+  for path, best in zip(args.images, answers, strict=True):
+    shown = ", ".join(f"{name} {100 * p:.1f} %" for name, p in best)
+    print(f"{path}: {shown}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,173 @@
+"""The workdir: what a run writes down, and whose it is.
+
+`config.json` (as settled), `environment.json` (versions, devices, commit,
+command), `checkpoints/` (to go on from), `best/` (highest top-1), `export/`,
+`metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy)
+and, at the end, `result.json`. Accuracies are percentages, cross-entropies
+nats, times seconds.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kd_jax import checkpoint
+
+# What may differ when a run goes on: where things are and how often they are
+# written, but nothing that a result depends on.
+_FREE = (
+  "checkpoint.",
+  "data.dir",
+  "log.",
+  "parallel.",
+  "teacher.checkpoint",
+  "verify_export",
+)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """Nested dicts as {"a.b": value}; an empty dict is a value."""
+  if not isinstance(tree, dict) or not tree:
+    return {prefix: tree}
+  flat = {}
+  for key, value in tree.items():
+    flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+  return flat
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+  """A config as JSON holds it: tuples are lists."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def identity(config: ConfigDict) -> dict[str, Any]:
+  """The fields that make a run this run and no other, flat."""
+  return {
+    name: value
+    for name, value in flatten(as_json(config)).items()
+    if not name.startswith(_FREE)
+  }
+
+
+def finished(
+  workdir: pathlib.Path, config: ConfigDict
+) -> dict[str, Any] | None:
+  """Looks whether a workdir is this run's, and done; writes nothing.
+
+  Args:
+    workdir: absolute path, which may not exist yet.
+    config: settled.
+
+  Returns:
+    The result, if this very run is finished there; else None.
+
+  Raises:
+    ValueError: if it holds a run of another config.
+  """
+  found = read_json(workdir / "config.json")
+  if found is None:
+    return None
+  theirs = {k: v for k, v in flatten(found).items() if not k.startswith(_FREE)}
+  ours = identity(config)
+  different = sorted(
+    name
+    for name in theirs.keys() | ours.keys()
+    if theirs.get(name) != ours.get(name)
+  )
+  if different:
+    lines = [
+      f"  {name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+      for name in different
+    ]
+    raise ValueError(
+      f"{workdir} holds a run of another config:\n"
+      + "\n".join(lines)
+      + "\nNothing was changed. Give another --workdir, or remove that one"
+    )
+  return result(workdir)
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Makes the workdir and says whose it is, unless that is there already."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not (workdir / "config.json").exists():
+    checkpoint.write_json(workdir / "environment.json", environment())
+    checkpoint.write_json(workdir / "config.json", as_json(config))
+
+
+def result(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The content of `result.json`, None for a run that is not finished."""
+  return read_json(workdir / "result.json")
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """The content of a JSON file, None if there is no file.
+
+  Raises:
+    ValueError: if it is not JSON.
+  """
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f"{path}: expected JSON, got a file that ends or breaks at"
+      f" character {error.pos}. Restore it, or give another --workdir"
+    ) from error
+
+
+def hardware() -> str:
+  """The devices of this run, in words."""
+  devices = jax.devices()
+  kind = devices[0].device_kind
+  if devices[0].platform == "cpu":
+    kind = f"CPU {platform.machine()}, {_cores()} cores"
+  return f"{len(devices)} x {kind}"
+
+
+def _cores() -> int:
+  import os
+
+  return len(os.sched_getaffinity(0))
+
+
+def environment() -> dict[str, Any]:
+  """Versions, devices, commit and command line."""
+  versions = {}
+  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = "not installed"
+  return {
+    "command": sys.argv,
+    "python": platform.python_version(),
+    "versions": versions,
+    "hardware": hardware(),
+    "processes": jax.process_count(),
+    "git_commit": git_commit(),
+  }
+
+
+def git_commit() -> str:
+  """The commit of the code that runs, marked if files differ from it."""
+  folder = pathlib.Path(__file__).resolve().parent
+  try:
+    return subprocess.run(
+      ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+      cwd=folder,
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=10,
+    ).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"

@@ -1,0 +1,242 @@
+"""What happens to a config and a process before a run: settle, check, watch."""
+
+import copy
+import hashlib
+import json
+import logging
+import pathlib
+import signal
+import threading
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_jax import data, optim, record
+
+_log = logging.getLogger(__name__)
+
+
+def settle(config: ConfigDict, source: data.Source) -> ConfigDict:
+  """Fills the fields that were left open, and says so.
+
+  Args:
+    config: as a config file made it.
+    source: the training set.
+
+  Returns:
+    A copy of which nothing is open.
+  """
+  del source
+  config = copy.deepcopy(config)
+  if config.optim.learning_rate is None:
+    name = config.student.name
+    with config.unlocked():
+      config.optim.learning_rate = optim.default_learning_rate(name)
+    _log.info(
+      "config.optim.learning_rate: %g, the default for %s",
+      config.optim.learning_rate,
+      name,
+    )
+  return config
+
+
+def check(config: ConfigDict, source: data.Source, *, num_devices: int) -> None:
+  """Refuses what cannot run.
+
+  Args:
+    config: settled.
+    source: the training set.
+    num_devices: over which a batch is spread.
+
+  Raises:
+    ValueError: that says which field, what was expected, and what to do.
+  """
+  for field, value in (
+    ("accumulate_steps", config.accumulate_steps),
+    ("epochs", config.epochs),
+    ("eval.every_epochs", config.eval.every_epochs),
+    ("eval.batch_size", config.eval.batch_size),
+    ("log.every_steps", config.log.every_steps),
+    ("checkpoint.keep", config.checkpoint.keep),
+  ):
+    if value < 1:
+      raise ValueError(f"config.{field}: expected 1 or more, got {value}")
+  size, parts = config.batch_size, num_devices * config.accumulate_steps
+  if size <= 0 or size % parts:
+    raise ValueError(
+      f"config.batch_size: expected a multiple of {parts} ({num_devices}"
+      f" devices x {config.accumulate_steps} accumulate_steps), got {size}."
+      f" Take {max(round(size / parts), 1) * parts}, or fewer devices with"
+      " config.parallel.num_devices"
+    )
+  if size > len(source.labels):
+    raise ValueError(
+      f"config.batch_size: expected at most the {len(source.labels)} images"
+      f" of {source.name}, got {size}"
+    )
+  if config.dtype not in ("float32", "bfloat16"):
+    raise ValueError(
+      f"config.dtype: expected 'float32' or 'bfloat16', got {config.dtype!r}"
+    )
+  for name in config.loss_ramp_epochs:
+    if name not in config.loss_weights:
+      raise ValueError(
+        f"config.loss_ramp_epochs: expected terms of config.loss_weights"
+        f" ({', '.join(config.loss_weights)}), got {name!r}. Give it a weight"
+        " or leave it out"
+      )
+  if config.teacher.checkpoint and not config.teacher.name:
+    raise ValueError(
+      f"config.teacher.checkpoint is {config.teacher.checkpoint!r} but"
+      " config.teacher.name is empty: name the teacher's network too"
+    )
+
+
+def steps_per_dispatch(
+  wanted: int, *, steps_per_epoch: int, resident: bool
+) -> int:
+  """Settles how many optimiser updates one dispatch makes.
+
+  Args:
+    wanted: `config.steps_per_dispatch`.
+    steps_per_epoch: which it has to divide.
+    resident: whether the data set is on the device, so that more steps cost
+      no more memory.
+
+  Returns:
+    The number.
+
+  Raises:
+    ValueError: if it does not divide an epoch.
+  """
+  divisors = [
+    d for d in range(1, steps_per_epoch + 1) if steps_per_epoch % d == 0
+  ]
+  if wanted == 0:
+    if jax.default_backend() == "cpu":
+      return 1
+    return max(d for d in divisors if resident or d <= 64)
+  if wanted not in divisors:
+    near = sorted(divisors, key=lambda d: abs(d - wanted))[:3]
+    raise ValueError(
+      "config.steps_per_dispatch: expected a divisor of the"
+      f" {steps_per_epoch} steps of an epoch, got {wanted}. Near it:"
+      f" {', '.join(map(str, sorted(near)))}; 0 settles it"
+    )
+  return wanted
+
+
+def teacher_config(config: ConfigDict) -> ConfigDict:
+  """The run that trains a config's teacher."""
+  teacher = copy.deepcopy(config)
+  with teacher.unlocked():
+    teacher.seed = config.teacher.seed
+    teacher.student.name = config.teacher.name
+    teacher.teacher.name = ""
+    teacher.teacher.checkpoint = ""
+    teacher.distiller = ConfigDict({"name": "none"})
+    teacher.loss_weights = ConfigDict({"ce": 1.0})
+    teacher.loss_ramp_epochs = ConfigDict()
+    teacher.optim.learning_rate = config.teacher.learning_rate
+    if teacher.optim.learning_rate is None:
+      teacher.optim.learning_rate = optim.default_learning_rate(
+        config.teacher.name
+      )
+    for field, place in (("epochs", teacher), ("milestones", teacher.optim)):
+      if config.teacher[field] is not None:
+        place[field] = config.teacher[field]
+    # Its own teacher settings are spent.
+    for field in ("epochs", "learning_rate", "milestones"):
+      teacher.teacher[field] = None
+    teacher.teacher.seed = 0
+    teacher.grid = ConfigDict()
+    teacher.verify_export = False
+    teacher.verify_export = False
+  return teacher
+
+
+def teacher_workdir(
+  workdir: pathlib.Path, config: ConfigDict, source: data.Source
+) -> pathlib.Path:
+  """Where the teacher of a config is kept for all runs beside `workdir`."""
+  text = json.dumps(record.identity(config), sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  name = f"{config.student.name}_{source.name.replace(':', '_')}_{digest}"
+  return workdir.parent / "teachers" / name
+
+
+def configure_logging() -> None:
+  """Shows this package's log; of its libraries' only errors."""
+  logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+  logging.getLogger("kd_jax").setLevel(logging.INFO)
+  # Orbax tells every file that it touches through absl's logger.
+  logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def compilation_cache(setting: str, workdir: pathlib.Path) -> None:
+  """Keeps compiled programs in a folder; see `config.parallel`."""
+  if setting == "auto":
+    if jax.default_backend() == "cpu":
+      return
+    setting = str(workdir.parent / ".compilation_cache")
+  if setting:
+    jax.config.update("jax_compilation_cache_dir", setting)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def count(params: Any) -> int:
+  """The number of scalars in a pytree."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))
+
+
+def parameter_overview(params: dict[str, Any]) -> str:
+  """A table of the parameters of each part's blocks.
+
+  Args:
+    params: `{"student": ..., "distiller": ...}`.
+
+  Returns:
+    Text of several lines.
+  """
+  rows = []
+  for part, blocks in params.items():
+    for name, block in blocks.items():
+      rows.append((f"{part}/{name}", count(block)))
+    rows.append((f"{part}, all", count(blocks)))
+  width = max(len(name) for name, _ in rows)
+  lines = [f"{name:<{width}} {number:>12,}" for name, number in rows]
+  return "parameters\n" + "\n".join(lines)
+
+
+class StopSignals:
+  """Notes SIGTERM and SIGINT instead of dying, while the context lasts.
+
+  A second signal of the same kind acts as it would have without it.
+
+  Attributes:
+    received: the signal's name, or None.
+  """
+
+  _WATCHED = (signal.SIGTERM, signal.SIGINT)
+
+  def __init__(self):
+    """Watches nothing yet."""
+    self.received: str | None = None
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> "StopSignals":
+    if threading.current_thread() is threading.main_thread():
+      for number in self._WATCHED:
+        self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def _note(self, number, frame):
+    del frame
+    self.received = signal.Signals(number).name
+    signal.signal(number, self._before[number])
+
+  def __exit__(self, *exception) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

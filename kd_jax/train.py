@@ -1,0 +1,654 @@
+"""The composition root and the loop: build, restore, step, log, evaluate, save.
+
+This is the only file that reads a config; below it everything takes plain
+keyword arguments. Restore order: the workdir's own checkpoint (the same run,
+interrupted), else a fresh start. The teacher is never in a checkpoint.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_jax import (
+  checkpoint,
+  data,
+  distillers,
+  export,
+  metrics,
+  models,
+  optim,
+  parallel,
+  record,
+  setup,
+  train_step,
+)
+from kd_jax import state as state_lib
+from kd_jax.data import augment
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+  """The loss became infinite or not a number."""
+
+
+class PreemptedError(RuntimeError):
+  """The run was asked to stop, and has saved what it needs to go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen teacher.
+
+  Attributes:
+    model: the network, or None where the method has none.
+    variables: its variables, on the devices.
+    about: name, checkpoint and its own accuracy, for the result.
+  """
+
+  model: nn.Module | None
+  variables: Any
+  about: dict[str, Any]
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+  """Trains what a config says, or goes on with it.
+
+  Args:
+    config: made by a file of `configs/`.
+    workdir: folder of the run; see `kd_jax.record` for what it holds.
+
+  Returns:
+    The content of `result.json`.
+
+  Raises:
+    ValueError: for a config that cannot run, before anything is written.
+    NonFiniteLossError: when the loss leaves the finite numbers.
+    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
+  """
+  path = pathlib.Path(workdir).absolute()
+  run = prepare(config, path)
+  if isinstance(run, dict):
+    _log.info("%s is finished: nothing to do", path)
+    return run
+  record.claim(path, run.config)
+  setup.compilation_cache(run.config.parallel.compilation_cache, path)
+  return run.train()
+
+
+def prepare(
+  config: ConfigDict, workdir: pathlib.Path
+) -> "Run | dict[str, Any]":
+  """Builds a run as far as that finds the mistakes in its config.
+
+  Args:
+    config: made by a file of `configs/`.
+    workdir: absolute path; nothing is written.
+
+  Returns:
+    The run, or its result if it is finished.
+
+  Raises:
+    ValueError: for a config that cannot run, or is not the workdir's.
+  """
+  train_source, test_source = _sources(config)
+  config = setup.settle(config, train_source)
+  finished = record.finished(workdir, config)
+  if finished is not None:
+    return finished
+  return Run(config, workdir, train_source, test_source)
+
+
+def _sources(config):
+  settings = {
+    "dir": config.data.dir,
+    "image_size": config.data.image_size,
+    "num_examples": config.data.num_examples,
+    "num_classes": config.data.num_classes,
+  }
+  return tuple(
+    data.load(config.data.name, split=split, **settings)
+    for split in ("train", "test")
+  )
+
+
+class Run:
+  """One training run: its parts, built once, and its loop."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    train_source: data.Source,
+    test_source: data.Source,
+  ):
+    """Builds everything but the teacher's weights, which may take hours.
+
+    Args:
+      config: settled.
+      workdir: absolute path.
+      train_source: training set.
+      test_source: test set.
+    """
+    self.config, self.workdir = config, workdir
+    self.train_source, self.test_source = train_source, test_source
+    self.devices = parallel.make_devices(
+      num_devices=config.parallel.num_devices, mapping=config.parallel.mapping
+    )
+    self.num_devices = self.devices.mesh.devices.size
+    setup.check(config, train_source, num_devices=self.num_devices)
+    if config.teacher.checkpoint:
+      export.check_teacher(
+        config.teacher.checkpoint,
+        name=config.teacher.name,
+        num_classes=train_source.num_classes,
+      )
+    create = functools.partial(
+      models.create,
+      num_classes=train_source.num_classes,
+      dtype=jnp.dtype(config.dtype),
+    )
+    sync = config.sync_batch_stats
+    self.student = create(
+      config.student.name, bn_axis_name=parallel.AXIS if sync else None
+    )
+    name = config.teacher.name
+    self.teacher_model = create(name) if name else None
+    self.distiller = self._distiller(parallel.AXIS)
+    self.pipeline = data.create(
+      config.data.pipeline,
+      train_source,
+      batch_size=config.batch_size,
+      seed=config.seed,
+    )
+    self.steps_per_epoch = self.pipeline.steps_per_epoch
+    self.steps_per_dispatch = setup.steps_per_dispatch(
+      config.steps_per_dispatch,
+      steps_per_epoch=self.steps_per_epoch,
+      resident=bool(self.pipeline.resident),
+    )
+    self.total_steps = config.epochs * self.steps_per_epoch
+    self.normalize = functools.partial(
+      augment.normalize,
+      mean=train_source.mean,
+      std=train_source.std,
+      dtype=jnp.dtype(config.dtype),
+    )
+    self.optimizer = self._optimizer()
+
+  def _distiller(self, axis_name):
+    fields = self.config.distiller.to_dict()
+    return distillers.create(
+      fields.pop("name"),
+      axis_name=axis_name,
+      sync=self.config.sync_batch_stats,
+      dtype=jnp.dtype(self.config.dtype),
+      **fields,
+    )
+
+  def _transform(self, key, batch):
+    images = augment.augment(
+      key,
+      batch["image"],
+      batch["index"],
+      pad=self.config.data.crop_padding,
+      flip=self.config.data.flip,
+    )
+    return self.normalize(images)
+
+  def _loss_arguments(self):
+    ramps = self.config.loss_ramp_epochs.to_dict()
+    return {
+      "student": self.student,
+      "teacher": self.teacher_model,
+      "distiller": self.distiller,
+      "loss_weights": self.config.loss_weights.to_dict(),
+      "ramp_steps": {
+        name: max(round(epochs * self.steps_per_epoch), 1)
+        for name, epochs in ramps.items()
+      },
+      "transform": self._transform,
+      "seed": self.config.seed,
+    }
+
+  def _optimizer(self):
+    """Builds the optimiser, and with it tries the whole program on shapes.
+
+    Every mistake that shapes can show (a batch that a method cannot take,
+    layers that do not exist, a weight for an unknown term) is an error here.
+    """
+    abstract_teacher = {}
+    if self.teacher_model is not None:
+      image = jax.ShapeDtypeStruct(
+        (1, *self.train_source.images.shape[1:]), jnp.float32
+      )
+      abstract_teacher = jax.eval_shape(
+        functools.partial(self.teacher_model.init, train=False),
+        jax.random.key(0),
+        image,
+      )
+    student, distilled = jax.eval_shape(
+      self._initialize, jax.random.key(0), abstract_teacher
+    )
+    student_params, student_rest = state_lib.split_params(student)
+    distiller_params, distiller_rest = state_lib.split_params(distilled)
+    # Collectives need a mapped axis: shapes are tried on one replica alone.
+    arguments = self._loss_arguments()
+    arguments["student"] = self.student.clone(bn_axis_name=None)
+    arguments["distiller"] = self._distiller(None)
+    local = self.config.batch_size // self.config.accumulate_steps
+    if not self.config.sync_batch_stats:
+      local //= self.num_devices
+    decay_mask = train_step.reached_parameters(
+      train_step.make_loss_fn(axis_name=None, **arguments),
+      {"student": student_params, "distiller": distiller_params},
+      {"student": student_rest, "distiller": distiller_rest},
+      abstract_teacher,
+      _abstract_batch(local, self.train_source.images.shape[1:]),
+      jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    settings = self.config.optim
+    schedule = optim.learning_rate_schedule(
+      settings.learning_rate,
+      schedule=settings.schedule,
+      epochs=self.config.epochs,
+      steps_per_epoch=self.steps_per_epoch,
+      milestones=settings.milestones,
+      decay_rate=settings.decay_rate,
+      warmup_epochs=settings.warmup_epochs,
+    )
+    self.schedule = schedule
+    return optim.sgd(
+      schedule,
+      momentum=settings.momentum,
+      nesterov=settings.nesterov,
+      weight_decay=settings.weight_decay,
+      decay_mask=decay_mask,
+      gradient_clip=settings.gradient_clip,
+    )
+
+  def _initialize(self, key, teacher_variables):
+    """Variables of the student and of the distiller, from one key."""
+    student_key, distiller_key, memory_key = jax.random.split(key, 3)
+    size = self.config.batch_size // self.config.accumulate_steps
+    if not self.config.sync_batch_stats:
+      size //= self.num_devices
+    shape = (size, *self.train_source.images.shape[1:])
+    batch = {
+      "image": jnp.zeros(shape, jnp.uint8),
+      "label": jnp.zeros(size, jnp.int32),
+      "index": jnp.arange(size, dtype=jnp.int32),
+      "mask": jnp.ones(size, bool),
+      # Only here: what sizes a memory bank and says which examples share a
+      # class.
+      "train_labels": jnp.asarray(self.train_source.labels),
+    }
+    images = self.normalize(batch["image"])
+    student = self.student.clone(bn_axis_name=None)
+    variables = student.init(student_key, images, train=False)
+    teacher_output, classify = train_step.run_teacher(
+      self.teacher_model, teacher_variables, images
+    )
+    distiller_variables = self._distiller(None).init(
+      {"params": distiller_key, "distiller": memory_key},
+      student.apply(variables, images, train=False),
+      teacher_output,
+      batch,
+      teacher_classifier=classify,
+      step=jnp.zeros((), jnp.int32),
+      train=True,
+    )
+    return variables, distiller_variables
+
+  def train(self) -> dict[str, Any]:
+    """Obtains the teacher, restores, trains to the end, exports."""
+    self.teacher = self._teacher()
+    # Run once: on a CPU, compiling it well takes five times as long.
+    options = {"xla_backend_optimization_level": 0}
+    initialize = jax.jit(
+      self._initialize,
+      compiler_options=options if jax.default_backend() == "cpu" else None,
+    )
+    student, distilled = initialize(
+      jax.random.key(self.config.seed), self.teacher.variables
+    )
+    state = self.devices.replicate(
+      state_lib.create(student, distilled, self.optimizer)
+    )
+    self._compile_functions()
+    _log.info("%s", setup.parameter_overview(state.params))
+    loop = Loop(self, state)
+    try:
+      return loop.run()
+    finally:
+      loop.close()
+
+  def _compile_functions(self):
+    step = train_step.make_train_step(
+      optimizer=self.optimizer,
+      axis_name=parallel.AXIS,
+      accumulate_steps=self.config.accumulate_steps,
+      **self._loss_arguments(),
+    )
+    chunk = train_step.make_train_chunk(step, self.pipeline.load)
+    self.train_chunk = self.devices.map_chunk(chunk, donate=True)
+    self.resident = self.devices.replicate(self.pipeline.resident)
+    self.evaluate = self._evaluator(
+      self.student, self.teacher_model, self.distiller
+    )
+
+  def _evaluator(self, student, teacher, distiller):
+    """A function from variables to mean metrics over the whole test set."""
+    batch_size = self.config.eval.batch_size
+    batch_size = math.ceil(batch_size / self.num_devices) * self.num_devices
+    xs = data.eval_batches(self.test_source, batch_size=batch_size)
+    count = len(xs["label"])
+    size = 1 if jax.default_backend() == "cpu" else count
+    chunks = [
+      self.devices.shard({k: v[i : i + size] for k, v in xs.items()})
+      for i in range(0, count, size)
+    ]
+    step = train_step.make_eval_step(
+      student=student,
+      teacher=teacher,
+      distiller=distiller,
+      transform=lambda _, batch: self.normalize(batch["image"]),
+      axis_name=parallel.AXIS,
+    )
+    mapped = self.devices.map_chunk(train_step.make_eval_chunk(step))
+
+    def evaluate(variables, teacher_variables):
+      sums = [mapped(variables, teacher_variables, {}, c) for c in chunks]
+      sums = jax.device_get(sums)
+      return metrics.means(
+        {name: np.stack([s[name] for s in sums]) for name in sums[0]}
+      )
+
+    return evaluate
+
+  def _teacher(self):
+    name = self.config.teacher.name
+    if not name:
+      return Teacher(None, {}, {})
+    source = self.config.teacher.checkpoint
+    if not source:
+      teacher_config = setup.teacher_config(self.config)
+      folder = setup.teacher_workdir(
+        self.workdir, teacher_config, self.train_source
+      )
+      if record.result(folder) is None:
+        _say(f"no config.teacher.checkpoint: training {name} first in {folder}")
+        train_and_evaluate(teacher_config, str(folder))
+      else:
+        _say(f"teacher {name}: reusing {folder}")
+      source = str(folder)
+    loaded = export.load_teacher(
+      source, name=name, num_classes=self.train_source.num_classes
+    )
+    variables = self.devices.replicate(loaded)
+    about = record.read_json(self.workdir / "teacher.json")
+    if about is None:
+      evaluate = self._evaluator(self.teacher_model, None, _no_distiller())
+      scores = evaluate({"student": variables, "distiller": {}}, {})
+      about = {"name": name, "checkpoint": source, **scores}
+      checkpoint.write_json(self.workdir / "teacher.json", about)
+    _say(f"teacher {name}: {_scores(about)} ({source})")
+    return Teacher(self.teacher_model, variables, about)
+
+
+def _abstract_batch(size, shape):
+  struct = jax.ShapeDtypeStruct
+  return {
+    "image": struct((size, *shape), jnp.uint8),
+    "label": struct((size,), jnp.int32),
+    "index": struct((size,), jnp.int32),
+    "mask": struct((size,), jnp.bool_),
+  }
+
+
+def _predict_in_fresh_process(workdir, source, examples=4):
+  from PIL import Image
+
+  folder = workdir / "samples"
+  folder.mkdir(exist_ok=True)
+  paths: list[str] = []
+  for image, label in list(zip(source.images, source.labels))[:examples]:
+    path = folder / f"{len(paths)}_{source.class_names[label]}.png"
+    Image.fromarray(image).save(path)
+    paths.append(str(path))
+  command = [sys.executable, "-m", "kd_jax.predict", "--model"]
+  command += [str(workdir / "export"), *paths]
+  _say("in a fresh process: python " + " ".join(command[1:]))
+  package = pathlib.Path(__file__).resolve().parent.parent
+  python_path = f"{package}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+  subprocess.run(
+    command,
+    check=True,
+    # This process may hold the accelerator's memory.
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path},
+  )
+
+
+def _no_distiller():
+  return distillers.create("none")
+
+
+def _say(text: str) -> None:
+  print(text, flush=True)
+
+
+def _scores(values) -> str:
+  return (
+    f"top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %,"
+    f" cross-entropy {values['ce']:.4f}"
+  )
+
+
+class Loop:
+  """The training loop of a run, and what has to survive a restart of it."""
+
+  def __init__(self, run: Run, state: state_lib.TrainState):
+    """Restores the newest checkpoint into `state`, if there is one."""
+    self.run_, self.config = run, run.config
+    self.checkpoints = checkpoint.Checkpointer(
+      run.workdir / "checkpoints", keep=run.config.checkpoint.keep
+    )
+    self.best_checkpoint = checkpoint.Checkpointer(run.workdir / "best", keep=1)
+    self.state, self.step = state, 0
+    self.best: dict[str, Any] = {}
+    self.last_eval: dict[str, Any] = {}
+    self.seconds, self.started = 0.0, time.monotonic()
+    self.totals: dict[str, float] = {}
+    restored = self.checkpoints.restore_latest(state)
+    if restored is not None:
+      self.state, self.step = restored.state, restored.step
+      run.pipeline.set_state(restored.position)
+      self.best = restored.meta["best"]
+      self.last_eval = restored.meta["last_eval"]
+      self.seconds = restored.meta["seconds"]
+      self.totals = restored.meta["totals"]
+      _say(f"going on from step {self.step} of {run.total_steps}")
+    self.saved_step, self.saved_time = self.step, time.monotonic()
+    self.writer = metrics.Writer(run.workdir, resume_step=self.step)
+    self.progress = metrics.Progress(
+      total=run.total_steps,
+      initial=self.step,
+      title=f"{run.config.distiller.name}:{run.config.student.name}",
+      enabled=jax.process_index() == 0,
+    )
+    self.pending: list[tuple[int, Any]] = []
+
+  def close(self) -> None:
+    """Releases files and waits for what is being saved."""
+    self.progress.close()
+    self.writer.close()
+    self.checkpoints.close()
+    self.best_checkpoint.close()
+
+  def run(self) -> dict[str, Any]:
+    """Trains to the last step."""
+    run = self.run_
+    with setup.StopSignals() as stop:
+      while self.step < run.total_steps:
+        self._dispatch()
+        epoch, within = divmod(self.step, run.steps_per_epoch)
+        last = self.step == run.total_steps
+        if last or (within == 0 and epoch % self.config.eval.every_epochs == 0):
+          self._evaluate(epoch)
+        if last or stop.received or self._checkpoint_is_due():
+          self._save()
+        if stop.received and not last:
+          self.checkpoints.wait()
+          raise PreemptedError(
+            f"stopped by {stop.received} at step {self.step}, saved in"
+            f" {run.workdir}: the same command goes on from there"
+          )
+    return self._finish()
+
+  def _dispatch(self):
+    run, size = self.run_, self.run_.steps_per_dispatch
+    xs = run.devices.shard(run.pipeline.next_chunk(size))
+    self.state, sums = run.train_chunk(
+      self.state, run.teacher.variables, run.resident, xs
+    )
+    self.pending.append((self.step, sums))
+    self.step += size
+    self.progress.advance(size)
+    # One dispatch late: the device already has its next work.
+    self._collect(leave=1)
+
+  def _collect(self, *, leave: int):
+    """Fetches metrics, writes those that are due."""
+    run = self.run_
+    while len(self.pending) > leave:
+      first, sums = self.pending.pop(0)
+      sums = jax.device_get(sums)
+      self._require_finite(first, sums)
+      for name, value in sums.items():
+        total = self.totals.get(name, 0.0)
+        self.totals[name] = total + float(np.sum(value, dtype=np.float64))
+      done = first + len(sums[metrics.COUNT])
+      every = self.config.log.every_steps
+      if done // every > first // every or done % run.steps_per_epoch == 0:
+        values = metrics.means(self.totals)
+        self.totals = {}
+        values["learning_rate"] = float(run.schedule(done - 1))
+        values["epoch"] = done / run.steps_per_epoch
+        self.writer.write(done, "train", values)
+        self.progress.line(
+          f"step {done}/{run.total_steps} loss {values['loss']:.4f}"
+          f" top-1 {values['top1']:.2f} %"
+        )
+
+  def _require_finite(self, first, sums):
+    found = metrics.first_non_finite(sums)
+    if found is None:
+      return
+    offset, names = found
+    terms = [n for n in names if n in self.config.loss_weights] or names
+    raise NonFiniteLossError(
+      f"step {first + offset + 1}: the loss is not finite (terms:"
+      f" {', '.join(terms)}). The last checkpoint, of step {self.saved_step},"
+      " is from before it. Lower config.optim.learning_rate (now"
+      f" {self.config.optim.learning_rate}) or set"
+      " config.optim.warmup_epochs or config.optim.gradient_clip"
+    )
+
+  def _evaluate(self, epoch: int):
+    self._collect(leave=0)
+    run = self.run_
+    variables = {
+      name: self.state.variables(name) for name in ("student", "distiller")
+    }
+    scores = run.evaluate(variables, run.teacher.variables)
+    self.writer.write(self.step, "eval", {**scores, "epoch": epoch})
+    self.last_eval = {**scores, "epoch": epoch}
+    self.progress.line(f"epoch {epoch}/{self.config.epochs}: {_scores(scores)}")
+    if not self.best or scores["top1"] > self.best["top1"]:
+      self.best = self.last_eval
+      tree = export.inference_tree(
+        self.state, run.distiller, run.teacher.model, run.teacher.variables
+      )
+      self.best_checkpoint.save(
+        self.step, tree, position={}, meta={"card": self._card()}
+      )
+
+  def _card(self):
+    run = self.run_
+    return export.model_card(
+      run.config,
+      source=run.train_source,
+      distiller=run.distiller,
+      teacher_model=run.teacher.model,
+      scores=self.last_eval,
+    )
+
+  def _checkpoint_is_due(self) -> bool:
+    settings = self.config.checkpoint
+    steps = self.step - self.saved_step
+    if settings.every_steps and steps >= settings.every_steps:
+      return True
+    return time.monotonic() - self.saved_time >= 60 * settings.every_minutes
+
+  def _elapsed(self) -> float:
+    return self.seconds + time.monotonic() - self.started
+
+  def _save(self):
+    # What has not been looked at may not be finite, and must not be kept.
+    self._collect(leave=0)
+    if self.step == self.saved_step:
+      return
+    self.checkpoints.save(
+      self.step,
+      self.state,
+      position=self.run_.pipeline.get_state(),
+      meta={
+        "best": self.best,
+        "last_eval": self.last_eval,
+        "seconds": self._elapsed(),
+        "totals": self.totals,
+        "card": self._card(),
+      },
+    )
+    self.saved_step, self.saved_time = self.step, time.monotonic()
+
+  def _finish(self) -> dict[str, Any]:
+    run = self.run_
+    self.checkpoints.wait()
+    self.best_checkpoint.wait()
+    export.export_run(run.workdir, run.workdir / "export")
+    seconds = self._elapsed()
+    result = {
+      "final": self.last_eval,
+      "best": self.best,
+      "teacher": run.teacher.about,
+      "student": run.config.student.name,
+      "method": run.config.distiller.name,
+      "seed": run.config.seed,
+      "parameters": setup.count(self.state.params["student"]),
+      "distiller_parameters": setup.count(self.state.params["distiller"]),
+      "steps": self.step,
+      "seconds": round(seconds, 3),
+      "images_per_second": round(
+        self.step * run.config.batch_size / seconds, 1
+      ),
+      "hardware": record.hardware(),
+    }
+    if run.config.verify_export:
+      _predict_in_fresh_process(run.workdir, run.test_source)
+    checkpoint.write_json(run.workdir / "result.json", result)
+    _say(f"{run.workdir}: last epoch {_scores(self.last_eval)}")
+    return result

@@ -1,0 +1,354 @@
+"""The train step and the evaluation step: one of each for every method."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from kd_jax import metrics, parallel
+from kd_jax.distillers import base
+from kd_jax.state import TrainState
+
+Batch = dict[str, jax.Array]
+Transform = Callable[[jax.Array, Batch], jax.Array]
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict]]
+
+
+def run_teacher(
+  teacher: nn.Module | None, variables: Any, images: jax.Array
+) -> tuple[Any, Callable[[jax.Array], jax.Array] | None]:
+  """The frozen teacher: its output, and its classifier as a function.
+
+  Args:
+    teacher: the model, or None where there is none.
+    variables: its variables.
+    images: [B, H, W, C] float.
+
+  Returns:
+    (output in evaluation mode, cut from the gradient; pooled -> logits).
+  """
+  if teacher is None:
+    return None, None
+  output = teacher.apply(variables, images, train=False)
+  classify = functools.partial(teacher.classify, variables["params"])
+  return jax.lax.stop_gradient(output), classify
+
+
+def make_loss_fn(
+  *,
+  student: nn.Module,
+  teacher: nn.Module | None,
+  distiller: base.Distiller,
+  loss_weights: Mapping[str, float],
+  ramp_steps: Mapping[str, int],
+  transform: Transform,
+  seed: int,
+  axis_name: str | None,
+) -> Callable[..., tuple[jax.Array, Any]]:
+  """Builds `loss(params, collections, teacher_variables, batch, step)`.
+
+  See `make_train_step` for the arguments.
+
+  Returns:
+    The function; it returns (total loss, (new collections, sums)), both of
+    this replica's batch.
+  """
+
+  def loss_fn(params, collections, teacher_variables, batch, step):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    augment_key, example_key, replica_key = jax.random.split(key, 3)
+    images = transform(augment_key, batch)
+    replica_key = jax.random.fold_in(
+      replica_key, parallel.axis_index(axis_name)
+    )
+    teacher_output, classify = run_teacher(teacher, teacher_variables, images)
+    student_output, student_updates = student.apply(
+      {"params": params["student"], **collections["student"]},
+      images,
+      train=True,
+      mutable=list(collections["student"]),
+      rngs={"dropout": replica_key},
+    )
+    output, distiller_updates = distiller.apply(
+      {"params": params["distiller"], **collections["distiller"]},
+      student_output,
+      teacher_output,
+      batch,
+      teacher_classifier=classify,
+      step=step,
+      train=True,
+      mutable=list(collections["distiller"]),
+      rngs={"distiller": example_key},
+    )
+    losses = {
+      # With a ramp of W steps, a term's weight grows to 1 over W steps.
+      name: value * jnp.minimum((step + 1) / ramp_steps[name], 1.0)
+      if name in ramp_steps
+      else value
+      for name, value in output.losses.items()
+    }
+    total = base.weighted_sum(losses, loss_weights)
+    count = jnp.asarray(batch["label"].shape[0], jnp.float32)
+    correct = metrics.topk_correct(output.logits, batch["label"], 1)
+    sums = {"loss": total * count, "top1": jnp.sum(correct)}
+    for name, weight in loss_weights.items():
+      if weight:
+        sums[name] = jnp.mean(output.losses[name]) * count
+    collections = {
+      "student": {**collections["student"], **student_updates},
+      "distiller": {**collections["distiller"], **distiller_updates},
+    }
+    return total, (collections, sums)
+
+  return loss_fn
+
+
+def make_train_step(
+  *,
+  optimizer: optax.GradientTransformation,
+  axis_name: str | None = None,
+  accumulate_steps: int = 1,
+  **loss_arguments: Any,
+) -> Step:
+  """Builds the train step of one replica.
+
+  Args:
+    optimizer: made by `optim.sgd`.
+    axis_name: the mapped axis that holds the other replicas, or None.
+    accumulate_steps: parts into which the batch is cut; the gradient is the
+      mean over them, BatchNorm and batch-relational losses see one at a time.
+    **loss_arguments: of `make_loss_fn`:
+      student, teacher: models; the teacher may be None.
+      distiller: the method.
+      loss_weights: term -> weight; a term of weight 0 is not computed.
+      ramp_steps: term -> steps over which its weight grows to full size.
+      transform: (key, batch) -> images [B, H, W, C] as the models want them.
+      seed: of all randomness, which is derived from it and the step alone.
+
+  Returns:
+    `train_step(state, teacher_variables, batch) -> (state, sums)`.
+  """
+  loss_fn = make_loss_fn(axis_name=axis_name, **loss_arguments)
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def gradients(state, teacher_variables, batch):
+    if accumulate_steps == 1:
+      (_, aux), grads = value_and_grad(
+        state.params, state.collections, teacher_variables, batch, state.step
+      )
+      return grads, *aux
+
+    def part(carry, piece):
+      total, collections = carry
+      (_, (collections, sums)), grads = value_and_grad(
+        state.params, collections, teacher_variables, piece, state.step
+      )
+      total = jax.tree.map(jnp.add, total, grads)
+      return (total, collections), sums
+
+    pieces = jax.tree.map(
+      lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch
+    )
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (grads, collections), sums = jax.lax.scan(
+      part, (zeros, state.collections), pieces
+    )
+    grads = jax.tree.map(lambda g: g / accumulate_steps, grads)
+    return grads, collections, jax.tree.map(lambda s: jnp.sum(s, 0), sums)
+
+  def train_step(state, teacher_variables, batch):
+    grads, collections, sums = gradients(state, teacher_variables, batch)
+    grads = parallel.axis_mean(grads, axis_name)
+    # Shared statistics are equal already; local ones are averaged, so that
+    # the state is the same on every device.
+    collections = _average_statistics(collections, axis_name)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    state = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      collections=collections,
+      opt_state=opt_state,
+    )
+    count = jnp.asarray(batch["label"].shape[0], jnp.float32)
+    return state, metrics.global_sums(sums, count, axis_name)
+
+  return train_step
+
+
+def _average_statistics(collections, axis_name):
+  return {
+    module: {
+      name: parallel.axis_mean(value, axis_name)
+      if name == "batch_stats"
+      else value
+      for name, value in parts.items()
+    }
+    for module, parts in collections.items()
+  }
+
+
+def make_eval_step(
+  *,
+  student: nn.Module,
+  teacher: nn.Module | None,
+  distiller: base.Distiller,
+  transform: Transform,
+  axis_name: str | None = None,
+) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+  """Builds the evaluation step of one replica.
+
+  Args:
+    student: the model.
+    teacher: the teacher, or None.
+    distiller: the method, whose logits are the prediction.
+    transform: (unused key, batch) -> images.
+    axis_name: the mapped axis, or None.
+
+  Returns:
+    `eval_step(variables, teacher_variables, batch) -> sums`, where variables
+    are `{"student": ..., "distiller": ...}` and the sums are of cross-entropy
+    in nats ("ce"), hits ("top1", "top5") and real examples ("count").
+  """
+
+  def eval_step(variables, teacher_variables, batch):
+    images = transform(jax.random.key(0), batch)
+    teacher_output, classify = run_teacher(teacher, teacher_variables, images)
+    student_output = student.apply(variables["student"], images, train=False)
+    output: Any = distiller.apply(
+      variables["distiller"],
+      student_output,
+      teacher_output,
+      batch,
+      teacher_classifier=classify,
+      step=jnp.zeros((), jnp.int32),
+      train=False,
+    )
+    return prediction_sums(
+      output.logits, batch["label"], batch["mask"], axis_name
+    )
+
+  return eval_step
+
+
+def prediction_sums(
+  logits: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array,
+  axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+  """Sums of cross-entropy and hits over the real examples of a batch.
+
+  Args:
+    logits: [B, C].
+    labels: [B] int.
+    mask: [B] bool, true for a real example.
+    axis_name: the mapped axis to add over, or None.
+
+  Returns:
+    Float32 scalars "ce" (nats), "top1", "top5" and "count".
+  """
+  logits = logits.astype(jnp.float32)
+  ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  values = {
+    "ce": ce,
+    "top1": metrics.topk_correct(logits, labels, 1),
+    "top5": metrics.topk_correct(logits, labels, 5),
+  }
+  # where, not a product: a padded row may hold anything, NaN included.
+  sums = {k: jnp.sum(jnp.where(mask, v, 0.0)) for k, v in values.items()}
+  return metrics.global_sums(sums, jnp.sum(mask.astype(jnp.float32)), axis_name)
+
+
+def make_train_chunk(
+  step: Step, load: Callable[..., Batch]
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  """Wraps a step to take k steps in one dispatch.
+
+  Args:
+    step: made by `make_train_step`.
+    load: (resident data, one step's slice) -> batch, of the pipeline.
+
+  Returns:
+    `chunk(state, teacher_variables, resident, xs) -> (state, sums [k])` for
+    `xs` with leaves [k, B, ...].
+  """
+
+  def chunk(state, teacher_variables, resident, xs):
+    def body(state, x):
+      return step(state, teacher_variables, load(resident, x))
+
+    if _length(xs) == 1:  # XLA's CPU convolutions are slower in a loop
+      state, sums = body(state, _first(xs))
+      return state, jax.tree.map(lambda s: s[None], sums)
+    return jax.lax.scan(body, state, xs)
+
+  return chunk
+
+
+def make_eval_chunk(
+  step: Callable[..., dict[str, jax.Array]],
+) -> Callable[..., dict[str, jax.Array]]:
+  """Wraps an evaluation step to add up k batches in one dispatch.
+
+  Args:
+    step: made by `make_eval_step`.
+
+  Returns:
+    `chunk(variables, teacher_variables, resident, xs) -> sums` for `xs` with
+    leaves [k, B, ...]; `resident` is not used.
+  """
+
+  def chunk(variables, teacher_variables, resident, xs):
+    del resident
+    if _length(xs) == 1:
+      return step(variables, teacher_variables, _first(xs))
+    _, sums = jax.lax.scan(
+      lambda carry, x: (carry, step(variables, teacher_variables, x)), 0, xs
+    )
+    return jax.tree.map(lambda s: jnp.sum(s, 0), sums)
+
+  return chunk
+
+
+def _length(xs) -> int:
+  return jax.tree.leaves(xs)[0].shape[0]
+
+
+def _first(xs):
+  return jax.tree.map(lambda x: x[0], xs)
+
+
+def reached_parameters(
+  loss_fn: Callable[..., Any], params: Any, *arguments: Any
+) -> Any:
+  """Finds the parameters that some term of the loss reaches.
+
+  SimKD's student keeps a classifier that no term reads. Weight decay would
+  shrink it to nothing, and with it whatever else an export or a later stage
+  may want; so decay leaves out what has no gradient by construction.
+
+  Args:
+    loss_fn: made by `make_loss_fn`, with `axis_name=None`.
+    params: its first argument, arrays or `jax.ShapeDtypeStruct`s.
+    *arguments: the others.
+
+  Returns:
+    A pytree of bools like `params`: whether the gradient depends on anything.
+  """
+  grad = jax.grad(loss_fn, has_aux=True)
+  jaxpr = jax.make_jaxpr(lambda *a: grad(*a)[0])(params, *arguments).jaxpr
+  # A gradient that is zero by construction is made of constants alone.
+  depends = set(jaxpr.invars)
+  for equation in jaxpr.eqns:
+    if any(v in depends for v in equation.invars if not _is_literal(v)):
+      depends.update(equation.outvars)
+  flags = [not _is_literal(v) and v in depends for v in jaxpr.outvars]
+  return jax.tree.unflatten(jax.tree.structure(params), flags)
+
+
+def _is_literal(variable) -> bool:
+  return hasattr(variable, "val")

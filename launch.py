@@ -1,0 +1,114 @@
+"""Trains, distils, evaluates and exports: what one config file says.
+
+    python launch.py --config configs/simkd_cifar.py
+    python launch.py --config configs/simkd_cifar.py:smoke
+    python launch.py --config configs/kd_cifar.py --config.seed=1 --workdir DIR
+
+Started again with the same command, a run goes on where it stopped.
+Exit codes: 0 finished, 1 failed, 2 bad input, 75 stopped by a signal with a
+checkpoint saved (start it again).
+"""
+
+import difflib
+import itertools
+import pathlib
+import re
+import sys
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import config_flags
+
+REPO = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(REPO))
+
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: a scheduler may requeue
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "A file of configs/, with `:smoke` after it for a run of seconds.",
+  lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run (default: runs/NAME OF THE CONFIG)."
+)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags; says what is wrong with them in a line, and exits."""
+  try:
+    rest = flags.FLAGS(argv)[1:]
+    if rest:
+      raise ValueError(f"unexpected arguments: {' '.join(rest)}")
+    if _CONFIG.value is None:
+      raise ValueError("name a config, as in --config configs/quickstart.py")
+    _ = _CONFIG.value.grid  # a file that cannot be read is an error only now
+  except OSError as error:
+    _refuse(_no_such_config(argv) or str(error))
+  except (AttributeError, KeyError) as error:
+    _refuse(_no_such_field(error, argv))
+  except (flags.Error, TypeError, ValueError) as error:
+    lines = str(error).strip().splitlines()
+    # What a config file raises comes with its whole traceback.
+    traced = any("Traceback" in line for line in lines)
+    _refuse(lines[-1] if traced else " ".join(lines))
+  return argv[:1]
+
+
+def _refuse(text: str) -> NoReturn:
+  print(f"launch.py: {text}", file=sys.stderr)
+  sys.exit(EXIT_BAD_INPUT)
+
+
+def _no_such_config(argv: list[str]) -> str:
+  words = [word for arg in argv for word in arg.split("=", 1)]
+  pairs = itertools.pairwise(words)
+  wanted = next((b for a, b in pairs if a.strip("-") == "config"), "")
+  path = wanted.partition(":")[0]
+  if pathlib.Path(path).is_file():
+    return ""
+  names = sorted(f"configs/{file.name}" for file in REPO.glob("configs/*.py"))
+  near = difflib.get_close_matches(path, names, n=3)
+  hint = f"Did you mean {' or '.join(near)}? " if near else ""
+  return (
+    f"--config {wanted}: no such file. {hint}The configs are:"
+    f" {', '.join(names)}"
+  )
+
+
+def _no_such_field(error: BaseException, argv: list[str]) -> str:
+  while error.args and isinstance(error.args[0], Exception):
+    error = error.args[0]
+  first, *hint = str(error.args[0]).splitlines()
+  field = re.findall(r"[\w.]+", first)[-1]
+  named = [
+    arg for arg in argv if f".{field}." in arg.partition("=")[0] + "."
+  ] or [field]
+  hint = hint or ["Fields are those of configs/base.py and of the config file"]
+  return f"{' '.join(named)}: no such field. {' '.join(hint)}"
+
+
+def main(argv: list[str]) -> None:
+  """Runs the config."""
+  del argv
+  from kd_jax import grid, setup, train
+
+  setup.configure_logging()
+  path, _, arg = flags.FLAGS["config"].config_filename.partition(":")
+  name = "_".join(filter(None, [pathlib.Path(path).stem, arg]))
+  workdir = _WORKDIR.value or str(pathlib.Path("runs") / name)
+  run = grid.run_grid if _CONFIG.value.grid else train.train_and_evaluate
+  try:
+    run(_CONFIG.value, workdir)
+  except train.PreemptedError as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(EXIT_STOPPED)
+  except (ValueError, ImportError) as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse)
