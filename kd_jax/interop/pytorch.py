@@ -13,7 +13,8 @@ and rank say which layout it has:
 
 and any other leaf (bias, a learned scalar) keeps its name and shape. So a new
 network needs no table, as long as its modules carry the reference's names;
-where they differ (a distiller's `embed_s`, say), pass `rename`.
+where they differ (a distiller's `embed_s`, say), pass `rename`. What
+torchvision and timm call the layers of some networks is in `dialects.py`.
 """
 
 import functools
@@ -25,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import models
+from kd_jax.interop import dialects
+from kd_jax.interop.dialects import Path, Rename, module_name
 
-Path = tuple[str, ...]
-Rename = Callable[[Path], str]
 Convert = Callable[[np.ndarray], np.ndarray]
 
 # What wrappers of the training loop put before every name.
@@ -92,11 +93,6 @@ def batch_norm(
   params = {new: tensors[old] for old, new in renamed.items() if old in tensors}
   stats = {"mean": tensors["running_mean"], "var": tensors["running_var"]}
   return params, stats
-
-
-def module_name(path: Path) -> str:
-  """The PyTorch name of a linen module: ("layer1_0", "bn1") -> layer1.0.bn1."""
-  return ".".join(path).replace("_", ".")
 
 
 def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,13 +313,14 @@ def _template(model_name: str, num_classes: int) -> dict[str, Any]:
 def from_state_dict(
   model_name: str, num_classes: int, state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """A model's variables from a reference toolbox's state dict.
+  """A model's variables from a toolbox's state dict.
 
   Args:
     model_name: one of `kd_jax.models.names()`.
     num_classes: of the checkpoint's classifier.
-    state_dict: names to arrays, as the toolbox saved them; the prefixes
-      `module.` and `_orig_mod.` are removed.
+    state_dict: names to arrays, as the reference toolbox, torchvision, timm
+      or mdistiller saved them; the prefixes `module.` and `_orig_mod.` are
+      removed.
 
   Returns:
     `{"params": ..., "batch_stats": ...}` of numpy float32 arrays.
@@ -332,9 +329,15 @@ def from_state_dict(
     ValueError: if the model is unknown, or the tensors do not fit it; lists
       those missing, unexpected and misshapen.
   """
+  template = _template(model_name, num_classes)
+  tensors = strip_prefixes(state_dict)
+  dialect = dialects.recognise(
+    model_name, tensors, lambda d: _shapes(template, d.rename, ())
+  )
   return variables_from_tensors(
-    _template(model_name, num_classes),
-    strip_prefixes(state_dict),
+    template,
+    tensors,
+    rename=dialect.rename,
     what=f"{model_name} with {num_classes} classes",
   )
 
@@ -350,7 +353,7 @@ def to_state_dict(
 
   Returns:
     Names to arrays in PyTorch's layout, ready for `load_state_dict` once
-    turned into tensors.
+    turned into tensors. torchvision takes those of the networks for ImageNet.
 
   Raises:
     ValueError: if the model is unknown, or these are not its variables; lists
@@ -360,9 +363,10 @@ def to_state_dict(
   bias = variables.get("params", {}).get(head, {}).get("bias")
   # Without a classifier any number will do: it is reported as missing.
   num_classes = 1 if bias is None else bias.shape[0]
+  rename = dialects.of(model_name)[0].rename
   _check(
-    _shapes(variables, module_name, ()),
-    _shapes(_template(model_name, num_classes), module_name, ()),
+    _shapes(variables, rename, ()),
+    _shapes(_template(model_name, num_classes), rename, ()),
     f"{model_name} with {num_classes} classes",
   )
-  return tensors_from_variables(variables)
+  return tensors_from_variables(variables, rename=rename)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kd_jax.models import (
   mobilenetv2,
+  resnet,
   resnet50_cifar,
   resnet_cifar,
   shufflenetv1,
@@ -25,7 +26,8 @@ from kd_jax.models.layers import ModelOutput
 
 __all__ = ["MODELS", "Classifier", "ModelOutput", "create", "names"]
 
-# A leading underscore: for tests, not listed.
+# For 32x32 images first, then for ImageNet. A leading underscore: for tests,
+# not listed.
 MODELS: dict[str, Callable[..., Classifier]] = {
   "resnet8": resnet_cifar.resnet8,
   "resnet14": resnet_cifar.resnet14,
@@ -65,6 +67,16 @@ MODELS: dict[str, Callable[..., Classifier]] = {
   "ShuffleV1": shufflenetv1.ShuffleV1,
   "ShuffleV2": shufflenetv2.ShuffleV2,
   "ShuffleV2_1_5": shufflenetv2.ShuffleV2_1_5,
+  "ResNet18": resnet.ResNet18,
+  "ResNet34": resnet.ResNet34,
+  "ResNet50": resnet.ResNet50,
+  "ResNet10x2": resnet.ResNet10x2,
+  "ResNet18x2": resnet.ResNet18x2,
+  "ResNet34x2": resnet.ResNet34x2,
+  "resnext50_32x4d": resnet.resnext50_32x4d,
+  "wrn_50_2": resnet.wrn_50_2,
+  "MobileNetV2_Imagenet": mobilenetv2.MobileNetV2_Imagenet,
+  "ShuffleV2_Imagenet": shufflenetv2.ShuffleV2_Imagenet,
   "_tiny": resnet_cifar._tiny,
   "_tiny_wide": resnet_cifar._tiny_wide,
 }

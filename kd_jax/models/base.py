@@ -23,7 +23,8 @@ class Classifier(nn.Module, abc.ABC):
   A family implements `__call__` as a compact method that ends in
   `self._finish(features, last)`, and names its classifier in `head`. Modules
   carry the reference checkpoints' names with "." written as "_", which is all
-  that `kd_jax.interop.pytorch` needs to exchange weights with them.
+  that `kd_jax.interop.pytorch` needs to exchange weights with them; where a
+  family shares its blocks with another, `kd_jax.interop.dialects` has the rule.
 
   Attributes:
     num_classes: width of the logits.
@@ -47,13 +48,15 @@ class Classifier(nn.Module, abc.ABC):
     Args:
       images: the batch.
       train: whether BatchNorm uses (and updates) the batch's statistics; then
-        pass `mutable=["batch_stats"]` to `apply`.
+        pass `mutable=["batch_stats"]` to `apply`, and to a model that has
+        dropout also `rngs={"dropout": key}`.
 
     Returns:
       Logits [B, num_classes] and the features that `ModelOutput` describes.
 
     Raises:
-      ValueError: if the images are not such an array, or too small.
+      ValueError: if the images are not such an array, or too small, or if the
+        stream "dropout" is missing.
     """
 
   @nn.nowrap
@@ -117,8 +120,13 @@ class Classifier(nn.Module, abc.ABC):
     *,
     kernel_init: layers.Initializer = layers.torch_default_init,
     bias_init: layers.Initializer | None = None,
+    dropout_rate: float = 0.0,
   ) -> layers.ModelOutput:
-    """Pools `last` globally and classifies; call it in a compact method."""
+    """Pools `last` globally and classifies; call it in a compact method.
+
+    With a `dropout_rate`, the classifier (and nothing else) sees the pooled
+    features after dropout: give a rate in training only.
+    """
     if 0 in last.shape[1:3]:
       raise ValueError(
         "The images are too small: nothing is left of them at the last"
@@ -126,7 +134,7 @@ class Classifier(nn.Module, abc.ABC):
       )
     pooled = layers.global_average_pool(last)
     logits = layers.dense(
-      pooled,
+      self._drop(pooled, dropout_rate),
       self.num_classes,
       name=self.head,
       kernel_init=kernel_init,
@@ -135,3 +143,14 @@ class Classifier(nn.Module, abc.ABC):
     return layers.ModelOutput(
       logits, {**features, "last": last, "pooled": pooled}
     )
+
+  def _drop(self, x: jax.Array, rate: float) -> jax.Array:
+    """Zeroes each value with this probability and scales the others up."""
+    if rate == 0 or self.is_initializing():
+      return x
+    if not self.has_rng("dropout"):
+      raise ValueError(
+        f"{type(self).__name__} has dropout and trains with the random stream"
+        ' "dropout", got none; pass rngs={"dropout": key} to apply.'
+      )
+    return nn.Dropout(rate, deterministic=False, name="dropout")(x)

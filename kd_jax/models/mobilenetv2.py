@@ -1,10 +1,12 @@
-"""MobileNetV2 for 32x32 images.
+"""MobileNetV2, for ImageNet and for 32x32 images.
 
 Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks (CVPR
-2018), table 2, with ReLU, and stride 1 where stage 1 would halve the map.
+2018), table 2. The networks for small images have ReLU instead of ReLU6,
+stride 1 where stage 1 would halve the map, and an expansion in every block.
 """
 
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,15 +14,15 @@ import jax
 
 from kd_jax.models import base, layers
 
-# Expansion, channels at width 1, repetitions, strides of the first.
-_GROUPS = (
-  (1, 16, 1, 1),
-  (6, 24, 2, 1),
-  (6, 32, 3, 2),
-  (6, 64, 4, 2),
-  (6, 96, 3, 1),
-  (6, 160, 3, 2),
-  (6, 320, 1, 1),
+# Expansion, channels at width 1, repetitions.
+GROUPS = (
+  (1, 16, 1),
+  (6, 24, 2),
+  (6, 32, 3),
+  (6, 64, 4),
+  (6, 96, 3),
+  (6, 160, 3),
+  (6, 320, 1),
 )
 # The groups after which the map is a feature.
 _STAGE_ENDS = {1: "stage1", 2: "stage2", 4: "stage3", 6: "stage4"}
@@ -33,6 +35,8 @@ class InvertedResidual(nn.Module):
     width: channels of the result.
     strides: of the depthwise convolution.
     expansion: inner channels per input channel.
+    expand: whether there is the 1x1 expansion.
+    activation: after the expansion and the depthwise convolution.
     conv: convolution to use.
     norm: normalisation to use.
   """
@@ -40,14 +44,18 @@ class InvertedResidual(nn.Module):
   width: int
   strides: int
   expansion: int
+  expand: bool
+  activation: Callable[[jax.Array], jax.Array]
   conv: base.Conv
   norm: base.Norm
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     inner = self.expansion * x.shape[-1]
-    y = self.conv(x, inner, 1, name="conv_0")
-    y = nn.relu(self.norm(name="conv_1")(y, train=train))
+    y = x
+    if self.expand:
+      y = self.conv(y, inner, 1, name="conv_0")
+      y = self.activation(self.norm(name="conv_1")(y, train=train))
     y = self.conv(
       y,
       inner,
@@ -57,27 +65,36 @@ class InvertedResidual(nn.Module):
       groups=inner,
       name="conv_3",
     )
-    y = nn.relu(self.norm(name="conv_4")(y, train=train))
+    y = self.activation(self.norm(name="conv_4")(y, train=train))
     y = self.conv(y, self.width, 1, name="conv_6")
     y = self.norm(name="conv_7")(y, train=train)
     return x + y if self.strides == 1 and x.shape[-1] == self.width else y
 
 
-class MobileNetV2Cifar(base.Classifier):
+class MobileNetV2Classifier(base.Classifier):
   """A stem at stride 2, seven groups of blocks in four stages, a 1x1 layer.
 
   Features: stem_preact, stem, then stageN: linear bottlenecks, of either sign,
   without an activation and so without a `_preact` of their own. `last` is the
-  final 1x1 convolution's map after BatchNorm and ReLU. The reference's
-  initialisers: He normal over the fan-out for convolutions, N(0, 0.01^2) for
-  the classifier, zero biases.
+  final 1x1 convolution's map after BatchNorm and its activation. The
+  reference's initialisers: He normal over the fan-out for convolutions,
+  N(0, 0.01^2) for the classifier, zero biases.
 
   Attributes:
     width_multiplier: factor of all channels; the final 1x1 convolution keeps
       1280 below 1.
+    strides: of the first block of each group.
+    activation: everywhere.
+    expand_always: whether blocks of expansion 1 have their 1x1 layer too.
+    dropout_rate: of the pooled features before the classifier, in training;
+      `pooled` itself and `classify` have none.
   """
 
   width_multiplier: float = 1.0
+  strides: tuple[int, ...] = (1, 1, 2, 2, 1, 2, 1)
+  activation: Callable[[jax.Array], jax.Array] = nn.relu
+  expand_always: bool = True
+  dropout_rate: float = 0.0
 
   head: ClassVar[str] = "classifier_0"
 
@@ -88,18 +105,21 @@ class MobileNetV2Cifar(base.Classifier):
     """See `Classifier`."""
     conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
     norm = self._norm()
-    factor = self.width_multiplier
+    factor, activation = self.width_multiplier, self.activation
     features = {}
     x = self._prepare(images)
     x = conv(x, int(32 * factor), 3, strides=2, padding=1, name="conv1_0")
     features["stem_preact"] = norm(name="conv1_1")(x, train=train)
-    x = features["stem"] = nn.relu(features["stem_preact"])
-    for group, (expansion, width, repeats, strides) in enumerate(_GROUPS):
+    x = features["stem"] = activation(features["stem_preact"])
+    groups = zip(GROUPS, self.strides, strict=True)
+    for group, ((expansion, width, repeats), strides) in enumerate(groups):
       for i in range(repeats):
         block = InvertedResidual(
           int(width * factor),
           strides if i == 0 else 1,
           expansion,
+          self.expand_always or expansion > 1,
+          activation,
           conv,
           norm,
           name=f"blocks_{group}_{i}",
@@ -108,14 +128,22 @@ class MobileNetV2Cifar(base.Classifier):
       if group in _STAGE_ENDS:
         features[_STAGE_ENDS[group]] = x
     x = conv(x, int(1280 * max(factor, 1.0)), 1, name="conv2_0")
-    x = nn.relu(norm(name="conv2_1")(x, train=train))
+    x = activation(norm(name="conv2_1")(x, train=train))
     return self._finish(
       features,
       x,
       kernel_init=nn.initializers.normal(0.01),
       bias_init=nn.initializers.zeros,
+      dropout_rate=self.dropout_rate if train else 0.0,
     )
 
 
-MobileNetV2 = functools.partial(MobileNetV2Cifar, width_multiplier=0.5)
-MobileNetV2_1_0 = functools.partial(MobileNetV2Cifar, width_multiplier=1.0)
+MobileNetV2 = functools.partial(MobileNetV2Classifier, width_multiplier=0.5)
+MobileNetV2_1_0 = functools.partial(MobileNetV2Classifier, width_multiplier=1.0)
+MobileNetV2_Imagenet = functools.partial(
+  MobileNetV2Classifier,
+  strides=(1, 2, 2, 2, 1, 2, 1),
+  activation=nn.relu6,
+  expand_always=False,
+  dropout_rate=0.2,
+)

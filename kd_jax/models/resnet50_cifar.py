@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
+from kd_jax.models.resnet_cifar import residual_stages
 
 _EXPANSION = 4
 
@@ -19,31 +20,44 @@ class Bottleneck(nn.Module):
   """1x1, 3x3 and 1x1 convolutions and a shortcut; the sum before its ReLU.
 
   Attributes:
-    width: channels inside; the result has 4 times as many.
+    width: a quarter of the result's channels.
     strides: of the 3x3 convolution.
     conv: convolution to use.
     norm: normalisation to use.
+    inner_factor: channels inside, in units of `width`.
+    groups: of the 3x3 convolution.
+    shortcut: what the projection's layers are called.
   """
 
   width: int
   strides: int
   conv: base.Conv
   norm: base.Norm
+  inner_factor: int = 1
+  groups: int = 1
+  shortcut: str = "shortcut"
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    out = _EXPANSION * self.width
-    y = self.conv(x, self.width, 1, name="conv1")
+    inner, out = self.inner_factor * self.width, _EXPANSION * self.width
+    y = self.conv(x, inner, 1, name="conv1")
     y = nn.relu(self.norm(name="bn1")(y, train=train))
     y = self.conv(
-      y, self.width, 3, strides=self.strides, padding=1, name="conv2"
+      y,
+      inner,
+      3,
+      strides=self.strides,
+      padding=1,
+      groups=self.groups,
+      name="conv2",
     )
     y = nn.relu(self.norm(name="bn2")(y, train=train))
     y = self.conv(y, out, 1, name="conv3")
     y = self.norm(name="bn3")(y, train=train)
     if self.strides != 1 or x.shape[-1] != out:
-      x = self.conv(x, out, 1, strides=self.strides, name="shortcut_0")
-      x = self.norm(name="shortcut_1")(x, train=train)
+      name = self.shortcut
+      x = self.conv(x, out, 1, strides=self.strides, name=f"{name}_0")
+      x = self.norm(name=f"{name}_1")(x, train=train)
     return x + y
 
 
@@ -71,20 +85,15 @@ class BottleneckResNetCifar(base.Classifier):
     """See `Classifier`."""
     conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
     norm = self._norm()
-    features = {}
+    features: dict[str, jax.Array] = {}
     x = self._prepare(images)
     x = conv(x, self.widths[0], 3, padding=1, name="conv1")
     features["stem_preact"] = norm(name="bn1")(x, train=train)
     x = features["stem"] = nn.relu(features["stem_preact"])
-    stages = zip(self.blocks, self.widths, strict=True)
-    for stage, (blocks, width) in enumerate(stages, start=1):
-      for i in range(blocks):
-        strides = 2 if stage > 1 and i == 0 else 1
-        block = Bottleneck(width, strides, conv, norm, name=f"layer{stage}_{i}")
-        preact = block(x, train=train)
-        x = nn.relu(preact)
-      features[f"stage{stage}_preact"] = preact
-      features[f"stage{stage}"] = x
+    block = functools.partial(Bottleneck, conv=conv, norm=norm)
+    x = residual_stages(
+      x, features, block, self.blocks, self.widths, train=train
+    )
     return self._finish(features, x)
 
 

@@ -6,6 +6,7 @@ distillation literature: x2 widens the stages only, x4 also doubles the stem.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import flax.linen as nn
@@ -46,6 +47,43 @@ class BasicBlock(nn.Module):
     return x + y
 
 
+def residual_stages(
+  x: jax.Array,
+  features: dict[str, jax.Array],
+  block: Callable[..., nn.Module],
+  blocks: Sequence[int],
+  widths: Sequence[int],
+  *,
+  train: bool,
+) -> jax.Array:
+  """Stages of residual blocks; call it in a compact method.
+
+  All stages but the first halve the resolution in their first block.
+
+  Args:
+    x: [B, H, W, C], the map before stage 1.
+    features: receives stageN_preact and stageN, the last block's map before
+      and after its ReLU.
+    block: `block(width, strides, name=...)`, a module that returns its sum
+      before the ReLU.
+    blocks: number of blocks of each stage.
+    widths: of each stage's blocks.
+    train: passed to the blocks.
+
+  Returns:
+    The last stage's map.
+  """
+  stages = zip(blocks, widths, strict=True)
+  for stage, (count, width) in enumerate(stages, start=1):
+    for i in range(count):
+      strides = 2 if stage > 1 and i == 0 else 1
+      preact = block(width, strides, name=f"layer{stage}_{i}")(x, train=train)
+      x = nn.relu(preact)
+    features[f"stage{stage}_preact"] = preact
+    features[f"stage{stage}"] = x
+  return x
+
+
 class ResNetCifar(base.Classifier):
   """Stem and three stages of basic blocks, at 1, 1/2 and 1/4 resolution.
 
@@ -75,19 +113,16 @@ class ResNetCifar(base.Classifier):
       )
     conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
     norm = self._norm()
-    features = {}
+    features: dict[str, jax.Array] = {}
     x = self._prepare(images)
     x = conv(x, self.widths[0], 3, padding=1, name="conv1")
     features["stem_preact"] = norm(name="bn1")(x, train=train)
     x = features["stem"] = nn.relu(features["stem_preact"])
-    for stage, width in enumerate(self.widths[1:], start=1):
-      for i in range((self.depth - 2) // 6):
-        strides = 2 if stage > 1 and i == 0 else 1
-        block = BasicBlock(width, strides, conv, norm, name=f"layer{stage}_{i}")
-        preact = block(x, train=train)
-        x = nn.relu(preact)
-      features[f"stage{stage}_preact"] = preact
-      features[f"stage{stage}"] = x
+    block = functools.partial(BasicBlock, conv=conv, norm=norm)
+    blocks = 3 * ((self.depth - 2) // 6,)
+    x = residual_stages(
+      x, features, block, blocks, self.widths[1:], train=train
+    )
     return self._finish(features, x)
 
 

@@ -1,7 +1,8 @@
-"""ShuffleNetV2 for 32x32 images.
+"""ShuffleNetV2, for ImageNet and for 32x32 images.
 
 Ma et al., ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture
-Design (ECCV 2018), table 5, with a 1x1 stem at stride 1.
+Design (ECCV 2018), table 5. The networks for small images have a 1x1 stem at
+stride 1.
 """
 
 import functools
@@ -74,7 +75,7 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(base.Classifier):
-  """Stem, three stages at 1/2, 1/4 and 1/8 resolution, a final 1x1 layer.
+  """Stem, three stages each at half the resolution before, a 1x1 layer.
 
   Features: stem_preact, stem, then stageN_preact, stageN, with
   relu(x_preact) = x; `last` is the final 1x1 convolution's map after BatchNorm
@@ -84,11 +85,16 @@ class ShuffleNetV2(base.Classifier):
     widths: channels of the three stages.
     blocks: split units of each stage, after the one that halves the map.
     last_width: channels of the final 1x1 convolution.
+    imagenet: whether the stem is for large images, a 3x3 convolution at stride
+      2 and a max-pool (which the stem's features have gone through). Then
+      stage3 ends with the final 1x1 convolution, as in SimKD's list, so that
+      it is `last`.
   """
 
   widths: tuple[int, int, int] = (116, 232, 464)
   blocks: tuple[int, int, int] = (3, 7, 3)
   last_width: int = 1024
+  imagenet: bool = False
 
   head: ClassVar[str] = "linear"
 
@@ -100,9 +106,15 @@ class ShuffleNetV2(base.Classifier):
     conv, norm = self._conv(), self._norm()
     features = {}
     x = self._prepare(images)
-    x = conv(x, 24, 1, name="conv1")
-    features["stem_preact"] = norm(name="bn1")(x, train=train)
-    x = features["stem"] = nn.relu(features["stem_preact"])
+    if self.imagenet:
+      x = conv(x, 24, 3, strides=2, padding=1, name="conv1")
+      x = norm(name="bn1")(x, train=train)
+      x = layers.max_pool(x, 3, strides=2, padding=1)
+    else:
+      x = conv(x, 24, 1, name="conv1")
+      x = norm(name="bn1")(x, train=train)
+    features["stem_preact"] = x
+    x = features["stem"] = nn.relu(x)
     for stage, (width, blocks) in enumerate(
       zip(self.widths, self.blocks), start=1
     ):
@@ -116,9 +128,15 @@ class ShuffleNetV2(base.Classifier):
         x = nn.relu(preact)
       features[f"stage{stage}_preact"] = preact
       features[f"stage{stage}"] = x
-    x = conv(x, self.last_width, 1, name="conv2")
-    return self._finish(features, nn.relu(norm(name="bn2")(x, train=train)))
+    preact = norm(name="bn2")(
+      conv(x, self.last_width, 1, name="conv2"), train=train
+    )
+    x = nn.relu(preact)
+    if self.imagenet:
+      features["stage3_preact"], features["stage3"] = preact, x
+    return self._finish(features, x)
 
 
 ShuffleV2 = functools.partial(ShuffleNetV2)
 ShuffleV2_1_5 = functools.partial(ShuffleNetV2, widths=(176, 352, 704))
+ShuffleV2_Imagenet = functools.partial(ShuffleNetV2, imagenet=True)

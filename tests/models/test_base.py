@@ -1,3 +1,6 @@
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +118,70 @@ def test_shared_statistics_equal_those_of_one_device(tiny):
     shared_state,
     state,
   )
+
+
+class _Dropout(base.Classifier):
+  """Nothing but the end of a network, with dropout."""
+
+  head = "fc"
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    rate = 0.25 if train else 0.0
+    return self._finish({}, self._prepare(images), dropout_rate=rate)
+
+
+def _identity_with_dropout():
+  """A model whose logits are what its classifier sees."""
+  model = _Dropout(3)
+  head = {"kernel": jnp.eye(3), "bias": jnp.zeros(3)}
+  return model, {"params": {"fc": head}}
+
+
+def test_dropout_comes_between_pool_and_classifier_in_training():
+  model, variables = _identity_with_dropout()
+  images = 1 + jax.random.uniform(jax.random.key(0), (2000, 1, 1, 3))
+
+  def train(seed):
+    rngs = {"dropout": jax.random.key(seed)}
+    return model.apply(variables, images, train=True, rngs=rngs)
+
+  output = train(1)
+  pooled = np.asarray(output.features["pooled"])
+  np.testing.assert_array_equal(pooled, images[:, 0, 0])
+  logits = np.asarray(output.logits)
+  kept = logits != 0
+  assert kept.mean() == pytest.approx(0.75, abs=0.02)
+  np.testing.assert_allclose(logits[kept], pooled[kept] / 0.75, rtol=1e-6)
+  np.testing.assert_array_equal(logits, train(1).logits)
+  assert (logits != np.asarray(train(2).logits)).any()
+
+
+def test_evaluation_and_classify_have_no_dropout():
+  model, variables = _identity_with_dropout()
+  images = 1 + jax.random.uniform(jax.random.key(0), (8, 1, 1, 3))
+  output = model.apply(variables, images, train=False)
+  np.testing.assert_array_equal(output.logits, images[:, 0, 0])
+  logits = model.classify(variables["params"], output.features["pooled"])
+  np.testing.assert_array_equal(logits, output.logits)
+
+
+def test_training_with_dropout_names_its_random_stream():
+  model = models.create("MobileNetV2_Imagenet", 5)
+  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  init = functools.partial(model.init, train=True)
+  variables = jax.eval_shape(init, jax.random.key(0), images)
+
+  def train(variables, images, **kwargs):
+    return model.apply(
+      variables, images, train=True, mutable=["batch_stats"], **kwargs
+    )
+
+  with pytest.raises(ValueError, match=r'"dropout", got none; pass rngs='):
+    jax.eval_shape(train, variables, images)
+  rngs = {"dropout": jax.random.key(0)}
+  drop = functools.partial(train, rngs=rngs)
+  output, _ = jax.eval_shape(drop, variables, images)
+  assert output.logits.shape == (2, 5)
+  evaluate = functools.partial(model.apply, train=False)
+  assert jax.eval_shape(evaluate, variables, images).logits.shape == (2, 5)

@@ -1,5 +1,7 @@
 """Each family's features, initialisers and gradients, on small members."""
 
+import functools
+
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from kd_jax import models
 from kd_jax.models import (
   mobilenetv2,
+  resnet,
   resnet50_cifar,
   resnet_cifar,
   shufflenetv1,
@@ -24,14 +27,39 @@ SMALL = {
   ),
   "wrn": wrn.WideResNet(10, depth=10, widen=1),
   "vgg": vgg.VGG(10, convs=(1, 2, 1, 1, 1)),
-  "mobilenetv2": mobilenetv2.MobileNetV2Cifar(10, width_multiplier=0.25),
+  "mobilenetv2": mobilenetv2.MobileNetV2Classifier(10, width_multiplier=0.25),
   "shufflenetv1": shufflenetv1.ShuffleNetV1(
     10, widths=(48, 96, 192), blocks=(2, 1, 1)
   ),
   "shufflenetv2": shufflenetv2.ShuffleNetV2(
     10, widths=(16, 32, 64), blocks=(1, 1, 1), last_width=80
   ),
+  "resnet_imagenet": resnet.ResNet(
+    10, blocks=(1, 1), widths=(4, 8), factor=2, stem_width=4
+  ),
+  "resnext": resnet.ResNet(
+    10,
+    blocks=(2, 1),
+    bottleneck=True,
+    factor=2,
+    groups=4,
+    widths=(4, 8),
+    stem_width=4,
+  ),
+  "shufflenetv2_imagenet": shufflenetv2.ShuffleNetV2(
+    10,
+    widths=(16, 32, 64),
+    blocks=(1, 1, 1),
+    last_width=80,
+    imagenet=True,
+  ),
 }
+
+
+# Optimising these programs would take longer than running them does.
+_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 @pytest.fixture(scope="module", params=SMALL)
@@ -45,11 +73,7 @@ def family(request, random_variables):
     output = model.apply({**variables, "params": params}, images, train=False)
     return jnp.sum(output.logits * jnp.cos(jnp.arange(10.0))), output
 
-  # Optimising the program would take longer than running it does.
-  differentiate = jax.jit(
-    jax.grad(objective, has_aux=True),
-    compiler_options={"xla_backend_optimization_level": 0},
-  )
+  differentiate = _jit(jax.grad(objective, has_aux=True))
   grads, output = differentiate(variables["params"])
   return request.param, output, grads
 
@@ -106,6 +130,16 @@ INITIALISERS = [
   ("MobileNetV2", "blocks_6_0/conv_3", HE, "classifier_0", "small normal"),
   ("ShuffleV1", "layer3_1/conv1", UNIFORM, "linear", UNIFORM),
   ("ShuffleV2", "layer3_0/conv5", UNIFORM, "linear", UNIFORM),
+  ("ResNet18", "layer2_0/downsample_0", HE, "fc", UNIFORM),
+  ("resnext50_32x4d", "layer3_0/conv2", HE, "fc", UNIFORM),
+  (
+    "MobileNetV2_Imagenet",
+    "blocks_6_0/conv_3",
+    HE,
+    "classifier_0",
+    "small normal",
+  ),
+  ("ShuffleV2_Imagenet", "layer3_0/conv5", UNIFORM, "linear", UNIFORM),
 ]
 
 
@@ -115,7 +149,7 @@ INITIALISERS = [
 def test_initialisers(name, conv, kind, head, head_kind):
   model = models.create(name, 100)
   assert model.head == head
-  init = jax.jit(lambda key: _only(model, key, conv, head))
+  init = _jit(lambda key: _only(model, key, conv, head))
   kernel, linear, bias, conv_bias = init(jax.random.key(3))
   height, width, inputs, outputs = kernel.shape
   if kind == HE:
@@ -161,7 +195,7 @@ def test_batch_norms_start_at_the_identity(name):
     norms = [k.removesuffix("/scale") for k in flat if k.endswith("/scale")]
     return {k: (flat[f"{k}/scale"], flat[f"{k}/bias"]) for k in norms}
 
-  norms = jax.jit(init)(jax.random.key(0))
+  norms = _jit(init)(jax.random.key(0))
   assert norms
   for scale, bias in norms.values():
     assert (scale == 1).all() and (bias == 0).all()
@@ -187,3 +221,22 @@ def test_vgg_pools_once_more_at_64_pixels(size, last):
   assert output.features["stem"].shape == (1, size, size, 64)
   assert output.features["stage3"].shape == (1, size // 8, size // 8, 512)
   assert output.features["last"].shape == (1, last, last, 512)
+
+
+def test_the_activations_of_mobilenets():
+  cifar = models.create("MobileNetV2", 10)
+  imagenet = models.create("MobileNetV2_Imagenet", 10)
+  x = jnp.array([-1.0, 3.0, 9.0])
+  assert cifar.activation(x).tolist() == [0, 3, 9]
+  assert imagenet.activation(x).tolist() == [0, 3, 6]
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "ShuffleV2_Imagenet"])
+def test_resolution_of_networks_for_imagenet(name):
+  model = models.create(name, 10)
+  images = jax.ShapeDtypeStruct((1, 96, 96, 3), jnp.float32)
+  output, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+  first = {"ResNet18": 24, "ShuffleV2_Imagenet": 12}[name]
+  assert output.features["stem"].shape[1:3] == (24, 24)
+  assert output.features["stage1"].shape[1:3] == (first, first)
+  assert output.features["last"].shape[1:3] == (3, 3)

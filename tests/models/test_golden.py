@@ -15,6 +15,7 @@ from kd_jax.interop import pytorch
 from kd_jax.models import (
   layers,
   mobilenetv2,
+  resnet,
   resnet50_cifar,
   shufflenetv1,
   shufflenetv2,
@@ -27,25 +28,36 @@ FOLDER = pathlib.Path(
 # Compiled whole; the others repeat a few shapes so often that running them op
 # by op, each compiled once for all of them, takes a fraction of the time.
 COMPILED = (
-  mobilenetv2.MobileNetV2Cifar,
+  mobilenetv2.MobileNetV2Classifier,
+  resnet.ResNet,
   resnet50_cifar.BottleneckResNetCifar,
   shufflenetv1.ShuffleNetV1,
   shufflenetv2.ShuffleNetV2,
 )
+# Its linear bottlenecks amplify rounding: the reference's stage4 itself is 8e-6
+# from the one computed in float64.
+FEATURE_TOLERANCE = {"MobileNetV2_Imagenet": 3e-5}
+
+
+def _has_dropout(name):
+  """Whether training logits depend on the toolbox's random numbers."""
+  return getattr(models.create(name, 2), "dropout_rate", 0) > 0
 
 
 def _cases():
   cases = []
   for path in sorted((FOLDER / "models").glob("*.json")):
     for name, spec in json.loads(path.read_text()).items():
-      if spec["image_size"] == 224:
-        continue
       ours = name
       if spec["image_size"] == 32 and f"{name}_cifar" in models.names():
         ours = f"{name}_cifar"
       values = path.with_suffix("") / f"{name}.npz"
       cases.append(pytest.param((ours, spec, values), id=f"{path.stem}-{name}"))
-  return cases
+  return sorted(cases, key=lambda case: _has_dropout(case.values[0][0]))
+
+
+CASES = _cases()
+DETERMINISTIC = [c for c in CASES if not _has_dropout(c.values[0][0])]
 
 
 def _state_dict(spec, rebuild):
@@ -80,14 +92,20 @@ def _run(name, fields, rebuild):
   size, seed = spec["image_size"], spec["seed"]
   images = rebuild.normal("image", (2, 3, size, size), seed=seed)
   train_images = rebuild.normal("image_train", (4, 3, size, size), seed=seed)
-  # As many images as in training, so that both modes share their shapes; an
-  # image's logits do not depend on its neighbours in evaluation mode.
-  eval_images = np.concatenate([images, train_images[:2]])
+  eval_images = images
+  if not isinstance(model, COMPILED):
+    # As many images as in training, so that both modes share their shapes; an
+    # image's logits do not depend on its neighbours in evaluation mode.
+    eval_images = np.concatenate([images, train_images[:2]])
 
   def both(variables, eval_images, train_images):
     evaluated = model.apply(variables, eval_images, train=False)
     trained, state = model.apply(
-      variables, train_images, train=True, mutable=["batch_stats"]
+      variables,
+      train_images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(0)},
     )
     return evaluated, list(evaluated.features), trained.logits, state
 
@@ -111,19 +129,24 @@ def _run(name, fields, rebuild):
   evaluated, keys, train_logits, state = run(
     variables, _nhwc(eval_images), _nhwc(train_images)
   )
+  after_train = pytorch.to_state_dict(name, {**variables, **state})
+  params = variables["params"]
+  # Only what the tests need, as the largest networks have 100 M parameters.
   return types.SimpleNamespace(
+    name=name,
     model=model,
-    variables=variables,
+    num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+    head={model.head: params[model.head]},
     keys=keys,
     logits=np.asarray(evaluated.logits)[:2],
     features={k: np.asarray(v)[:2] for k, v in evaluated.features.items()},
     output=evaluated,
     train_logits=np.asarray(train_logits),
-    after_train=pytorch.to_state_dict(name, {**variables, **state}),
+    after_train={k: v for k, v in after_train.items() if ".running_" in k},
   )
 
 
-@pytest.fixture(scope="module", params=_cases())
+@pytest.fixture(scope="module", params=CASES)
 def case(request, rebuild):
   name, spec, values = request.param
   run = _run(name, json.dumps(spec, sort_keys=True), rebuild)
@@ -146,12 +169,12 @@ def _reference_features(run):
 
 def test_the_cases_are_those_of_the_golden_folder(golden):
   assert golden == FOLDER
-  assert len(_cases()) >= 30
+  assert len(CASES) >= 40
+  assert len(DETERMINISTIC) == len(CASES) - 1
 
 
 def test_number_of_parameters(case):
-  sizes = [leaf.size for leaf in jax.tree.leaves(case.run.variables["params"])]
-  assert sum(sizes) == case.spec["num_params"]
+  assert case.run.num_params == case.spec["num_params"]
 
 
 def test_evaluation_logits(case):
@@ -164,13 +187,15 @@ def test_feature_shapes(case):
 
 
 def test_feature_values(case, rebuild):
+  tolerance = FEATURE_TOLERANCE.get(case.run.name, 1e-5)
   for i, feature in enumerate(_reference_features(case.run)):
     probe = rebuild.probe(_nchw(feature))
-    assert _error(probe, case.reference[f"feat{i}_probe"]) < 1e-5, i
+    assert _error(probe, case.reference[f"feat{i}_probe"]) < tolerance, i
     norm = np.linalg.norm(feature.astype(np.float64))
     assert _error(norm, case.reference[f"feat{i}_norm"]) < 1e-5, i
 
 
+@pytest.mark.parametrize("case", DETERMINISTIC, indirect=True)
 def test_training_logits(case):
   assert _error(case.run.train_logits, case.reference["train_logits"]) < 1e-4
 
@@ -203,7 +228,7 @@ def test_the_classifier_reads_the_pool_of_the_last_map(case):
   np.testing.assert_allclose(
     layers.global_average_pool(last), pooled, rtol=1e-5, atol=1e-6
   )
-  logits = run.model.classify(run.variables["params"], pooled)
+  logits = run.model.classify(run.head, pooled)
   assert _error(logits, np.asarray(output.logits)) < 1e-6
 
 

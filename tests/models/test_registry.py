@@ -31,7 +31,7 @@ def _abstract(name, dtype):
     order.extend(output.features)
     return output, variables
 
-  images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
   output, variables = jax.eval_shape(init, jax.random.key(0), images)
   return output, variables, order
 
@@ -42,7 +42,7 @@ def _dtypes(tree):
 
 def test_names_are_public_and_unique():
   names = models.names()
-  assert len(names) == len(set(names)) >= 37
+  assert len(names) == len(set(names)) >= 47
   assert not [name for name in names if name.startswith("_")]
   assert "_tiny" in models.MODELS and "_tiny" not in names
 
