@@ -38,8 +38,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config.teacher = ConfigDict()
   # A name of kd_jax.models.names(); "" where the method has no teacher.
   config.teacher.name = ""
-  # A finished run's workdir or an export. "": train the teacher of this
-  # config first, and keep it beside the workdir for the next run.
+  # A finished run's workdir, an export, or a file of weights (.pth,
+  # .safetensors, .npz). "": train the teacher of this config first, and keep
+  # it beside the workdir for the next run.
   config.teacher.checkpoint = ""
   # Used when it has to be trained. None: the run's own epochs and milestones,
   # and the rate that optim.learning_rate's None stands for.
@@ -166,11 +167,12 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     )
   if arg == "smoke":
     config.student.name = "resnet8"
-    if config.teacher.name:
-      config.teacher.name = "resnet14"
+    for run in (config, *config.grid.values()):
+      if "teacher" in run and run.teacher.name:
+        run.teacher.name = "resnet8x2"
     config.data.name = "synthetic"
     config.data.image_size = 16
-    config.data.num_examples = 128
+    config.data.num_examples = 64
     config.epochs = 2
     config.teacher.epochs = 2
     config.batch_size = 16

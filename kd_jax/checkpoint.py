@@ -1,11 +1,11 @@
 """Checkpoints: Orbax, asynchronous, verified when they are read.
 
 A step's folder holds `state` (arrays), `position` (where the data pipeline
-stood, JSON) and `meta` (best result so far, seconds spent, and a fingerprint
-of every array). Orbax makes the folder appear whole or not at all; the
-fingerprints tell when its bytes have changed since. A checkpoint that cannot
-be read, or differs from its fingerprint, is set aside and the one before it
-is used.
+stood, JSON) and `meta` (best result so far, seconds spent, and fingerprints
+of every array and of the JSON). Orbax makes the folder appear whole or not at
+all; the fingerprints tell when its bytes have changed since. A checkpoint that
+cannot be read, or differs from its fingerprint, is set aside and the one
+before it is used.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import json
 import logging
 import pathlib
 import shutil
+import zlib
 from typing import Any
 
 import jax
@@ -44,48 +45,34 @@ class CorruptCheckpointError(ValueError):
   """The arrays read are not those that were saved."""
 
 
-_MIX = np.uint32(2654435761)
-
-
-@jax.jit
-def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-  def one(x):
-    x = jnp.atleast_1d(x)
-    if x.dtype == jnp.bool_:
-      x = x.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    words = words.reshape(-1)
-    # An odd multiplier is invertible modulo 2^32: no single change of a word
-    # goes unseen, and its place counts.
-    place = jnp.arange(words.size, dtype=jnp.uint32) * _MIX
-    return jnp.sum((words + 1) * (2 * place + 1), dtype=jnp.uint32)
-
-  return jnp.stack([one(x) for x in leaves])
-
-
 def fingerprint(tree: Any) -> list[int]:
-  """A 32-bit number for each array of a pytree, from all of its bits.
+  """The CRC-32 of each array's bytes.
 
-  It is computed where the arrays are, in integer arithmetic, so it costs no
-  transfer and does not depend on the devices or on how they share the array.
+  It is computed on the host, because compiling it for every tree of arrays
+  would take longer than all the checkpoints of a short run.
 
   Args:
-    tree: arrays of at most 32 bits an element.
+    tree: arrays.
 
   Returns:
-    One number per leaf, in the order of `jax.tree.leaves`.
+    One number per leaf, in the order of `jax.tree.leaves`. It does not depend
+    on the devices or on how they share the array.
   """
-  leaves = [_as_bits(x) for x in jax.tree.leaves(tree)]
-  if not leaves:
-    return []
-  return [int(x) for x in np.asarray(_fingerprints(leaves))]
+  leaves = jax.device_get([_as_bits(x) for x in jax.tree.leaves(tree)])
+  return [
+    zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+    for x in leaves
+  ]
 
 
 def _as_bits(x):
   if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
     return jax.random.key_data(x)
   return x
+
+
+def _checksum(*content):
+  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 class Checkpointer:
@@ -140,7 +127,11 @@ class Checkpointer:
     if step in self._manager.all_steps():
       return
     arrays = _as_dicts(state)
-    meta = {**meta, "fingerprint": fingerprint(arrays)}
+    meta = {
+      **meta,
+      "checksum": _checksum(position, meta),
+      "fingerprint": fingerprint(arrays),
+    }
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -165,10 +156,10 @@ class Checkpointer:
     Raises:
       ValueError: if there are checkpoints and none can be read.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    for step in steps:
+    bad: list[int] = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        return self._restore(step, like)
+        restored = self._restore(step, like)
       except Exception as error:  # whatever a damaged file provokes
         _log.warning(
           "checkpoint of step %d in %s cannot be used (%s: %s); the one before"
@@ -178,13 +169,16 @@ class Checkpointer:
           type(error).__name__,
           next(iter(str(error).splitlines()), ""),
         )
-        if not self._read_only:
-          self._set_aside(step)
-    if steps:
+        bad.append(step)
+      else:
+        if bad and not self._read_only:
+          self._set_aside(bad)
+        return restored
+    if bad:  # left where they are: an empty folder would mean a fresh start
       raise ValueError(
-        f"none of the {len(steps)} checkpoints of {self._directory} can be"
-        f" read (those set aside are in {self._aside()}). Start again in"
-        " another --workdir, or remove this one"
+        f"none of the {len(bad)} checkpoints of {self._directory} can be read."
+        " Nothing was changed. Start again in another --workdir, or remove"
+        " this one"
       )
     return None
 
@@ -201,8 +195,10 @@ class Checkpointer:
       arrays = restore_tree(self._directory / str(step) / "state")
     else:
       arrays = read["state"]
-    meta = dict(read["meta"])
+    meta, position = dict(read["meta"]), dict(read["position"])
     expected = meta.pop("fingerprint")
+    if meta.pop("checksum") != _checksum(position, meta):
+      raise CorruptCheckpointError("its JSON differs from what was saved")
     got = fingerprint(arrays)
     if got != expected:
       wrong = sum(a != b for a, b in zip(got, expected, strict=False))
@@ -210,19 +206,19 @@ class Checkpointer:
         f"{wrong} of {len(expected)} arrays differ from those saved"
       )
     state = arrays if like is None else _like(arrays, like)
-    return Restored(step, state, dict(read["position"]), meta)
+    return Restored(step, state, position, meta)
 
-  def _aside(self) -> pathlib.Path:
-    return self._directory.with_name(self._directory.name + "_corrupt")
-
-  def _set_aside(self, step: int) -> None:
-    self._aside().mkdir(exist_ok=True)
-    target = self._aside() / str(step)
-    if target.exists():
-      shutil.rmtree(target)
+  def _set_aside(self, steps: list[int]) -> None:
+    aside = self._directory.with_name(self._directory.name + "_corrupt")
+    aside.mkdir(exist_ok=True)
     self._manager.close()
-    shutil.move(self._directory / str(step), target)
+    for step in steps:
+      target = aside / str(step)
+      if target.exists():
+        shutil.rmtree(target)
+      shutil.move(self._directory / str(step), target)
     self._manager = self._open()
+    _log.warning("moved what cannot be used to %s", aside)
 
   def wait(self) -> None:
     """Returns when what was started is on disk."""

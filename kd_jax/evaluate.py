@@ -69,15 +69,10 @@ def main() -> None:
   setup.configure_logging()
   try:
     model = export.load(args.model)
-    name = args.data or model.card["trained_on"]
-    size = model.card["image_shape"][0]
-    source = data.load(
-      name,
-      split=args.split,
-      dir=args.data_dir,
-      # Only sources that are drawn at any size take one.
-      image_size=size if name in ("digits", "synthetic") else None,
-    )
+    trained_on = model.card["trained_on"]
+    name = args.data or trained_on
+    options = model.card["data_options"] if name == trained_on else {}
+    source = data.load(name, split=args.split, dir=args.data_dir, **options)
     scores = evaluate(model, source, batch_size=args.batch_size)
   except (ValueError, ImportError) as error:
     parser.exit(2, f"{error}\n")

@@ -11,6 +11,7 @@ projector) and `teacher_classifier`: a SimKD student needs no other file.
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import pathlib
 import shutil
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 from kd_jax import checkpoint, data, distillers, models, record, setup
 from kd_jax.data import augment
 from kd_jax.distillers import base
+from kd_jax.interop import files
 from kd_jax.models.layers import ModelOutput
 from kd_jax.state import TrainState
 
@@ -107,6 +109,12 @@ def model_card(
       "of": "pixel / 255, per channel: (x - mean) / std",
     },
     "trained_on": source.name,
+    # What `data.load` was given beside the name.
+    "data_options": {
+      name: config.data[name]
+      for name in ("image_size", "num_examples", "num_classes")
+      if config.data[name] is not None
+    },
     "method": config.distiller.name,
     "test": scores,
   }
@@ -183,7 +191,11 @@ def write(to: pathlib.Path, tree: dict[str, Any], card: dict[str, Any]) -> None:
   try:
     tree = jax.tree.map(np.asarray, tree)
     checkpoint.save_tree(temporary / WEIGHTS, tree)
-    full = {**card, "parameters": _count_parameters(tree)}
+    full = {
+      **card,
+      "parameters": _count_parameters(tree),
+      "sha256": _digest(temporary / WEIGHTS),
+    }
     checkpoint.write_json(temporary / CARD, full)
     temporary.chmod(0o755)
     if to.exists():
@@ -196,15 +208,23 @@ def write(to: pathlib.Path, tree: dict[str, Any], card: dict[str, Any]) -> None:
 
 def _same(to, tree, card):
   """Whether an export holds just this: a repeated command changes nothing."""
-  theirs = dict(read_card(to))
-  theirs.pop("parameters")
-  if theirs != json.loads(json.dumps(card)):
+  kept = load(to)
+  if {**kept.card, **json.loads(json.dumps(card))} != kept.card:
     return False
-  kept = checkpoint.restore_tree(to / WEIGHTS)
-  ours, theirs = record.flatten(tree), record.flatten(kept)
+  ours, theirs = record.flatten(tree), record.flatten(kept.variables)
   return ours.keys() == theirs.keys() and all(
     np.array_equal(np.asarray(ours[name]), theirs[name]) for name in ours
   )
+
+
+def _digest(folder):
+  """Of the names and bytes of all files, in the order of their names."""
+  digest = hashlib.sha256()
+  for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    name = path.relative_to(folder).as_posix()
+    digest.update(f"{name} {path.stat().st_size}\n".encode())
+    digest.update(path.read_bytes())
+  return digest.hexdigest()
 
 
 def _count_parameters(tree):
@@ -319,7 +339,15 @@ def load(directory: str | pathlib.Path) -> ExportedModel:
     ValueError: if there is none, or it cannot be read.
   """
   path = find(directory)
-  return ExportedModel(read_card(path), checkpoint.restore_tree(path / WEIGHTS))
+  card = read_card(path)
+  # Orbax does not notice every damage.
+  if _digest(path / WEIGHTS) != card["sha256"]:
+    raise ValueError(
+      f"{path / WEIGHTS}: expected the files that {CARD} was written for, got"
+      " others (their sha256 differs): something is missing, damaged or"
+      " exchanged. Export or copy the model again"
+    )
+  return ExportedModel(card, checkpoint.restore_tree(path / WEIGHTS))
 
 
 def find(directory: str | pathlib.Path) -> pathlib.Path:
@@ -351,7 +379,9 @@ def find(directory: str | pathlib.Path) -> pathlib.Path:
 
 
 def check_teacher(checkpoint_path: str, *, name: str, num_classes: int) -> None:
-  """Refuses a teacher that does not fit, from its card alone.
+  """Refuses a teacher that does not fit.
+
+  Of a folder it reads the card alone, a file of weights whole.
 
   Args:
     checkpoint_path: `config.teacher.checkpoint`.
@@ -360,7 +390,11 @@ def check_teacher(checkpoint_path: str, *, name: str, num_classes: int) -> None:
 
   Raises:
     ValueError: with what to do about it.
+    ImportError: if the file takes PyTorch and there is none.
   """
+  if files.is_weights_file(checkpoint_path):
+    _load_teacher_file(checkpoint_path, name=name, num_classes=num_classes)
+    return
   try:
     card = read_card(find(checkpoint_path))
   except ValueError as error:
@@ -395,7 +429,8 @@ def load_teacher(
   """The variables of a teacher.
 
   Args:
-    checkpoint_path: an export or a finished run.
+    checkpoint_path: an export, a finished run, or a file of weights (see
+      `kd_jax.interop.files`).
     name: of the network.
     num_classes: of the data.
 
@@ -404,9 +439,24 @@ def load_teacher(
 
   Raises:
     ValueError: if it does not fit or cannot be read.
+    ImportError: if the file takes PyTorch and there is none.
   """
+  if files.is_weights_file(checkpoint_path):
+    return _load_teacher_file(
+      checkpoint_path, name=name, num_classes=num_classes
+    )
   check_teacher(checkpoint_path, name=name, num_classes=num_classes)
   return load(checkpoint_path).variables["student"]
+
+
+def _load_teacher_file(path, *, name, num_classes):
+  try:
+    return files.load_variables(path, model_name=name, num_classes=num_classes)
+  except ValueError as error:
+    raise ValueError(
+      f"config.teacher.checkpoint: {error} (config.teacher.name is {name},"
+      f" and the data has {num_classes} classes)"
+    ) from error
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ that it can be resumed, exported or named as a teacher like any other run.
 """
 
 import copy
+import difflib
 import pathlib
 from typing import Any
 
@@ -17,7 +18,7 @@ _REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
 
 
 def cells(config: ConfigDict) -> dict[str, ConfigDict]:
-  """The config of every cell, by name, in the order of `config.grid`.
+  """The config of every cell, by name, in alphabetical order.
 
   Raises:
     ValueError: if a cell sets a field that configs do not have.
@@ -31,12 +32,32 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
         if section in delta:
           cell[section] = ConfigDict(delta[section].to_dict())
     rest = {k: v for k, v in delta.to_dict().items() if k not in _REPLACED}
-    try:
-      cell.lock().update(rest)
-    except (KeyError, TypeError) as error:
-      raise ValueError(f"config.grid.{name}: {error}") from error
+    _apply(rest, cell.lock(), f"config.grid.{name}")
     made[name] = cell
   return made
+
+
+def _apply(delta, section, where):
+  for name, value in delta.items():
+    place = f"{where}.{name}"
+    if name not in section:
+      near = difflib.get_close_matches(name, section, n=3)
+      hint = f" Did you mean {' or '.join(near)}?" if near else ""
+      raise ValueError(
+        f"{place}: no such field.{hint} The fields are: {', '.join(section)}"
+      )
+    if isinstance(section[name], ConfigDict) != isinstance(value, dict):
+      raise ValueError(
+        f"{place}: expected what configs/base.py has there, got {value!r}"
+      )
+    if isinstance(value, dict):
+      _apply(value, section[name], place)
+      continue
+    try:
+      section[name] = value
+    except TypeError as error:
+      kind = section.get_type(name).__name__
+      raise ValueError(f"{place}: expected {kind}, got {value!r}") from error
 
 
 def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:

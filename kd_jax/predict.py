@@ -30,7 +30,10 @@ def read_image(path: pathlib.Path, *, height: int, width: int) -> np.ndarray:
 
   try:
     with Image.open(path) as file:
-      image = ImageOps.exif_transpose(file).convert("RGB")
+      image: Image.Image = ImageOps.exif_transpose(file)
+      if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+      image = image.convert("RGB")
       if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
       return np.asarray(image, np.uint8)

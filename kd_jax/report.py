@@ -89,6 +89,7 @@ def curves(folder: pathlib.Path, path: pathlib.Path) -> None:
     path: .png or .svg to write.
   """
   import matplotlib.figure  # only who draws needs it
+  from matplotlib import ticker
 
   figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
   left, right = figure.subplots(1, 2)
@@ -101,17 +102,23 @@ def curves(folder: pathlib.Path, path: pathlib.Path) -> None:
       "color": _COLOURS[number % len(_COLOURS)],
       "linestyle": _LINES[number % len(_LINES)],
       "label": label,
+      "marker": "o" if len(evals) == 1 else "",
     }
     epochs = [r["epoch"] for r in evals]
     left.plot(epochs, [r["ce"] for r in evals], **style)
     right.plot(epochs, [r["top1"] for r in evals], **style)
   left.set_yscale("log")
+  # Plain numbers: a run rarely spans a power of ten.
+  left.yaxis.set_major_formatter(ticker.LogFormatter())
+  left.yaxis.set_minor_formatter(ticker.LogFormatter())
   left.set_ylabel("test cross-entropy (nats)")
   right.set_ylabel("test top-1 (%)")
   for axes in (left, right):
     axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-  right.legend(loc="lower right")
+  handles, labels = left.get_legend_handles_labels()
+  figure.legend(handles, labels, loc="outside lower center", ncols=2)
   figure.savefig(path, dpi=150)
 
 
@@ -127,11 +134,12 @@ def main() -> None:
   )
   args = parser.parse_args()
   try:
-    print(table(collect(args.runs)))
+    text = table(collect(args.runs))
+    if args.curves:
+      curves(args.runs, args.curves)
   except ValueError as error:
     parser.exit(2, f"{error}\n")
-  if args.curves:
-    curves(args.runs, args.curves)
+  print(text)
 
 
 if __name__ == "__main__":

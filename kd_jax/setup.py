@@ -173,6 +173,8 @@ def configure_logging() -> None:
   logging.getLogger("kd_jax").setLevel(logging.INFO)
   # Orbax tells every file that it touches through absl's logger.
   logging.getLogger("absl").setLevel(logging.ERROR)
+  # A damaged checkpoint is one line of ours, and of its tasks many pages.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def compilation_cache(setting: str, workdir: pathlib.Path) -> None:

@@ -150,8 +150,11 @@ def make_train_step(
       total = jax.tree.map(jnp.add, total, grads)
       return (total, collections), sums
 
+    # Every n-th row, so that the parts hold the same examples on however many
+    # devices the batch is spread.
     pieces = jax.tree.map(
-      lambda x: x.reshape(accumulate_steps, -1, *x.shape[1:]), batch
+      lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1),
+      batch,
     )
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     (grads, collections), sums = jax.lax.scan(
@@ -273,11 +276,11 @@ def make_train_chunk(
     load: (resident data, one step's slice) -> batch, of the pipeline.
 
   Returns:
-    `chunk(state, teacher_variables, resident, xs) -> (state, sums [k])` for
-    `xs` with leaves [k, B, ...].
+    `train_chunk(state, teacher_variables, resident, xs) -> (state, sums [k])`
+    for `xs` with leaves [k, B, ...].
   """
 
-  def chunk(state, teacher_variables, resident, xs):
+  def train_chunk(state, teacher_variables, resident, xs):
     def body(state, x):
       return step(state, teacher_variables, load(resident, x))
 
@@ -286,7 +289,7 @@ def make_train_chunk(
       return state, jax.tree.map(lambda s: s[None], sums)
     return jax.lax.scan(body, state, xs)
 
-  return chunk
+  return train_chunk
 
 
 def make_eval_chunk(
@@ -298,11 +301,11 @@ def make_eval_chunk(
     step: made by `make_eval_step`.
 
   Returns:
-    `chunk(variables, teacher_variables, resident, xs) -> sums` for `xs` with
-    leaves [k, B, ...]; `resident` is not used.
+    `eval_chunk(variables, teacher_variables, resident, xs) -> sums` for `xs`
+    with leaves [k, B, ...]; `resident` is not used.
   """
 
-  def chunk(variables, teacher_variables, resident, xs):
+  def eval_chunk(variables, teacher_variables, resident, xs):
     del resident
     if _length(xs) == 1:
       return step(variables, teacher_variables, _first(xs))
@@ -311,7 +314,7 @@ def make_eval_chunk(
     )
     return jax.tree.map(lambda s: jnp.sum(s, 0), sums)
 
-  return chunk
+  return eval_chunk
 
 
 def _length(xs) -> int:

@@ -1,13 +1,26 @@
 """The test session: four CPU devices, strict promotion, golden values."""
 
+import contextlib
+import fcntl
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import sys
+import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+  # Compiles in half the time. XLA does not start with a flag unknown to it.
+  flags = [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
+  os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "allow")
@@ -43,3 +56,116 @@ def rebuild():
 def repo() -> pathlib.Path:
   """The repository's top level."""
   return REPO
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory) -> pathlib.Path:
+  """One folder for all of xdist's workers."""
+  folder = tmp_path_factory.getbasetemp()
+  return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture
+def fast_compile(session_folder):
+  """Compiles several times faster, into slower code, and only once."""
+  folder = session_folder / "compilation_cache"
+  settings = {
+    "jax_disable_most_optimizations": (True, False),
+    "jax_compilation_cache_dir": (str(folder), None),
+    "jax_persistent_cache_min_compile_time_secs": (0.2, 1.0),
+  }
+  for name, (inside, _) in settings.items():
+    jax.config.update(name, inside)
+  compilation_cache.reset_cache()
+  yield
+  for name, (_, outside) in settings.items():
+    jax.config.update(name, outside)
+  compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _lock(path):
+  with path.open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+@pytest.fixture
+def smoke_run(session_folder, fast_compile):
+  """smoke_run("kd_cifar") -> workdir of the finished `:smoke` run.
+
+  Each run is made once for all tests, and by one of xdist's workers for all.
+  They lie beside each other, so that they share a teacher.
+  """
+  from kd_jax import grid, train
+
+  root = session_folder / "smoke"
+  root.mkdir(exist_ok=True)
+
+  def make(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config("smoke").lock()
+    config.parallel.num_devices = 1
+    if config.teacher.name and name != "kd_cifar":
+      make("kd_cifar")  # and with it the teacher
+    with _lock(root / f"{name}.lock"):
+      run = grid.run_grid if config.grid else train.train_and_evaluate
+      if not (root / name / "done").exists():
+        run(config, str(root / name))
+        (root / name / "done").touch()
+    return root / name
+
+  return make
+
+
+def _load_launch():
+  """launch.py as a module: its flags can be defined only once."""
+  if "launch" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("launch", REPO / "launch.py")
+    sys.modules["launch"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["launch"])
+  return sys.modules["launch"]
+
+
+@pytest.fixture
+def parse_launch(monkeypatch):
+  """parse_launch("--config", ...) -> the config that launch.py would run."""
+  from absl import flags
+
+  module = _load_launch()
+
+  def forget_overrides():
+    for name in list(flags.FLAGS):
+      if name.startswith("config."):
+        delattr(flags.FLAGS, name)
+
+  def parse(*arguments):
+    argv = ["launch.py", *map(str, arguments)]
+    monkeypatch.setattr(sys, "argv", argv)
+    forget_overrides()
+    flags.FLAGS.unparse_flags()
+    for name in ("config", "workdir"):
+      flags.FLAGS[name].unparse()
+    with warnings.catch_warnings():
+      # How ml_collections loads a file.
+      warnings.filterwarnings("ignore", r"the load_module\(\) method")
+      assert module.parse(argv) == argv[:1]
+    return flags.FLAGS.config
+
+  yield parse
+  forget_overrides()
+
+
+@pytest.fixture
+def launch(parse_launch):
+  """launch("--config", ...) -> the exit code of launch.py, run in here."""
+
+  def run(*arguments):
+    try:
+      parse_launch(*arguments)
+      _load_launch().main([])
+    except SystemExit as stop:
+      return stop.code
+    return 0
+
+  return run

@@ -59,7 +59,7 @@ HEAVY = {
   "nvidia": {"kd_jax.data.dali_pipeline"},
   "tensorflow": {"kd_jax.data.sources"},
   "tensorflow_datasets": {"kd_jax.data.sources"},
-  "torch": {"kd_jax.interop.pytorch"},
+  "torch": {"kd_jax.interop.torch_files"},
 }
 COLLECTIVES = {
   *("pmean", "psum", "pmax", "pmin", "ppermute", "pshuffle", "pswapaxes"),

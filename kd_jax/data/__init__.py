@@ -4,12 +4,20 @@ import importlib
 from typing import Any
 
 from kd_jax.data.batch import Batch, Pipeline, eval_batches
-from kd_jax.data.sources import Source, load, unknown_name
+from kd_jax.data.sources import (
+  Constants,
+  Source,
+  constants,
+  load,
+  unknown_name,
+)
 
 __all__ = [
   "Batch",
+  "Constants",
   "Pipeline",
   "Source",
+  "constants",
   "create",
   "eval_batches",
   "load",

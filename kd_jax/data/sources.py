@@ -135,6 +135,84 @@ _CIFAR = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Constants:
+  """What is known of a set without its files.
+
+  Attributes:
+    num_classes: K.
+    class_names: K names, in the labels' order.
+    image_shape: (height, width, channels) as networks take them.
+    mean: per channel, of x / 255; see `Source`.
+    std: per channel, of x / 255.
+  """
+
+  num_classes: int
+  class_names: tuple[str, ...]
+  image_shape: tuple[int, int, int]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+_CIFAR10_NAMES = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100_NAMES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy
+bridge bus butterfly camel can castle caterpillar cattle chair chimpanzee clock
+cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange
+orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper
+snail snake spider squirrel streetcar sunflower sweet_pepper table tank
+telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+
+# Of ILSVRC 2012; torchvision, timm and SimKD normalise with these.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def constants(name: str) -> Constants:
+  """What is known of a set without its files.
+
+  Args:
+    name: "imagenet", or a name that `load` knows ("tfds:cifar10" is
+      "cifar10"). The classes of ImageNet are called "0" to "999".
+
+  Returns:
+    Its constants.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if name == "imagenet":
+    names = tuple(map(str, range(1000)))
+    return Constants(1000, names, (224, 224, 3), IMAGENET_MEAN, IMAGENET_STD)
+  layout = _CIFAR.get(name.removeprefix("tfds:"))
+  if layout is not None:
+    listed = {10: _CIFAR10_NAMES, 100: _CIFAR100_NAMES}[layout.num_classes]
+    return Constants(
+      layout.num_classes,
+      tuple(listed.split()),
+      (32, 32, 3),
+      layout.mean,
+      layout.std,
+    )
+  if name not in _SOURCES:
+    raise unknown_name("data set", name, {*_SOURCES, "imagenet"})
+  # The others are made, not read.
+  source = load(name, split="test")
+  height, width, channels = source.images.shape[1:]
+  return Constants(
+    source.num_classes,
+    source.class_names,
+    (height, width, channels),
+    source.mean,
+    source.std,
+  )
+
+
 def _read_folder(
   folder: pathlib.Path, members: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:

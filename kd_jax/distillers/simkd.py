@@ -19,9 +19,13 @@ class SimKD(base.Distiller):
 
   Attributes:
     factor: the projector's middle has the teacher's channels over `factor`.
+    student_map: name of the student's feature that is projected; None takes
+      its last stage, as the reference does (in MobileNetV2 and ShuffleNetV2
+      that is not "last", which has one layer more).
   """
 
   factor: int = 2
+  student_map: str | None = None
 
   predicts_with_teacher_head: ClassVar[bool] = True
 
@@ -30,6 +34,11 @@ class SimKD(base.Distiller):
     self.projector = connectors.Bottleneck(
       final_activation=True, axis_name=self.batch_axis, dtype=self.dtype
     )
+
+  def _student_map(self, student: ModelOutput) -> jax.Array:
+    if self.student_map is None:
+      return base.stages(student, whose="student")[-1]
+    return base.feature(student, self.student_map, whose="student")
 
   def _project(self, map_s: jax.Array, map_t: Any, train: bool) -> jax.Array:
     """P(f_s) at the smaller of both sizes; `map_t` gives only its shape."""
@@ -54,7 +63,7 @@ class SimKD(base.Distiller):
     train: bool = False,
   ) -> jax.Array:
     """See `base.Distiller.predict`; reads the shape of the teacher's map."""
-    map_s = base.feature(student, "last", whose="student")
+    map_s = self._student_map(student)
     map_t = base.feature(teacher, "last", whose="teacher")
     projected = self._project(map_s, map_t, train)
     return teacher_classifier(global_average_pool(projected))
@@ -71,7 +80,7 @@ class SimKD(base.Distiller):
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "simkd"."""
     terms = self.logit_losses(student, teacher, batch)
-    map_s = base.feature(student, "last", whose="student")
+    map_s = self._student_map(student)
     map_t = base.feature(teacher, "last", whose="teacher")
     projected = self._project(map_s, map_t, train)
     target = losses.adaptive_average_pool(

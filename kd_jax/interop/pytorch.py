@@ -310,6 +310,25 @@ def _template(model_name: str, num_classes: int) -> dict[str, Any]:
   return jax.eval_shape(init, jax.random.key(0), image)
 
 
+def tensor_shapes(
+  model_name: str, num_classes: int, dialect: dialects.Dialect
+) -> dict[str, tuple[int, ...]]:
+  """What a model's state dict holds, without the batch counters.
+
+  Args:
+    model_name: one of `kd_jax.models.names()`.
+    num_classes: of the classifier.
+    dialect: whose names to use.
+
+  Returns:
+    Names to shapes in PyTorch's layout.
+
+  Raises:
+    ValueError: if the model is unknown.
+  """
+  return _shapes(_template(model_name, num_classes), dialect.rename, ())
+
+
 def from_state_dict(
   model_name: str, num_classes: int, state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:

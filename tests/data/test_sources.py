@@ -607,3 +607,28 @@ def test_a_source_checks_itself(changes, words):
   make()
   with pytest.raises(ValueError, match=words):
     make(**changes)
+
+
+def test_constants_are_those_of_the_sets():
+  for name in ("cifar10", "cifar100"):
+    known = sources.constants(name)
+    layout = sources._CIFAR[name]
+    assert known.num_classes == layout.num_classes == len(known.class_names)
+    assert list(known.class_names) == sorted(set(known.class_names))
+    assert (known.mean, known.std) == (layout.mean, layout.std)
+    assert known.image_shape == (32, 32, 3)
+    assert sources.constants(f"tfds:{name}") == known
+  assert sources.constants("cifar10").class_names[3] == "cat"
+  assert sources.constants("cifar100").class_names[53] == "orange"
+  imagenet = sources.constants("imagenet")
+  assert len(imagenet.class_names) == imagenet.num_classes == 1000
+  assert imagenet.image_shape == (224, 224, 3)
+  assert imagenet.mean == (0.485, 0.456, 0.406)
+  digits, source = (
+    sources.constants("digits"),
+    sources.load("digits", split="test"),
+  )
+  assert digits.class_names == source.class_names
+  assert digits.mean == source.mean and digits.std == source.std
+  with pytest.raises(ValueError, match=r"'cifar'.*Did you mean.*imagenet"):
+    sources.constants("cifar")

@@ -61,7 +61,8 @@ def test_number_of_parameters(tiny, student, teacher, factor, expected):
 
   def output(channels):
     last = jnp.zeros((8, 8, 8, channels))
-    return ModelOutput(jnp.zeros((8, 5)), {"last": last})
+    features = {"stage1": last, "last": last}
+    return ModelOutput(jnp.zeros((8, 5)), features)
 
   variables = jax.eval_shape(
     lambda: tiny.create("simkd", factor=factor).init(
@@ -81,3 +82,12 @@ def test_number_of_parameters(tiny, student, teacher, factor, expected):
 def test_a_factor_beyond_the_channels_is_refused(tiny):
   with pytest.raises(ValueError, match=r"factor: expected 1 to 16.*got 17"):
     tiny.init(tiny.create("simkd", factor=17))
+
+
+def test_the_students_map_can_be_another(tiny):
+  for name, channels in (("last", 12), ("stage1", 6)):
+    shapes = tiny.shapes(tiny.create("simkd", student_map=name))
+    kernel = shapes["params"]["projector"]["conv1"]["kernel"]
+    assert kernel.shape == (1, 1, channels, 8)
+  with pytest.raises(ValueError, match="the student has no feature 'stage9'"):
+    tiny.shapes(tiny.create("simkd", student_map="stage9"))

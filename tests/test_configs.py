@@ -1,0 +1,167 @@
+"""Every file of configs/: what it says, that it loads, that it runs."""
+
+import importlib
+import math
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from kd_jax import distillers, models, record
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+NAMES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
+RUNS = [name for name in NAMES if name != "base"]
+GRIDS = ["cpu_cifar", "quickstart"]
+METHODS = [
+  name.removesuffix("_cifar")
+  for name in RUNS
+  if name.removesuffix("_cifar") in distillers.names()
+]
+# Sections whose keys depend on the method or the grid.
+FREE_FORM = ("distiller.", "loss_weights.", "loss_ramp_epochs", "grid")
+
+
+def load(name: str, arg: str = "") -> ConfigDict:
+  return importlib.import_module(f"configs.{name}").get_config(arg)
+
+
+def fields(config: ConfigDict) -> dict[str, str]:
+  """The fixed fields, by dotted name, each with its type."""
+  return {
+    name: config.get_type(name).__name__
+    if "." not in name
+    else config[name.rpartition(".")[0]]
+    .get_type(name.rpartition(".")[2])
+    .__name__
+    for name in record.flatten(config.to_dict())
+    if not name.startswith(FREE_FORM)
+  }
+
+
+def test_there_is_a_config_for_every_method():
+  assert {*METHODS, "none"} == set(distillers.names())
+  others = {"base", "teacher_cifar", *GRIDS}
+  assert set(NAMES) == others | {f"{method}_cifar" for method in METHODS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_header_has_what_a_reader_needs(name):
+  header = importlib.import_module(f"configs.{name}").__doc__
+  assert f"python launch.py --config configs/{name}.py" in header
+  if name not in GRIDS:
+    assert "Published: " in header
+    assert "Here: " in header
+
+
+@pytest.mark.parametrize("arg", ["", ":smoke"])
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_locked_with_the_fields_of_base(name, arg, parse_launch):
+  config = parse_launch("--config", f"{REPO}/configs/{name}.py{arg}")
+  assert config.is_locked
+  assert bool(config.grid) == (name in GRIDS)
+  with pytest.raises(AttributeError, match='Did you mean "epochs"'):
+    config.epoch = 3
+  assert fields(config) == fields(base.get_config())
+  assert config.student.name in models.names()
+  assert config.teacher.name in ["", *models.names()]
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {*GRIDS}))
+def test_recipe_is_the_references(name):
+  config, plain = load(name), base.get_config()
+  assert config.epochs == 240
+  assert config.batch_size == 64
+  assert config.optim.milestones == (150, 180, 210)
+  assert config.optim.weight_decay == 5e-4
+  assert config.optim.learning_rate is None  # 0.05, or 0.01 if mobile
+  assert config.optim == plain.optim
+  assert config.data == plain.data
+  assert config.data.name == "cifar100"
+
+
+# The seed's weights of cross-entropy, KD and the method's own term.
+WEIGHTS = {
+  "kd": (1, 1, None),
+  "fitnet": (1, 1, 100),
+  "at": (1, 1, 1000),
+  "sp": (1, 1, 3000),
+  "vid": (1, 1, 1),
+  "crd": (1, 1, 0.8),
+  "srrl": (1, 1, 1),
+  "semckd": (1, 1, 400),
+  "simkd": (0, 0, 1),
+  "reviewkd": (1, 0, 5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_config(method):
+  config = load(f"{method}_cifar")
+  ce, kd, own = WEIGHTS[method]
+  expected = {"ce": ce, "kd": kd, **({} if own is None else {method: own})}
+  assert config.loss_weights.to_dict() == expected
+  assert set(config.loss_ramp_epochs) <= set(expected)
+  assert config.distiller.name == method
+  assert (config.teacher.name, config.student.name) == (
+    *("resnet32x4", "resnet8x4"),
+  )
+  settings = config.distiller.to_dict()
+  module = distillers.create(settings.pop("name"), **settings)
+  assert {key: getattr(module, key) for key in settings} == settings
+
+
+def test_teacher_config_trains_the_teacher_of_the_others():
+  config = load("teacher_cifar")
+  assert config.student.name == load("kd_cifar").teacher.name
+  assert config.distiller.name == "none"
+  assert config.loss_weights.to_dict() == {"ce": 1.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_argument(name):
+  with pytest.raises(
+    ValueError, match=r"expected '' or 'smoke' .*, got 'smok'; fields are set"
+  ):
+    load(name, "smok")
+
+
+@pytest.mark.parametrize("name", [*RUNS, "base"])
+def test_smoke_runs(name, smoke_run):
+  workdir = smoke_run(name)
+  config = load(name, "smoke")
+  if config.grid:
+    workdirs = {cell: workdir / cell for cell in config.grid}
+    deltas = config.grid.to_dict()
+  else:
+    workdirs, deltas = {name: workdir}, {name: {}}
+  for cell, folder in workdirs.items():
+    method = {**config.to_dict(), **deltas[cell]}["distiller"]["name"]
+    result = record.result(folder)
+    assert result["method"] == method
+    assert result["student"] == "resnet8"
+    assert result["steps"] == config.epochs * (64 // config.batch_size)
+    assert result["final"]["epoch"] == config.epochs
+    for scores in (result["final"], result["best"]):
+      assert math.isfinite(scores["ce"])
+      assert 0 <= scores["top1"] <= scores["top5"] <= 100
+    assert result["best"]["top1"] >= result["final"]["top1"]
+    assert bool(result["teacher"]) == (method != "none")
+    assert (folder / "export" / "model.json").exists()
+    assert (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  "names", [["kd_cifar", "at_cifar"], *([name] for name in GRIDS)]
+)
+def test_one_teacher_serves_the_runs_beside_each_other(names, smoke_run):
+  folders = [smoke_run(name) for name in names]
+  if names[0] in GRIDS:
+    parent = folders[0]
+    folders = [parent / cell for cell in ("kd", "simkd")]
+  else:
+    parent = folders[0].parent
+  used = [record.result(folder)["teacher"]["checkpoint"] for folder in folders]
+  made = [str(folder) for folder in (parent / "teachers").iterdir()]
+  assert used == made * 2

@@ -1,0 +1,353 @@
+"""Exports: whole, equal to the run, readable by plain Orbax, never half."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from kd_jax import data, distillers, export, models, record, setup, train_step
+from kd_jax.data import augment
+
+
+def arrays(tree):
+  return {k: np.asarray(v) for k, v in record.flatten(tree).items()}
+
+
+def assert_equal(ours, theirs):
+  ours, theirs = arrays(ours), arrays(theirs)
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    assert value.dtype == theirs[name].dtype
+    np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def contents(folder):
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def state_of(workdir):
+  """The newest checkpoint's arrays."""
+  newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+  return restore(newest / "state")
+
+
+def variables_of(state, part):
+  rest = state["collections"].get(part, {})
+  return {"params": state["params"].get(part, {}), **rest}
+
+
+def restore(path):
+  """The arrays of a run's checkpoint, by Orbax alone."""
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.metadata(path).item_metadata.tree
+    arguments = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    return reader.restore(path, restore_args=arguments)
+
+
+@pytest.fixture
+def simkd(smoke_run):
+  return smoke_run("simkd_cifar")
+
+
+@pytest.fixture
+def kd(smoke_run):
+  return smoke_run("kd_cifar")
+
+
+@pytest.fixture
+def images():
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (4, 16, 16, 3), np.uint8)
+
+
+def evaluation_logits(workdir, state, images):
+  """What the run's own evaluation computes: the whole teacher included."""
+  config = record.read_json(workdir / "config.json")
+  teacher = models.create(config["teacher"]["name"], 10)
+  checkpoint = record.result(workdir)["teacher"]["checkpoint"]
+  teacher_variables = export.load(checkpoint).variables["student"]
+  student = models.create(config["student"]["name"], 10)
+  fields = config["distiller"]
+  distiller = distillers.create(fields.pop("name"), **fields)
+  source = data.load("synthetic", split="train", num_examples=64)
+
+  @jax.jit
+  def run(images):
+    x = augment.normalize(images, mean=source.mean, std=source.std)
+    output, classify = train_step.run_teacher(teacher, teacher_variables, x)
+    return distiller.apply(
+      variables_of(state, "distiller"),
+      student.apply(variables_of(state, "student"), x, train=False),
+      output,
+      {"label": jnp.zeros(len(images), jnp.int32)},
+      teacher_classifier=classify,
+      step=0,
+      train=False,
+    ).logits
+
+  return run(images)
+
+
+def test_simkd_student_is_complete_and_equal_to_the_run(
+  simkd, tmp_path, images
+):
+  export.export_run(simkd, tmp_path / "export", weights="last")
+  state = state_of(simkd)
+  teacher = export.load(record.result(simkd)["teacher"]["checkpoint"])
+  expected = {
+    "student": variables_of(state, "student"),
+    "distiller": variables_of(state, "distiller"),
+    "teacher_classifier": {"fc": teacher.variables["student"]["params"]["fc"]},
+  }
+  model = export.load(tmp_path / "export")
+  assert_equal(model.variables, expected)
+  # The projector has learnt and has statistics of its own.
+  assert model.variables["distiller"]["batch_stats"]["projector"]
+  # It is the projector and not the student's own classifier that predicts.
+  logits = model.logits(images)
+  assert logits.dtype == jnp.float32
+  wanted = evaluation_logits(simkd, state, images)
+  np.testing.assert_allclose(logits, wanted, rtol=1e-6, atol=1e-6)
+  shifted = export.ExportedModel(
+    model.card,
+    {
+      **model.variables,
+      "teacher_classifier": jax.tree.map(
+        lambda x: x + 1, model.variables["teacher_classifier"]
+      ),
+    },
+  )
+  assert np.abs(shifted.logits(images) - wanted).max() > 0.5
+
+
+def test_kd_student_is_the_student_alone(kd, tmp_path, images):
+  export.export_run(kd, tmp_path / "export", weights="last")
+  model = export.load(tmp_path / "export")
+  state = state_of(kd)
+  assert_equal(model.variables, {"student": variables_of(state, "student")})
+  np.testing.assert_allclose(
+    model.logits(images),
+    evaluation_logits(kd, state, images),
+    rtol=1e-6,
+    atol=1e-6,
+  )
+
+
+def test_a_run_exports_its_best_weights(simkd):
+  (best,) = (simkd / "best").iterdir()
+  kept = restore(best / "state")
+  model = export.load(simkd)  # a finished run's workdir names its export
+  assert_equal(model.variables, kept)
+  assert model.card["test"] == record.result(simkd)["best"]
+
+
+def test_card(simkd, kd):
+  card = export.read_card(simkd / "export")
+  assert card["format"] == "kd_jax export 1"
+  assert card["architecture"] == "resnet8"
+  assert card["num_classes"] == 10
+  assert card["class_names"] == [f"class {i}" for i in range(10)]
+  assert card["image_shape"] == [16, 16, 3]
+  assert card["method"] == "simkd"
+  assert card["trained_on"] == "synthetic"
+  assert card["data_options"] == {"image_size": 16, "num_examples": 64}
+  assert card["head"]["distiller"] == {"name": "simkd", "factor": 2}
+  assert card["head"]["teacher"] == "resnet8x2"
+  assert card["normalization"]["mean"] == pytest.approx([127 / 255] * 3)
+  result = record.result(simkd)
+  classifier = 128 * 10 + 10  # of resnet8x2
+  assert card["parameters"] == (
+    result["parameters"] + result["distiller_parameters"] + classifier
+  )
+  card = export.read_card(kd / "export")
+  assert card["head"] is None
+  assert card["parameters"] == record.result(kd)["parameters"]
+  assert card["parameters"] == setup.count(
+    export.load(kd).variables["student"]["params"]
+  )
+
+
+@pytest.mark.parametrize(
+  "checkpointer", [ocp.PyTreeCheckpointer, ocp.StandardCheckpointer]
+)
+def test_plain_orbax_reads_it(simkd, checkpointer):
+  with checkpointer() as reader:
+    read = reader.restore(simkd / "export" / "checkpoint")
+  assert_equal(read, export.load(simkd).variables)
+
+
+def test_existing_folders_are_not_overwritten(kd, simkd, tmp_path):
+  to = tmp_path / "export"
+  export.export_run(kd, to)
+  before = contents(to)
+  export.export_run(kd, to)  # the same again changes nothing
+  assert contents(to) == before
+  with pytest.raises(
+    ValueError,
+    match=r"expected a folder that is empty or not there, got one that holds"
+    " something. Nothing was changed; give another --to",
+  ):
+    export.export_run(simkd, to)
+  assert contents(to) == before
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "thesis.txt").write_text("years")
+  with pytest.raises(ValueError, match="Nothing was changed"):
+    export.export_run(kd, other)
+  assert contents(other) == {other / "thesis.txt": b"years"}
+  with pytest.raises(ValueError, match="Nothing was changed"):
+    export.export_run(kd, other / "thesis.txt")
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  export.export_run(kd, empty)
+  assert_equal(export.load(empty).variables, export.load(to).variables)
+
+
+def test_a_failed_export_leaves_nothing(kd, tmp_path, monkeypatch):
+  def fail(*_):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(export.checkpoint, "write_json", fail)
+  with pytest.raises(OSError, match="No space left"):
+    export.export_run(kd, tmp_path / "export")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_run_can_be_exported_but_not_be_loaded(kd, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(kd, run, ignore=shutil.ignore_patterns("export", "result*"))
+  before = contents(run)
+  with pytest.raises(
+    ValueError,
+    match=r"holds a run that is not finished. Finish it with the command that"
+    " began it, or export what it has with python -m kd_jax.export --workdir",
+  ):
+    export.load(run)
+  export.export_run(run, tmp_path / "export")
+  assert_equal(
+    export.load(tmp_path / "export").variables, export.load(kd).variables
+  )
+  assert contents(run) == before  # another process may be writing it
+
+
+@pytest.mark.parametrize(
+  ("missing", "weights", "words"),
+  [
+    ("best", "best", "best holds no weights yet: .* come to the first evalu"),
+    ("checkpoints", "last", "holds no weights yet: .* the first checkpoint"),
+    ("config.json", "best", "expected the workdir of a run, got a folder with"),
+  ],
+)
+def test_run_without_weights(kd, tmp_path, missing, weights, words):
+  run = tmp_path / "run"
+  shutil.copytree(kd, run, ignore=shutil.ignore_patterns(missing))
+  with pytest.raises(ValueError, match=words):
+    export.export_run(run, tmp_path / "export", weights=weights)
+  assert not (tmp_path / "export").exists()
+
+
+def damage(folder, how):
+  checkpoint = folder / "checkpoint"
+  if how == "no metadata":
+    (checkpoint / "_METADATA").unlink()
+  elif how == "no arrays":
+    shutil.rmtree(checkpoint)
+  else:
+    largest = max(checkpoint.rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    half = len(content) // 2
+    if how == "cut short":
+      content = content[:half]
+    else:
+      content[half] ^= 0x10
+    largest.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+  "how", ["no metadata", "no arrays", "cut short", "one bit"]
+)
+def test_damaged_arrays(kd, tmp_path, how):
+  shutil.copytree(kd / "export", tmp_path / "export")
+  damage(tmp_path / "export", how)
+  with pytest.raises(
+    ValueError,
+    match=r"expected the files that model\.json was written for, got others"
+    r" \(their sha256 differs\): .* Export or copy the model again",
+  ):
+    export.load(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+  ("card", "words"),
+  [
+    ('{"format": "kd_jax exp', "expected JSON, got a file that ends or breaks"),
+    ('{"format": "kd_jax export 99"}', "expected an export, a folder with"),
+    ("[1]", "expected an export, a folder with"),
+  ],
+)
+def test_damaged_card(kd, tmp_path, card, words):
+  shutil.copytree(kd / "export", tmp_path / "export")
+  (tmp_path / "export" / "model.json").write_text(card)
+  with pytest.raises(ValueError, match=words):
+    export.load(tmp_path / "export")
+
+
+def main(monkeypatch, *arguments):
+  argv = ["export", *map(str, arguments)]
+  monkeypatch.setattr(sys, "argv", argv)
+  try:
+    export.main()
+  except SystemExit as stop:
+    return stop.code
+  return 0
+
+
+def test_command_line(simkd, tmp_path, monkeypatch, capsys):
+  to = tmp_path / "a" / "b"
+  arguments = ("--workdir", simkd, "--to", to)
+  assert main(monkeypatch, *arguments, "--weights", "last") == 0
+  printed = capsys.readouterr().out
+  parameters = json.loads((to / "model.json").read_text())["parameters"]
+  assert printed == f"{to}: resnet8, {parameters:,} parameters\n"
+  assert_equal(
+    export.load(to).variables["student"],
+    variables_of(state_of(simkd), "student"),
+  )
+  assert export.read_card(to)["test"] == record.result(simkd)["final"]
+
+
+def test_command_line_errors(tmp_path, monkeypatch, capsys):
+  to = tmp_path / "export"
+  assert main(monkeypatch, "--workdir", tmp_path / "x", "--to", to) == 2
+  assert "expected the workdir of a run" in capsys.readouterr().err
+  assert main(monkeypatch, "--workdir", tmp_path) == 2
+  assert "the following arguments are required: --to" in capsys.readouterr().err
+  assert not to.exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "classes", "words"),
+  [
+    ("resnet8", 5, "expected a teacher of 5 classes, as the data has, got 10"),
+    (
+      "vgg8",
+      10,
+      r"expected weights of vgg8 .*, got resnet8 in .* Set --config",
+    ),
+  ],
+)
+def test_teacher_that_does_not_fit(kd, name, classes, words):
+  with pytest.raises(ValueError, match=words):
+    export.load_teacher(str(kd), name=name, num_classes=classes)
+
+
+def test_kd_student_may_teach(kd):
+  got = export.load_teacher(str(kd), name="resnet8", num_classes=10)
+  assert_equal(got, export.load(kd).variables["student"])

@@ -1,0 +1,106 @@
+"""Collectives, placement, and the mapping of a function over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax import parallel
+
+AXIS = parallel.AXIS
+
+
+def test_without_an_axis_nothing_happens():
+  x = {"a": jnp.arange(3.0)}
+  for collective in (
+    parallel.axis_mean,
+    parallel.axis_sum,
+    parallel.axis_gather,
+  ):
+    assert collective(x, None) is x
+  assert parallel.axis_size(None) == 1
+  assert int(parallel.axis_index(None)) == 0
+
+
+def everything(carry, constants, resident, xs):
+  """Uses every collective on a [k, B] input."""
+  x = xs["x"][0]
+  gathered = parallel.axis_gather(x, AXIS)
+  where = parallel.axis_gather(parallel.axis_index(AXIS)[None], AXIS)
+  return carry + 1, {
+    "mean": parallel.axis_mean(jnp.mean(x), AXIS),
+    "sum": parallel.axis_sum({"x": jnp.sum(x)}, AXIS),
+    "gathered": gathered,
+    "where": where,
+    "size": jnp.int32(parallel.axis_size(AXIS)),
+    "others": constants + resident["r"],
+  }
+
+
+@pytest.mark.parametrize(
+  ("num_devices", "mapping"),
+  [(1, "shard_map"), (4, "shard_map"), (1, "pmap"), (4, "pmap")],
+)
+def test_map_chunk(num_devices, mapping):
+  devices = parallel.make_devices(num_devices=num_devices, mapping=mapping)
+  x = np.arange(16, dtype=np.float32).reshape(2, 8) ** 2
+  carry, out = devices.map_chunk(everything)(
+    *devices.replicate((jnp.zeros(2), jnp.ones(()), {"r": jnp.ones(())})),
+    devices.shard({"x": x}),
+  )
+  np.testing.assert_array_equal(carry, [1, 1])
+  np.testing.assert_array_equal(out["gathered"], x[0])
+  np.testing.assert_array_equal(out["where"], range(num_devices))
+  assert out["mean"] == x[0].mean()
+  assert out["sum"]["x"] == x[0].sum()
+  assert out["size"] == num_devices
+  assert out["others"] == 2
+
+
+def test_shard_and_replicate_place_what_they_say():
+  devices = parallel.make_devices(num_devices=4)
+  x = np.arange(24, dtype=np.int32).reshape(2, 4, 3)
+  for given in (x, jnp.asarray(x)):  # from the host, or on a device already
+    placed = devices.shard({"x": given})["x"]
+    np.testing.assert_array_equal(placed, x)
+    shards = {
+      s.device.id: np.asarray(s.data) for s in placed.addressable_shards
+    }
+    for i, device in enumerate(devices.mesh.devices.flat):
+      np.testing.assert_array_equal(shards[device.id], x[:, i : i + 1])
+  copies = devices.replicate(x).addressable_shards
+  assert len(copies) == 4
+  for copy in copies:
+    np.testing.assert_array_equal(copy.data, x)
+
+
+def test_donation_gives_up_the_carry_alone():
+  devices = parallel.make_devices(num_devices=2)
+  fn = devices.map_chunk(
+    lambda carry, constants, resident, xs: carry + constants, donate=True
+  )
+  carry, constants = devices.replicate((jnp.zeros(8), jnp.ones(8)))
+  xs = devices.shard({"x": np.zeros((1, 2), np.float32)})
+  assert float(fn(carry, constants, {}, xs)[0]) == 1
+  assert carry.is_deleted()
+  assert not constants.is_deleted()
+
+
+def test_zero_devices_are_all():
+  assert parallel.make_devices().mesh.devices.size == jax.device_count() == 4
+
+
+@pytest.mark.parametrize("num_devices", [5, -1])
+def test_too_many_devices(num_devices):
+  with pytest.raises(
+    ValueError,
+    match=rf"num_devices: expected 0 \(all\) to 4 \(cpu.*got {num_devices}",
+  ):
+    parallel.make_devices(num_devices=num_devices)
+
+
+def test_unknown_mapping():
+  with pytest.raises(
+    ValueError, match="expected 'shard_map' or 'pmap', got 'vmap'"
+  ):
+    parallel.make_devices(mapping="vmap")

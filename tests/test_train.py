@@ -1,0 +1,353 @@
+"""Whole runs in this process: what they leave behind, and what repeats."""
+
+import contextlib
+import importlib
+import json
+import logging
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_jax import checkpoint, data, export, metrics, setup, train
+
+STEPS_PER_EPOCH, EPOCHS = 4, 3
+TOTAL = STEPS_PER_EPOCH * EPOCHS
+TINY = {
+  "student.name": "_tiny",
+  "data.image_size": 8,
+  "data.num_examples": 32,
+  "data.crop_padding": 1,
+  "batch_size": 8,
+  "epochs": EPOCHS,
+  "checkpoint.every_steps": 3,
+  "log.every_steps": 2,
+  "parallel.num_devices": 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def make_config(name, changes=()):
+  config = importlib.import_module(f"configs.{name}_cifar").get_config("smoke")
+  if config.teacher.name:
+    config.teacher.name = "_tiny_wide"
+    config.teacher.epochs = 1
+  config.update_from_flattened_dict({**TINY, **dict(changes)})
+  return config.lock()
+
+
+@contextlib.contextmanager
+def compilations():
+  """Names of the functions compiled meanwhile."""
+  names = []
+
+  class Handler(logging.Handler):
+    def emit(self, record):
+      found = re.match(r"Compiling (?:\w+\()?(\w+)", record.getMessage())
+      if found:
+        names.append(found[1])
+
+  handler, logger = Handler(), logging.getLogger("jax._src.interpreters.pxla")
+  logger.addHandler(handler)
+  try:
+    with jax.log_compiles():
+      yield names
+  finally:
+    logger.removeHandler(handler)
+
+
+def newest(workdir):
+  reader = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
+  try:
+    return reader.restore_latest(None)
+  finally:
+    reader.close()
+
+
+def steps_saved(workdir):
+  return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def lines(workdir):
+  return (workdir / "metrics.jsonl").read_text().splitlines()
+
+
+def assert_same_bits(ours, theirs):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(ours),
+    jax.tree.leaves(theirs),
+    strict=True,
+  ):
+    assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+
+
+def contents(folder):
+  return {
+    p: (p.stat().st_mtime_ns, p.read_bytes())
+    for p in folder.rglob("*")
+    if p.is_file()
+  }
+
+
+GRAIN = {"data.pipeline": "grain", "parallel.num_devices": 2}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+  """KD on two devices, from nothing: (workdir, result, compiled names)."""
+  workdir = tmp_path_factory.mktemp("runs") / "first"
+  config = make_config("kd", GRAIN)
+  with compilations() as names:
+    result = train.train_and_evaluate(config, str(workdir))
+  return workdir, result, names
+
+
+def test_the_result(first):
+  workdir, result, _ = first
+  assert result == json.loads((workdir / "result.json").read_text())
+  records = metrics.read(workdir / "metrics.jsonl")
+  scores = [
+    {k: v for k, v in r.items() if k not in ("step", "kind")}
+    for r in records
+    if r["kind"] == "eval"
+  ]
+  assert [s["epoch"] for s in scores] == [1, 2, 3]
+  assert result["final"] == scores[-1]
+  assert result["best"] == max(scores, key=lambda s: s["top1"])
+  assert set(result["final"]) == {"top1", "top5", "ce", "epoch"}
+  state = newest(workdir).state
+  assert result["parameters"] == setup.count(state["params"]["student"]) > 1000
+  assert result["distiller_parameters"] == 0
+  assert result["steps"] == TOTAL
+  assert result["seconds"] > 0 and result["images_per_second"] > 0
+  assert (result["student"], result["method"]) == ("_tiny", "kd")
+  assert result["seed"] == 0 and "CPU" in result["hardware"]
+
+
+def test_the_metrics(first):
+  workdir, _, _ = first
+  records = metrics.read(workdir / "metrics.jsonl")
+  trained = [r for r in records if r["kind"] == "train"]
+  assert [r["step"] for r in trained] == list(range(2, TOTAL + 1, 2))
+  assert [r["step"] for r in records if r["kind"] == "eval"] == [4, 8, 12]
+  for record in trained:
+    assert record["epoch"] == record["step"] / STEPS_PER_EPOCH
+    total = record["ce"] + record["kd"]  # both weigh 1
+    np.testing.assert_allclose(record["loss"], total, rtol=1e-5)
+    assert 0 <= record["top1"] <= 100
+  # Reduced after the first epoch.
+  rates = [r["learning_rate"] for r in trained]
+  np.testing.assert_allclose(rates, [0.05] * 2 + [0.005] * 4, rtol=1e-6)
+
+
+def test_the_workdir(first):
+  workdir, result, _ = first
+  assert {p.name for p in workdir.iterdir()} == {
+    *("config.json", "environment.json", "result.json", "teacher.json"),
+    *("metrics.jsonl", "tensorboard", "checkpoints", "best", "export"),
+  }
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["optim"]["learning_rate"] == 0.05  # as settled
+  environment = json.loads((workdir / "environment.json").read_text())
+  assert environment["versions"]["jax"] == jax.__version__
+  assert environment["command"]
+  assert steps_saved(workdir) == [9, 12]
+  events = list((workdir / "tensorboard").iterdir())
+  assert len(events) == 1 and b"eval/top1" in events[0].read_bytes()
+  best = {p.name for p in (workdir / "best").iterdir()}
+  assert best == {str(result["best"]["epoch"] * STEPS_PER_EPOCH)}
+  card = export.read_card(workdir / "export")
+  assert card["test"] == result["best"]
+  assert card["parameters"] == result["parameters"]
+
+
+def test_the_teacher(first):
+  workdir, result, _ = first
+  (folder,) = (workdir.parent / "teachers").iterdir()
+  assert result["teacher"]["checkpoint"] == str(folder)
+  assert result["teacher"]["name"] == "_tiny_wide"
+  own = json.loads((folder / "result.json").read_text())
+  assert own["steps"] == STEPS_PER_EPOCH and own["method"] == "none"
+  assert own["teacher"] == {}
+  # Evaluated again, by the student's run, before it was used.
+  for name in ("top1", "top5", "ce"):
+    np.testing.assert_allclose(
+      result["teacher"][name], own["best"][name], rtol=1e-5
+    )
+  # And no part of the student's checkpoint.
+  wide = set(export.load(folder).variables["student"]["params"])
+  state = newest(workdir).state
+  assert set(state["params"]) == {"student"}
+  shapes = {x.shape for x in jax.tree.leaves(state)}
+  assert wide and (32, 10) not in shapes and (8, 10) in shapes
+
+
+def test_one_compilation(first):
+  _, _, names = first
+  assert names.count("train_chunk") == 2  # the teacher's run, and this one
+  # The teacher at the end of its run, its own scores, and the student.
+  assert names.count("eval_chunk") == 3
+
+
+def test_a_finished_run_is_not_repeated(first, monkeypatch):
+  workdir, result, _ = first
+  before = contents(workdir.parent)
+  monkeypatch.setattr(train, "Run", None)
+  again = train.train_and_evaluate(make_config("kd", GRAIN), str(workdir))
+  assert again == result
+  assert contents(workdir.parent) == before
+
+
+class _PowerCutError(BaseException):
+  pass
+
+
+def test_an_interrupted_run_ends_the_same(first, monkeypatch, capsys):
+  """Same seed, same bits; steps that are made twice are noted once."""
+  first_workdir, first_result, _ = first
+  workdir = first_workdir.with_name("interrupted")
+  config = make_config("kd", GRAIN)
+  teachers = contents(first_workdir.parent / "teachers")
+  dispatch = train.Loop._dispatch
+
+  def cut(self):
+    if self.step == 8:
+      self.checkpoints.wait()
+      raise _PowerCutError
+    dispatch(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Loop, "_dispatch", cut)
+    with pytest.raises(_PowerCutError):
+      train.train_and_evaluate(config, str(workdir))
+  assert steps_saved(workdir) == [3, 6]
+  assert not (workdir / "result.json").exists()
+  assert json.loads(lines(workdir)[-1])["step"] == 8
+  out = capsys.readouterr().out
+  assert "teacher _tiny_wide: reusing" in out and "training" not in out
+
+  with compilations() as names:
+    result = train.train_and_evaluate(config, str(workdir))
+  assert f"going on from step 6 of {TOTAL}" in capsys.readouterr().out
+  assert names.count("train_chunk") == 1
+  assert_same_bits(newest(workdir).state, newest(first_workdir).state)
+  assert lines(workdir) == lines(first_workdir)
+  for name in ("final", "best", "teacher", "parameters", "steps"):
+    assert result[name] == first_result[name]
+  assert contents(first_workdir.parent / "teachers") == teachers
+  (folder,) = (workdir / "export" / "checkpoint").parent.glob("checkpoint")
+  assert_same_bits(
+    checkpoint.restore_tree(folder),
+    checkpoint.restore_tree(first_workdir / "export" / "checkpoint"),
+  )
+
+
+def test_other_devices_and_dispatches_give_the_same_run(first):
+  workdir = first[0].with_name("others")
+  changes = {
+    "data.pipeline": "grain",
+    "parallel.num_devices": 4,
+    "parallel.mapping": "pmap",
+    "steps_per_dispatch": 4,
+  }
+  with compilations() as names:
+    train.train_and_evaluate(make_config("kd", changes), str(workdir))
+  assert names.count("train_chunk") == 1
+  ours, theirs = (newest(path).state for path in (workdir, first[0]))
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(ours["params"]),
+    jax.tree.leaves(theirs["params"]),
+    strict=True,
+  ):
+    error = np.abs(a - b).max() / np.abs(b).max()
+    assert error < 1e-3, jax.tree_util.keystr(path)
+
+
+def test_another_seed_is_another_run(first):
+  workdir = first[0].with_name("seed")
+  config = make_config("kd", {**GRAIN, "seed": 1, "epochs": 1})
+  result = train.train_and_evaluate(config, str(workdir))
+  assert result["seed"] == 1
+  ours, theirs = (
+    next(r for r in metrics.read(p / "metrics.jsonl") if r["step"] == 2)
+    for p in (workdir, first[0])
+  )
+  assert abs(ours["loss"] - theirs["loss"]) > 1e-3
+  # The teacher's seed is its own: it is the same teacher.
+  assert len(list((workdir.parent / "teachers").iterdir())) == 1
+
+
+def build(tmp_path, name, changes):
+  config = make_config(name, changes)
+  sources = train._sources(config)
+  return train.Run(setup.settle(config, sources[0]), tmp_path, *sources)
+
+
+def test_data_depend_on_the_seed_alone(tmp_path):
+  """Whatever the networks, the method and the devices."""
+  runs = [
+    build(tmp_path, "kd", {"parallel.num_devices": 2}),
+    build(tmp_path, "teacher", {"student.name": "_tiny_wide"}),
+    build(tmp_path, "teacher", {"seed": 1}),
+  ]
+  orders, images = [], []
+  for run in runs:
+    rows = [run.pipeline.next_chunk(4)["index"] for _ in range(3)]
+    orders.append(np.concatenate(rows))
+    batch = run.pipeline.load(run.pipeline.resident, {"index": jnp.arange(8)})
+    images.append(run._transform(jax.random.key(3), batch))
+  np.testing.assert_array_equal(orders[0], orders[1])
+  np.testing.assert_array_equal(images[0], images[1])
+  assert (orders[0] != orders[2]).any()
+  # Augmented: not what the normalisation alone makes of them.
+  assert np.abs(images[0] - runs[0].normalize(batch["image"])).max() > 0.1
+
+
+@pytest.fixture
+def diverged(tmp_path):
+  """A run whose second step cannot be finite: (workdir, the error)."""
+  changes = {"optim.learning_rate": 1e30, "checkpoint.every_steps": 1}
+  config = make_config("teacher", changes)
+  with pytest.raises(train.NonFiniteLossError) as caught:
+    train.train_and_evaluate(config, str(tmp_path / "run"))
+  return tmp_path / "run", str(caught.value)
+
+
+def test_a_loss_that_is_not_finite(diverged):
+  workdir, said = diverged
+  assert re.search(
+    r"step 2: the loss is not finite \(terms: ce\)\. The last checkpoint, of"
+    r" step 1, is from before it\. Lower config\.optim\.learning_rate \(now"
+    r" 1e\+30\)",
+    said,
+  )
+  assert steps_saved(workdir) == [1]
+  assert newest(workdir).step == 1
+  assert not (workdir / "result.json").exists()
+  records = metrics.read(workdir / "metrics.jsonl")
+  assert all(np.isfinite(r["loss"]) for r in records)
+
+
+def test_a_damaged_best_or_config_is_no_silent_restart(first, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(first[0], workdir)
+  (workdir / "result.json").unlink()
+  (workdir / "config.json").write_text("{")
+  with pytest.raises(ValueError, match=r"config\.json: expected JSON"):
+    train.train_and_evaluate(make_config("kd", GRAIN), str(workdir))
+
+
+def test_sources_have_equal_statistics(first):
+  config = make_config("kd")
+  sources = train._sources(config)
+  assert all(isinstance(source, data.Source) for source in sources)
+  assert sources[0].mean == sources[1].mean
