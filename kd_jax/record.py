@@ -7,12 +7,17 @@ and, at the end, `result.json`. Accuracies are percentages, cross-entropies
 nats, times seconds.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import importlib.metadata
 import json
 import pathlib
 import platform
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -100,6 +105,17 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
   if not (workdir / "config.json").exists():
     checkpoint.write_json(workdir / "environment.json", environment())
     checkpoint.write_json(workdir / "config.json", as_json(config))
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Waits until no other process of this machine holds this workdir."""
+  digest = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+  # Not in the workdir, which may be on a file system without locks.
+  path = pathlib.Path(tempfile.gettempdir()) / f"kd_jax-{digest}.lock"
+  with path.open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import pathlib
 import subprocess
 import sys
 import time
+import zlib
 from typing import Any
 
 import flax.linen as nn
@@ -389,22 +390,38 @@ class Run:
       folder = setup.teacher_workdir(
         self.workdir, teacher_config, self.train_source
       )
-      if record.result(folder) is None:
-        _say(f"no config.teacher.checkpoint: training {name} first in {folder}")
-        train_and_evaluate(teacher_config, str(folder))
-      else:
-        _say(f"teacher {name}: reusing {folder}")
+      # Runs beside each other, started at once, train it once.
+      with record.locked(folder):
+        if record.result(folder) is None:
+          _say(
+            f"no config.teacher.checkpoint: training {name} first in {folder}"
+          )
+          train_and_evaluate(teacher_config, str(folder))
+        else:
+          _say(f"teacher {name}: reusing {folder}")
       source = str(folder)
     loaded = export.load_teacher(
       source, name=name, num_classes=self.train_source.num_classes
     )
     variables = self.devices.replicate(loaded)
+    weights = zlib.crc32(repr(checkpoint.fingerprint(loaded)).encode())
     about = record.read_json(self.workdir / "teacher.json")
     if about is None:
       evaluate = self._evaluator(self.teacher_model, None, _no_distiller())
       scores = evaluate({"student": variables, "distiller": {}}, {})
-      about = {"name": name, "checkpoint": source, **scores}
+      about = {
+        "name": name,
+        "checkpoint": source,
+        "fingerprint": weights,
+        **scores,
+      }
       checkpoint.write_json(self.workdir / "teacher.json", about)
+    elif about["fingerprint"] != weights:
+      raise ValueError(
+        f"config.teacher.checkpoint: expected the weights that {self.workdir}"
+        f" began with, those of {about['checkpoint']}, got others in {source}."
+        " Name the same teacher, or give another --workdir"
+      )
     _say(f"teacher {name}: {_scores(about)} ({source})")
     return Teacher(self.teacher_model, variables, about)
 

@@ -51,7 +51,9 @@ BELOW_TRAIN = (
 )
 ABOVE = {
   f"kd_jax.{name}"
-  for name in ("train", "setup", "export", "evaluate", "predict", "report")
+  for name in (
+    *("train", "setup", "export", "evaluate", "predict", "report", "convert"),
+  )
 }
 # Heavy packages, each with the one file that may import it.
 HEAVY = {

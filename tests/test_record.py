@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 
 import jax
 import pytest
@@ -139,3 +140,23 @@ def test_git_commit(monkeypatch):
 
   monkeypatch.setattr(subprocess, "run", refuse)
   assert record.git_commit() == "unknown"
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+  order, entered = [], threading.Event()
+
+  def second():
+    entered.set()
+    with record.locked(tmp_path / "run"):
+      order.append("second")
+
+  with record.locked(tmp_path / "run"):
+    thread = threading.Thread(target=second)
+    thread.start()
+    entered.wait()
+    with record.locked(tmp_path / "another run"):  # is not in the way
+      order.append("first")
+    thread.join(timeout=0.3)
+    assert thread.is_alive()
+  thread.join(timeout=10)
+  assert order == ["first", "second"]

@@ -1,0 +1,105 @@
+"""PyTorch's files by PyTorch: the one module that imports it.
+
+`kd_jax.interop.files` imports this one when it meets such a file.
+"""
+
+import argparse
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from kd_jax.interop import torch_tar
+
+# Older ones can be made to run code, or to write where they should not, even
+# with weights_only: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).
+OLDEST = (2, 10)
+
+
+class _NumpyValue:
+  """Stands in for numpy's scalars and their types, which nobody needs."""
+
+  def __init__(self, *args: Any):
+    pass
+
+  def __setstate__(self, state: Any):
+    pass
+
+
+# Beside tensors, what the toolboxes put into their files: RepDistiller its
+# command line's options, and several an accuracy that numpy computed.
+_SAFE: Any = [
+  argparse.Namespace,
+  (_NumpyValue, "numpy.dtype"),
+  (_NumpyValue, "numpy.core.multiarray.scalar"),
+  (_NumpyValue, "numpy._core.multiarray.scalar"),
+]
+
+
+def _check_version() -> None:
+  found = tuple(int(n) for n in torch.__version__.split(".")[:2])
+  if found < OLDEST:
+    raise ImportError(
+      f"PyTorch {torch.__version__} can be made to run a file's code: expected"
+      f" {'.'.join(map(str, OLDEST))} or newer. Install it with pip install"
+      ' --upgrade "kd_jax[torch]"'
+    )
+
+
+def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
+  if tensor.layout is not torch.strided or tensor.is_quantized:
+    kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+    raise ValueError(f"{name}: expected a dense tensor of floats, got {kind}")
+  if tensor.numel() > torch_tar.LARGEST:
+    raise ValueError(
+      f"{name}: a tensor of shape {list(tensor.shape)}, which no network has"
+    )
+  if tensor.is_floating_point():
+    tensor = tensor.to(torch.float32)  # numpy has no bfloat16
+  return tensor.detach().numpy()
+
+
+def load(path: pathlib.Path) -> Any:
+  """Reads a file of `torch.save`, of which nothing is executed.
+
+  Args:
+    path: of a zip archive, or of the pickles that PyTorch before 1.6 wrote.
+
+  Returns:
+    What was saved; the tensors in it, and in the dicts in it, are numpy
+    arrays, floats as float32.
+
+  Raises:
+    ImportError: if PyTorch is too old to be safe.
+    ValueError: if a tensor is sparse or quantized.
+    pickle.UnpicklingError: if the file names anything but tensors, numbers,
+      strings, containers and options.
+    Exception: of whatever type the first misread byte leads to, if the file
+      is cut short or damaged.
+  """
+  _check_version()
+  with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE):
+    # Of unusual pickle protocols, which are read or refused.
+    warnings.simplefilter("ignore")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+
+  def arrays(name: str, value: Any, depth: int) -> Any:
+    if isinstance(value, torch.Tensor):
+      return _array(name, value)
+    if isinstance(value, dict) and depth:
+      return {
+        key: arrays(str(key), item, depth - 1) for key, item in value.items()
+      }
+    return value
+
+  return arrays("the tensor", content, 2)
+
+
+def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+  """Writes a state dict for `load_state_dict(torch.load(path))`."""
+  with warnings.catch_warnings():
+    # Of arrays that are read-only, as these tensors are to what reads them.
+    warnings.simplefilter("ignore")
+    torch.save({k: torch.from_numpy(v) for k, v in tensors.items()}, path)
