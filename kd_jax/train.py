@@ -576,10 +576,14 @@ class Loop:
       return
     offset, names = found
     terms = [n for n in names if n in self.config.loss_weights] or names
+    kept = "No checkpoint had been written"
+    if self.saved_step:
+      kept = (
+        f"The last checkpoint, of step {self.saved_step}, is from before it"
+      )
     raise NonFiniteLossError(
       f"step {first + offset + 1}: the loss is not finite (terms:"
-      f" {', '.join(terms)}). The last checkpoint, of step {self.saved_step},"
-      " is from before it. Lower config.optim.learning_rate (now"
+      f" {', '.join(terms)}). {kept}. Lower config.optim.learning_rate (now"
       f" {self.config.optim.learning_rate}) or set"
       " config.optim.warmup_epochs or config.optim.gradient_clip"
     )

@@ -535,15 +535,17 @@ SIMKD = {"ce": 0.0, "kd": 0.0, "simkd": 1.0}
     ("_tiny", "kd", {"ce": 1.0, "kd": 1.0}, ()),
     ("_tiny", "simkd", SIMKD, ("fc",)),
     ("_tiny", "simkd", {**SIMKD, "ce": 1.0}, ()),
-    ("MobileNetV2", "simkd", SIMKD, ("classifier_0",)),
+    # Its last stage is projected: the layer after it is not reached either.
+    ("MobileNetV2", "simkd", SIMKD, ("classifier_0", "conv2_0", "conv2_1")),
   ],
 )
 def test_reached_parameters(student, method, weights, unreached):
-  assert reached(student, "_tiny_wide", method, weights) == {
-    f"student/{head}/{leaf}"
-    for head in unreached
-    for leaf in ("kernel", "bias")
-  }
+  found = reached(student, "_tiny_wide", method, weights)
+  assert {name.split("/")[1] for name in found} == set(unreached)
+  assert all(name.startswith("student/") for name in found)
+  leaves = {name.split("/")[2] for name in found}
+  assert leaves <= {"kernel", "bias", "scale"}
+  assert not unreached or {"kernel", "bias"} <= leaves
 
 
 def test_an_unweighted_projector_is_not_reached():

@@ -17,6 +17,7 @@ FIELDS = {
   "temperature": ("kd", 4.5),
   "hint_layer": ("fitnet", "stage2"),
   "factor": ("simkd", 4),
+  "student_map": ("simkd", "stage1"),
   "soft": ("semckd", 0.2),
   "max_mid": ("reviewkd", 6),
   "k": ("crd", 24),

@@ -186,9 +186,14 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   logits = make(evaluate)(state, teacher_variables, eval_images)
   expected_logits = np.asarray(expected["eval_logits"])
   error = np.abs(logits - expected_logits).max() / np.abs(expected_logits).max()
-  # Where the reference's own float32 run strays further, so may ours.
-  strays = expected["float32_rel_eval_error"]
-  assert error < max(tolerance, 2 * strays), (error, strays)
+  # Rounding flips a ReLU here and there, in one run and not in another: the
+  # reference's own float32 runs stray from its float64 runs by up to this.
+  strays = max(
+    curve["float32_rel_eval_error"]
+    for name, curve in curves["methods"].items()
+    if METHODS[name][1] == tolerance
+  )
+  assert error < max(tolerance, strays), (error, strays)
 
   statistics = state.collections["student"]["batch_stats"]["bn1"]
   for ours, theirs in (("mean", "running_mean"), ("var", "running_var")):
