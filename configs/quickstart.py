@@ -16,13 +16,13 @@ def get_config(arg: str = ""):
   config.data.crop_padding = 2
   config.data.flip = False
   config.student.name = "resnet8"
-  config.epochs = 15
+  config.epochs = 20
   config.batch_size = 64
   config.optim.schedule = "cosine"
   config.optim.milestones = ()
   config.eval.batch_size = 360
   config.log.every_steps = 22
-  config.teacher.epochs = 10
+  config.teacher.epochs = 12
   teacher = {"name": "resnet14x2"}
   config.grid = {
     "alone": {},
