@@ -1,6 +1,7 @@
 """Weights of other toolboxes: in, out, and as teachers."""
 
 import collections
+import functools
 import json
 import math
 import os
@@ -466,7 +467,7 @@ def command(monkeypatch, *arguments):
 
 def test_command(golden_file, simkd_files, tmp_path, monkeypatch, capsys):
   file, _ = golden_file("simkd", "resnet8x4")
-  run = lambda *arguments: command(monkeypatch, *arguments)  # noqa: E731
+  run = functools.partial(command, monkeypatch)
   to = tmp_path / "out"
   assert run("--from", file, "--to", to, "--data", "cifar100") == 0
   assert capsys.readouterr().out == (
