@@ -36,11 +36,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.student.name = "resnet8x4"
 
   config.teacher = ConfigDict()
-  # A name of kd_jax.models.names(); "" where the method has no teacher.
+  # A name of kd_jax.models.names(); "": that of the checkpoint, or no teacher.
   config.teacher.name = ""
-  # A finished run's workdir, an export, or a file of weights (.pth,
-  # .safetensors, .npz). "": train the teacher of this config first, and keep
-  # it beside the workdir for the next run.
+  # A finished run's workdir (of any method), an export, or a file of weights
+  # (.pth, .safetensors, .npz). "": train the teacher of this config first, and
+  # keep it beside the workdir for the next run.
   config.teacher.checkpoint = ""
   # Used when it has to be trained. None: the run's own epochs and milestones,
   # and the rate that optim.learning_rate's None stands for.
@@ -48,6 +48,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.teacher.learning_rate = placeholder(float)
   config.teacher.milestones = placeholder(tuple)
   config.teacher.seed = 0
+
+  # Several teachers instead, for the methods that take them (kd, srrl, simkd):
+  # checkpoints, or dicts of name, checkpoint and weight. A term of the loss is
+  # the mean over them, weighted. With them config.teacher.name is not used.
+  config.teachers = ()
 
   # The method: a name of kd_jax.distillers.names() and that module's fields.
   config.distiller = ConfigDict({"name": "none"})

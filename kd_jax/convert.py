@@ -3,10 +3,10 @@
     python -m kd_jax.convert --from weights.pth --model resnet32x4 --to DIR
 
 writes an export, which evaluates, predicts and teaches like any other; a
-`--to` that ends in .pth, .safetensors or .npz gets a state dict under the
-reference toolboxes' names instead, and `--from` may then be an export or a
-finished run as well. A student of SimKD's own training loop comes without its
-teacher's classifier:
+`--to` that ends in .pth, .safetensors or .npz gets state dicts under the
+reference toolboxes' names instead, and one in .stablehlo a program; see
+`kd_jax.export`. `--from` may be an export or a finished run as well. A student
+of SimKD's own training loop comes without its teacher's classifier:
 
     python -m kd_jax.convert --simkd_student student.pth --model resnet8x4 \\
         --teacher teacher.pth --teacher_model resnet32x4 --to DIR
@@ -15,21 +15,153 @@ makes one model of both files.
 """
 
 import argparse
-import functools
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import data, distillers, export, models, setup
-from kd_jax.interop import files, guess, pytorch
-from kd_jax.models.layers import ModelOutput
+from kd_jax import data, export, inference, models, setup
+from kd_jax.inference import Model
+from kd_jax.interop import files, guess, pytorch, reused
 
 # Assumed of a network with this many classes, if its data is not named.
 _LIKELY_DATA = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """What to assume of weights whose file does not say it.
+
+  Attributes:
+    data_name: what they were trained on, see `kd_jax.data.constants`: the
+      names of the classes and the normalisation. None: CIFAR or ImageNet, as
+      the network and its classes have it.
+    image_size: pixels, height and width; None: as that data has.
+    source: a set that they were trained on, or that is like it; it goes before
+      the other two.
+  """
+
+  data_name: str | None = None
+  image_size: int | None = None
+  source: data.Source | None = None
+
+
+UNKNOWN = Origin()
+
+
+def open_model(
+  path: pathlib.Path,
+  *,
+  model_name: str | None = None,
+  num_classes: int | None = None,
+  origin: Origin = UNKNOWN,
+) -> Model:
+  """Reads a model of any form: a file of weights, an export, a finished run.
+
+  Args:
+    path: of it.
+    model_name: one of `kd_jax.models.names()`; None: the one that fits.
+    num_classes: of the classifier; None: as the file has.
+    origin: what to assume of a file without a model card.
+
+  Returns:
+    The model.
+
+  Raises:
+    ValueError: if it cannot be read or does not fit, or if the data has to be
+      named.
+    ImportError: if it takes PyTorch and there is none.
+  """
+  if files.is_weights_file(path):
+    model = _open_file(path, model_name, num_classes, origin)
+  else:
+    model = export.load(path)
+  for what, wanted, key in (
+    ("model", model_name, "architecture"),
+    ("number of classes", num_classes, "num_classes"),
+  ):
+    if wanted is not None and wanted != model.card[key]:
+      raise ValueError(
+        f"{path}: expected the {what} that was asked for, {wanted}, got"
+        f" {model.card[key]}. Ask for that, or for none"
+      )
+  return model
+
+
+def _open_file(
+  path: pathlib.Path,
+  model_name: str | None,
+  num_classes: int | None,
+  origin: Origin,
+) -> Model:
+  weights = files.read(path)
+  if weights.card is not None:
+    return _with_card(path, weights, weights.card)
+  name, classes, variables = _network(path, weights, model_name, num_classes)
+  return Model(_card(name, classes, origin), variables)
+
+
+def _network(
+  path: pathlib.Path,
+  weights: files.Weights,
+  model_name: str | None,
+  num_classes: int | None,
+) -> tuple[str, int, dict[str, Any]]:
+  """The name, classes and variables of a file without a card."""
+  tensors = files.network_alone(path, weights)
+  name, classes = _identify(path, tensors, model_name, num_classes)
+  variables = files.variables(
+    path, tensors, model_name=name, num_classes=classes
+  )
+  return name, classes, variables
+
+
+def _with_card(
+  path: pathlib.Path, weights: files.Weights, card: dict[str, Any]
+) -> Model:
+  """A model of a file that `export.save` wrote."""
+  if card.get("format") != export.FORMAT:
+    raise ValueError(
+      f"{path}: expected a model card of format {export.FORMAT!r}, got"
+      f" {card.get('format')!r}. Write it again with python -m kd_jax.export"
+    )
+  if card["batch_norm_folded"]:
+    raise ValueError(
+      f"{path}: expected a network with BatchNorm, got one whose BatchNorm is"
+      " folded into its convolutions, which this file cannot give back. Take"
+      " the folder that it was written from, or a file that is not folded"
+    )
+  variables = files.variables(
+    path,
+    weights.tensors,
+    model_name=card["architecture"],
+    num_classes=card["num_classes"],
+  )
+  if card["head"] is not None:
+    try:
+      variables = reused.from_parts(
+        card, variables, weights.projector or {}, weights.classifier or {}
+      )
+    except ValueError as error:
+      raise ValueError(f"{path}: {error}") from error
+  return Model(card, variables)
+
+
+def name_of(path: pathlib.Path) -> str:
+  """The network that a file of weights, an export or a run is of.
+
+  Raises:
+    ValueError: if it cannot be read, or is of no network that is known.
+    ImportError: if it takes PyTorch and there is none.
+  """
+  if not files.is_weights_file(path):
+    return export.read_card(export.find(path))["architecture"]
+  weights = files.read(path)
+  if weights.card is not None:
+    return weights.card["architecture"]
+  return _identify(path, files.network_alone(path, weights), None, None)[0]
 
 
 def convert(
@@ -38,21 +170,16 @@ def convert(
   *,
   model_name: str | None = None,
   num_classes: int | None = None,
-  data_name: str | None = None,
-  image_size: int | None = None,
+  origin: Origin = UNKNOWN,
 ) -> str:
-  """Converts the weights of one network.
+  """Converts one model.
 
   Args:
-    source: a file of weights; or, if `to` is such a file, an export or a
-      finished run's workdir.
-    to: a folder, which gets an export, or a new file of weights.
-    model_name: one of `kd_jax.models.names()`; None: the one that fits.
-    num_classes: of the classifier; None: as the file has.
-    data_name: what it was trained on, see `kd_jax.data.constants`: the names
-      of the classes and the normalisation. None: CIFAR or ImageNet, as the
-      network and its classes have it.
-    image_size: pixels, height and width; None: as that data has.
+    source: see `open_model`.
+    to: see `export.save`.
+    model_name: see `open_model`.
+    num_classes: see `open_model`.
+    origin: see `open_model`.
 
   Returns:
     What was written, in words.
@@ -62,22 +189,22 @@ def convert(
       taken, or if the data has to be named. Nothing is written then.
     ImportError: if it takes PyTorch and there is none.
   """
-  to_file = to.suffix.lower() in files.SUFFIXES
-  if to_file:
+  if to.suffix.lower() in files.SUFFIXES:
     files.check_new(to)
-  elif source.is_dir():
-    raise ValueError(
-      "--to: expected a file that ends in .pth, .safetensors or .npz, got"
-      f" {to}: {source} is a folder, which --from takes to write such a file"
-    )
-  model_name, num_classes, variables = _read(source, model_name, num_classes)
-  words = f"{model_name} with {num_classes} classes"
-  if to_file:
-    files.write(to, pytorch.to_state_dict(model_name, variables))
-    return f"{words}, a state dict"
-  card = _card(model_name, num_classes, data_name, image_size)
-  export.write(to, {"student": variables}, card)
-  return f"{words}, for images like those of {card['trained_on']}"
+    if origin == UNKNOWN and files.is_weights_file(source):
+      weights = files.read(source)
+      if weights.card is None:  # nor will there be one: no data to be named
+        name, classes, variables = _network(
+          source, weights, model_name, num_classes
+        )
+        files.write(to, {"model": pytorch.to_state_dict(name, variables)})
+        return f"{name}, {classes} classes, a state dict"
+  model = open_model(
+    source, model_name=model_name, num_classes=num_classes, origin=origin
+  )
+  return f"{export.save(model, to)}, for images like those of" + (
+    f" {model.card['trained_on']}"
+  )
 
 
 def convert_simkd(
@@ -89,8 +216,7 @@ def convert_simkd(
   teacher_model: str | None = None,
   num_classes: int | None = None,
   factor: int | None = None,
-  data_name: str | None = None,
-  image_size: int | None = None,
+  origin: Origin = UNKNOWN,
 ) -> str:
   """Makes one model of a student of SimKD's training loop and its teacher.
 
@@ -100,13 +226,12 @@ def convert_simkd(
   Args:
     student: the student's file.
     teacher: the teacher's file of weights, export or finished run.
-    to: a folder, which gets an export.
+    to: see `export.save`.
     student_model: one of `kd_jax.models.names()`; None: the one that fits.
     teacher_model: the teacher's; None: the one that fits.
     num_classes: of the data; None: as the teacher has.
     factor: of the projector; None: as its tensors have.
-    data_name: see `convert`.
-    image_size: see `convert`.
+    origin: see `open_model`.
 
   Returns:
     What was written, in words.
@@ -117,84 +242,48 @@ def convert_simkd(
     ImportError: if it takes PyTorch and there is none.
   """
   if to.suffix.lower() in files.SUFFIXES:
-    raise ValueError(
-      f"--to: expected a folder, got {to}: this student is three parts, which"
-      " no state dict of one network can hold"
-    )
+    files.check_new(to)
   weights = files.read(student)
   if weights.projector is None:
     raise ValueError(
       f"{student}: expected a SimKD student with 'model' and 'proj', got a"
       " file without a projector. Convert a network alone with --from"
     )
-  teacher_model, num_classes, teacher_variables = _read(
-    teacher, teacher_model, num_classes
-  )
+  theirs = _open_teacher(teacher, teacher_model, num_classes)
+  num_classes = theirs.card["num_classes"]
   student_model, _ = _identify(
     student, weights.tensors, student_model, num_classes
   )
-  student_variables = files.variables(
+  variables = files.variables(
     student, weights.tensors, model_name=student_model, num_classes=num_classes
   )
-  card = _card(student_model, num_classes, data_name, image_size)
-  outputs = [
-    _output(name, num_classes, tuple(card["image_shape"]))
-    for name in (student_model, teacher_model)
-  ]
-  fields = {
-    "name": "simkd",
-    "factor": _factor(student, weights.projector, factor),
-    # The loop projects the feature before the last one, the pooled.
-    "student_map": f"stage{len(outputs[0].stages())}",
-  }
-  head = models.create(teacher_model, 1).head
-  tree = {
-    "student": student_variables,
-    "distiller": _projector(student, weights.projector, fields, outputs),
-    "teacher_classifier": {head: teacher_variables["params"][head]},
-  }
+  card = _card(student_model, num_classes, origin)
+  shape = card["image_shape"]
+  stages = inference.output_shapes(inference.build(card), shape).stages()
+  last = inference.output_shapes(theirs.network, shape).features["last"]
   card["method"] = "simkd"
-  card["head"] = {
-    "distiller": fields,
-    "teacher": teacher_model,
-    "teacher_map": list(outputs[1].features["last"].shape[1:]),
-  }
-  export.write(to, tree, card)
-  return (
-    f"{student_model} with the classifier of {teacher_model}, {num_classes}"
-    f" classes, for images like those of {card['trained_on']}"
+  card["head"] = export.reused_head(
+    {
+      "name": "simkd",
+      "factor": _factor(student, weights.projector, factor),
+      # The loop projects the feature before the last one, the pooled.
+      "student_map": f"stage{len(stages)}",
+    },
+    names=[theirs.card["architecture"]],
+    weights=[1.0],
+    maps=[last.shape[1:]],
   )
-
-
-def _read(
-  path: pathlib.Path, model_name: str | None, num_classes: int | None
-) -> tuple[str, int, dict[str, Any]]:
-  """A network's name, classes and variables, from a file or a folder."""
-  if not path.is_dir():
-    tensors = files.read_tensors(path)
-    name, classes = _identify(path, tensors, model_name, num_classes)
-    variables = files.variables(
-      path, tensors, model_name=name, num_classes=classes
+  head = theirs.variables["params"][theirs.network.head]
+  classifier = pytorch.tensors_from_variables({"params": head})
+  try:
+    variables = reused.from_parts(
+      card, variables, weights.projector, classifier
     )
-    return name, classes, variables
-  model = export.load(path)
-  if model.card["head"] is not None:
-    raise ValueError(
-      f"{path}: expected a network with a classifier of its own, got a"
-      f" {model.card['method']} student, which predicts through another's: no"
-      " state dict of one network can hold it"
-    )
-  for what, wanted, key in (
-    ("model", model_name, "architecture"),
-    ("number of classes", num_classes, "num_classes"),
-  ):
-    if wanted is not None and wanted != model.card[key]:
-      raise ValueError(
-        f"{path}: expected the {what} that was asked for, {wanted}, got"
-        f" {model.card[key]}. Ask for that, or for none"
-      )
-  card = model.card
-  return card["architecture"], card["num_classes"], model.variables["student"]
+  except ValueError as error:
+    raise ValueError(f"{student}: {error}") from error
+  return f"{export.save(Model(card, variables), to)}, for images like those" + (
+    f" of {card['trained_on']}"
+  )
 
 
 def _identify(
@@ -219,53 +308,38 @@ def _identify(
   return model_name, num_classes
 
 
-def _output(
-  model_name: str, num_classes: int, image_shape: tuple[int, ...]
-) -> Any:
-  """The shapes of what a network returns for one image."""
-  model = models.create(model_name, num_classes)
-  init = functools.partial(model.init_with_output, train=False)
-  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  return jax.eval_shape(init, jax.random.key(0), image)[0]
-
-
-def _card(
-  model_name: str,
-  num_classes: int,
-  data_name: str | None,
-  image_size: int | None,
-) -> dict[str, Any]:
+def _card(model_name: str, num_classes: int, origin: Origin) -> dict[str, Any]:
   """The model card of a network that was trained elsewhere."""
-  if data_name is None:
-    data_name = _likely_data(model_name, num_classes)
-  known = data.constants(data_name)
+  known: data.Source | data.Constants
+  if origin.source is not None:
+    known, name = origin.source, origin.source.name
+    shape = list(origin.source.images.shape[1:])
+    size = None
+  else:
+    name = origin.data_name or _likely_data(model_name, num_classes)
+    known, size = data.constants(name), origin.image_size
+    shape = list(known.image_shape)
   if known.num_classes != num_classes:
     raise ValueError(
-      f"--data: expected data of {num_classes} classes, as the network has,"
-      f" got {data_name} with {known.num_classes}"
+      f"expected data of {num_classes} classes, as the network has, got"
+      f" {name} with {known.num_classes}. Name the data that it was trained on"
     )
-  shape = list(known.image_shape)
-  if image_size is not None:
-    if image_size < 1:
-      raise ValueError(
-        f"--image_size: expected 1 pixel or more, got {image_size}"
-      )
-    shape[:2] = image_size, image_size
+  if size is not None:
+    if size < 1:
+      raise ValueError(f"--image_size: expected 1 pixel or more, got {size}")
+    shape[:2] = size, size
   return {
     "format": export.FORMAT,
     "architecture": model_name,
     "num_classes": num_classes,
     "image_shape": shape,
     "dtype": "float32",
+    "batch_norm_folded": False,
     "head": None,
     "class_names": list(known.class_names),
-    "normalization": {
-      "mean": list(known.mean),
-      "std": list(known.std),
-      "of": "pixel / 255, per channel: (x - mean) / std",
-    },
-    "trained_on": data_name,
-    "data_options": {} if image_size is None else {"image_size": image_size},
+    "normalization": export.normalization(known.mean, known.std),
+    "trained_on": name,
+    "data_options": {} if size is None else {"image_size": size},
     "method": "none",
     "test": {},
   }
@@ -275,7 +349,8 @@ def _likely_data(model_name: str, num_classes: int) -> str:
   name = _LIKELY_DATA.get(num_classes)
   if name is not None:
     # A network for ImageNet leaves one pixel of an image of CIFAR's size.
-    last = _output(model_name, num_classes, (32, 32, 3)).features["last"]
+    network = models.create(model_name, num_classes)
+    last = inference.output_shapes(network, (32, 32, 3)).features["last"]
     if (name == "imagenet") == (last.shape[1] == 1):
       return name
   raise ValueError(
@@ -287,6 +362,26 @@ def _likely_data(model_name: str, num_classes: int) -> str:
 
 
 # SimKD's student.
+
+
+def _open_teacher(
+  path: pathlib.Path, model_name: str | None, num_classes: int | None
+) -> Model:
+  """A teacher of which only the network matters, not what it was trained on."""
+  if files.is_weights_file(path):
+    weights = files.read(path)
+    if weights.card is None:
+      name, classes, variables = _network(
+        path, weights, model_name, num_classes
+      )
+      card = {
+        "architecture": name,
+        "num_classes": classes,
+        "dtype": "float32",
+        "head": None,
+      }
+      return Model(card, variables)
+  return open_model(path, model_name=model_name, num_classes=num_classes)
 
 
 def _factor(
@@ -308,45 +403,6 @@ def _factor(
       f" {factor}. Leave --factor out, and check the file"
     )
   return factor
-
-
-def _projector_name(path: tuple[str, ...]) -> str:
-  """("projector", "conv2") -> "transfer.3": every layer has three places."""
-  kind, number = path[-1][:-1], int(path[-1][-1])
-  return f"transfer.{3 * (number - 1) + ('conv', 'bn').index(kind)}"
-
-
-def _projector(
-  path: pathlib.Path,
-  tensors: Mapping[str, np.ndarray],
-  fields: Mapping[str, Any],
-  outputs: list[ModelOutput],
-) -> dict[str, Any]:
-  """The distiller's variables from the projector's tensors."""
-  options = dict(fields)
-  distiller = distillers.create(options.pop("name"), **options)
-  student, teacher = outputs
-
-  def init(key, student, teacher):
-    return distiller.init(
-      key,
-      student,
-      teacher,
-      teacher_classifier=lambda pooled: pooled,
-      method="predict",
-    )
-
-  try:
-    template = jax.eval_shape(init, jax.random.key(0), student, teacher)
-    return pytorch.variables_from_tensors(
-      template,
-      tensors,
-      rename=_projector_name,
-      what=f"the projector from {fields['student_map']} of the student to the"
-      " teacher's map",
-    )
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
 
 
 def main() -> None:
@@ -371,7 +427,8 @@ def main() -> None:
     "--to",
     required=True,
     type=pathlib.Path,
-    help="folder for an export, or new file for a state dict",
+    help="folder for an export, or new file: .pth, .safetensors, .npz (state"
+    " dicts) or .stablehlo (a program)",
   )
   parser.add_argument(
     "--model", help="name of the network (default: the one that fits)"
@@ -402,8 +459,7 @@ def main() -> None:
   setup.configure_logging()
   options = {
     "num_classes": args.num_classes,
-    "data_name": args.data,
-    "image_size": args.image_size,
+    "origin": Origin(args.data, args.image_size),
   }
   try:
     if args.source is not None:

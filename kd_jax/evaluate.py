@@ -1,85 +1,177 @@
-"""Evaluates an exported model on a test set.
+"""Evaluates a model of any form on a test set.
 
-python -m kd_jax.evaluate --model DIR --data cifar100 --data_dir ../data
+    python -m kd_jax.evaluate --model DIR --data ../data
+    python -m kd_jax.evaluate --model weights.pth --model_name vgg13 \\
+        --data ../data --teacher runs/teacher
+
+A model is an export, a finished run or a file of weights; data are a folder of
+CIFAR's or ImageNet's layout, or a name of `kd_jax.data`.
 """
 
 import argparse
+import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from kd_jax import data, export, metrics, setup, train_step
+from kd_jax import convert, data, metrics, setup, train_step
+from kd_jax.inference import Model
 
 
 def evaluate(
-  model: export.ExportedModel, source: data.Source, *, batch_size: int = 500
+  model: Model,
+  source: data.Source,
+  *,
+  batch_size: int = 500,
+  teacher: Model | None = None,
 ) -> dict[str, Any]:
   """Scores a model; every example counts once.
 
   Args:
-    model: an exported model.
+    model: to score.
     source: the test set.
     batch_size: images at a time.
+    teacher: another model, to which it is compared.
 
   Returns:
-    "top1" and "top5" in percent, "ce" in nats, "examples".
+    "top1" and "top5" in percent, "ce" in nats, "ece" (expected calibration
+    error, see `metrics.calibration_error`) in percent, "examples"; with a
+    teacher "agreement", the share of the images, in percent, for which both
+    name the same class, and "teacher_top1".
 
   Raises:
-    ValueError: if the images or classes are not those of the model.
+    ValueError: if the images or classes are not those of a model.
   """
-  card = model.card
+  for each in (model, *([teacher] if teacher else [])):
+    _check(each.card, source)
+  score = jax.jit(train_step.prediction_sums)
+  sums, confidences, hits, agreements, teacher_hits = [], [], [], [], []
+  for batch in data.eval_stream(source, batch_size):
+    label, mask = batch["label"], batch["mask"]
+    logits = model.logits(batch["image"])
+    sums.append(jax.device_get(score(logits, label, mask)))
+    chosen, confidence = _choose(logits)
+    confidences.append(confidence[mask])
+    hits.append((chosen == label)[mask])
+    if teacher is not None:
+      theirs, _ = _choose(teacher.logits(batch["image"]))
+      agreements.append((chosen == theirs)[mask])
+      teacher_hits.append((theirs == label)[mask])
+  stacked = {name: np.stack([s[name] for s in sums]) for name in sums[0]}
+  correct = np.concatenate(hits)
+  scores = {
+    **metrics.means(stacked),
+    "ece": 100
+    * metrics.calibration_error(np.concatenate(confidences), correct),
+    "examples": len(correct),
+  }
+  if teacher is not None:
+    scores["agreement"] = 100 * float(np.concatenate(agreements).mean())
+    scores["teacher_top1"] = 100 * float(np.concatenate(teacher_hits).mean())
+  return scores
+
+
+def _choose(logits: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+  """The most probable class of each row, and its probability."""
+  wide = np.asarray(logits, np.float64)
+  wide -= wide.max(axis=1, keepdims=True)
+  return wide.argmax(axis=1), 1 / np.exp(wide).sum(axis=1)
+
+
+def _check(card: dict[str, Any], source: data.Source) -> None:
   for what, expected, got in (
     ("classes", card["num_classes"], source.num_classes),
-    ("image shape", card["image_shape"], list(source.images.shape[1:])),
+    ("image shape", card["image_shape"], list(source.image_shape)),
   ):
     if expected != got:
       raise ValueError(
         f"{what}: the model takes {expected}, {source.name} has {got}."
         f" It was trained on {card['trained_on']}; choose data like it"
       )
-  xs = data.eval_batches(source, batch_size)
-  score = jax.jit(train_step.prediction_sums)
-  sums = [
-    jax.device_get(score(model.logits(image), label, mask))
-    for image, label, mask in zip(
-      xs["image"], xs["label"], xs["mask"], strict=True
-    )
-  ]
-  stacked = {name: np.stack([s[name] for s in sums]) for name in sums[0]}
-  return {**metrics.means(stacked), "examples": len(source.labels)}
 
 
 def main() -> None:
   """The command line."""
   parser = argparse.ArgumentParser(
     prog="python -m kd_jax.evaluate",
-    description="Prints top-1, top-5 and cross-entropy of an exported model.",
+    description="Prints a model's top-1, top-5, cross-entropy and calibration.",
   )
   parser.add_argument(
-    "--model", required=True, help="an export, or a finished run's workdir"
+    "--model",
+    required=True,
+    type=pathlib.Path,
+    help="an export, a finished run's workdir, or a file of weights",
   )
   parser.add_argument(
-    "--data", help="name of the data set (default: what it was trained on)"
+    "--model_name", help="of a file of weights (default: the one that fits)"
   )
-  parser.add_argument("--data_dir", default="../data", help="its folder")
+  parser.add_argument(
+    "--data",
+    help="folder of a data set, or the name of one (default: what the model was"
+    " trained on)",
+  )
+  parser.add_argument(
+    "--data_dir", default="../data", help="folder of a data set that is named"
+  )
   parser.add_argument("--split", default="test", choices=("test", "train"))
   parser.add_argument("--batch_size", type=int, default=500)
+  parser.add_argument(
+    "--teacher",
+    type=pathlib.Path,
+    help="another model, to print how often both name the same class",
+  )
+  parser.add_argument("--teacher_name", help="as --model_name")
   args = parser.parse_args()
   setup.configure_logging()
   try:
-    model = export.load(args.model)
-    trained_on = model.card["trained_on"]
-    name = args.data or trained_on
-    options = model.card["data_options"] if name == trained_on else {}
-    source = data.load(name, split=args.split, dir=args.data_dir, **options)
-    scores = evaluate(model, source, batch_size=args.batch_size)
+    model, source = _open(args)
+    teacher = None
+    if args.teacher is not None:
+      teacher = convert.open_model(
+        args.teacher,
+        model_name=args.teacher_name,
+        origin=convert.Origin(source=source),
+      )
+    scores = evaluate(
+      model, source, batch_size=args.batch_size, teacher=teacher
+    )
   except (ValueError, ImportError) as error:
     parser.exit(2, f"{error}\n")
-  print(
-    f"{model.card['architecture']} on {name} ({args.split},"
+  line = (
+    f"{model.card['architecture']} on {source.name} ({args.split},"
     f" {scores['examples']} images): top-1 {scores['top1']:.2f} %, top-5"
-    f" {scores['top5']:.2f} %, cross-entropy {scores['ce']:.4f}"
+    f" {scores['top5']:.2f} %, cross-entropy {scores['ce']:.4f}, calibration"
+    f" error {scores['ece']:.2f} %"
+  )
+  if teacher is not None:
+    line += (
+      f", agreement with {teacher.card['architecture']} (top-1"
+      f" {scores['teacher_top1']:.2f} %) {scores['agreement']:.2f} %"
+    )
+  print(line)
+
+
+def _open(args: argparse.Namespace) -> tuple[Model, data.Source]:
+  """The model, and the data that it is asked about or was trained on."""
+
+  def load(name: str, folder: str, **options: Any) -> data.Source:
+    return data.load(name, split=args.split, dir=folder, **options)
+
+  if args.data is not None and pathlib.Path(args.data).is_dir():
+    source = load(data.detect(args.data), args.data)
+    origin = convert.Origin(source=source)
+    return _open_model(args, origin), source
+  model = _open_model(args, convert.Origin(data_name=args.data))
+  trained_on = model.card["trained_on"]
+  name = args.data or trained_on
+  options = model.card["data_options"] if name == trained_on else {}
+  return model, load(name, args.data_dir, **options)
+
+
+def _open_model(args: argparse.Namespace, origin: convert.Origin) -> Model:
+  return convert.open_model(
+    args.model, model_name=args.model_name, origin=origin
   )
 
 

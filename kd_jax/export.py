@@ -1,64 +1,85 @@
-"""Students that stand alone: an Orbax checkpoint and its model card.
+"""Students that stand alone, in the forms that other tools read.
 
     python -m kd_jax.export --workdir RUN --to DIR
+    python -m kd_jax.export --model DIR --to student.stablehlo --fold_batch_norm
 
-DIR holds `checkpoint/` (a nested dict of arrays, which plain Orbax restores)
-and `model.json` (architecture, classes, normalisation, accuracy). The arrays
-are `student` and, where a method predicts with them, `distiller` (its
-projector) and `teacher_classifier`: a SimKD student needs no other file.
+A folder holds `checkpoint/` (a nested dict of arrays, `params` and
+`batch_stats`, which plain Orbax restores) and `model.json`, its card
+(architecture, classes, normalisation, accuracy). A SimKD student's arrays are
+those of its network, of its projector and of its teacher's classifier: it
+needs no other file.
+
+A --to that ends in .pth, .safetensors or .npz gets state dicts under the
+reference toolboxes' names; one that ends in .stablehlo a program that any JAX
+runs, with the weights inside or beside.
 """
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax import checkpoint, data, distillers, models, record, setup
-from kd_jax.data import augment
+from kd_jax import checkpoint, data, inference, record, setup
 from kd_jax.distillers import base
-from kd_jax.interop import files
-from kd_jax.models.layers import ModelOutput
+from kd_jax.inference import Model
+from kd_jax.interop import files, fold, reused, stablehlo
 from kd_jax.state import TrainState
 
-FORMAT = "kd_jax export 1"
+FORMAT = "kd_jax export 2"
 CARD = "model.json"
 WEIGHTS = "checkpoint"
+STABLEHLO = ".stablehlo"
 
 
-def inference_tree(
-  state: TrainState,
-  distiller: base.Distiller,
-  teacher: nn.Module | None,
-  teacher_variables: Any,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """What a student's export needs to know of a teacher.
+
+  Attributes:
+    name: of its network.
+    network: the network.
+    variables: its variables.
+    weight: its share in the loss.
+  """
+
+  name: str
+  network: Any
+  variables: Any
+  weight: float = 1.0
+
+
+def inference_variables(
+  state: TrainState, distiller: base.Distiller, teachers: Sequence[Teacher]
+) -> inference.Variables:
   """The arrays that a prediction needs, and no others.
 
   Args:
     state: of the run.
     distiller: the method.
-    teacher: the teacher's model, if there is one.
-    teacher_variables: its variables.
+    teachers: with their variables.
 
   Returns:
-    A nested dict of arrays.
+    The variables of the network that `model_card` describes.
   """
-  tree = {"student": state.variables("student")}
-  if distiller.predicts_with_teacher_head and teacher is not None:
-    tree["distiller"] = state.variables("distiller")
-    head = teacher.head
-    tree["teacher_classifier"] = {head: teacher_variables["params"][head]}
-  return tree
+  student = state.variables("student")
+  if not distiller.predicts_with_teacher_head:
+    return student
+  total = sum(teacher.weight for teacher in teachers)
+  classifier = inference.mean_classifier(
+    [t.variables["params"][t.network.head] for t in teachers],
+    [t.weight / total for t in teachers],
+  )
+  return inference.join(student, state.variables("distiller"), classifier)
 
 
 def model_card(
@@ -66,7 +87,7 @@ def model_card(
   *,
   source: data.Source,
   distiller: base.Distiller,
-  teacher_model: nn.Module | None,
+  teachers: Sequence[Teacher],
   scores: dict[str, float],
 ) -> dict[str, Any]:
   """Says all that is needed to build the model again and to use it.
@@ -75,7 +96,7 @@ def model_card(
     config: of the run.
     source: the training set.
     distiller: the method.
-    teacher_model: the teacher's model, if there is one.
+    teachers: whose variables are not looked at.
     scores: of the test set, for the arrays that the card goes with.
 
   Returns:
@@ -83,31 +104,27 @@ def model_card(
   """
   shape = source.images.shape[1:]
   head = None
-  if distiller.predicts_with_teacher_head and teacher_model is not None:
-    image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    output = jax.eval_shape(
-      lambda key, x: teacher_model.init_with_output(key, x, train=False)[0],
-      jax.random.key(0),
-      image,
+  if distiller.predicts_with_teacher_head:
+    maps = [
+      inference.output_shapes(t.network, shape).features["last"].shape[1:]
+      for t in teachers
+    ]
+    head = reused_head(
+      config.distiller.to_dict(),
+      names=[t.name for t in teachers],
+      weights=[t.weight for t in teachers],
+      maps=maps,
     )
-    head = {
-      "distiller": config.distiller.to_dict(),
-      "teacher": config.teacher.name,
-      "teacher_map": list(output.features["last"].shape[1:]),
-    }
   return {
     "format": FORMAT,
     "architecture": config.student.name,
     "num_classes": source.num_classes,
     "image_shape": list(shape),
     "dtype": config.dtype,
+    "batch_norm_folded": False,
     "head": head,
     "class_names": list(source.class_names),
-    "normalization": {
-      "mean": [float(v) for v in source.mean],
-      "std": [float(v) for v in source.std],
-      "of": "pixel / 255, per channel: (x - mean) / std",
-    },
+    "normalization": normalization(source.mean, source.std),
     "trained_on": source.name,
     # What `data.load` was given beside the name.
     "data_options": {
@@ -120,18 +137,47 @@ def model_card(
   }
 
 
-def export_run(
-  workdir: pathlib.Path, to: pathlib.Path, *, weights: str = "best"
-) -> None:
-  """Writes the student of a run, finished or not, where it stands alone.
+def normalization(mean: Sequence[float], std: Sequence[float]) -> Any:
+  """A card's `normalization`."""
+  return {
+    "mean": [float(v) for v in mean],
+    "std": [float(v) for v in std],
+    "of": "pixel / 255, per channel: (x - mean) / std",
+  }
+
+
+def reused_head(
+  distiller: dict[str, Any],
+  *,
+  names: Sequence[str],
+  weights: Sequence[float],
+  maps: Sequence[Sequence[int]],
+) -> dict[str, Any]:
+  """A card's `head`: whose classifier a student reuses.
+
+  Args:
+    distiller: `config.distiller`.
+    names: of the teachers' networks.
+    weights: of the teachers.
+    maps: (height, width, channels) of their last maps.
+  """
+  return {
+    "distiller": distiller,
+    "teachers": list(names),
+    "weights": [float(w) for w in weights],
+    "teacher_maps": [list(shape) for shape in maps],
+  }
+
+
+def run_model(workdir: pathlib.Path, *, weights: str = "best") -> Model:
+  """The student of a run, finished or not.
 
   Args:
     workdir: of the run.
-    to: folder to write, which must not exist or be empty.
     weights: "best" (highest test top-1) or "last" (newest checkpoint).
 
   Raises:
-    ValueError: if there is no such run, no such weights, or `to` is taken.
+    ValueError: if there is no such run, or no such weights.
   """
   if not (workdir / "config.json").exists():
     raise ValueError(
@@ -139,17 +185,30 @@ def export_run(
       " config.json. Name what --workdir of launch.py named"
     )
   kept = _read_newest(workdir / "best", "the first evaluation")
-  tree, card = kept.state, kept.meta["card"]
-  if weights == "last":
-    newest = _read_newest(workdir / "checkpoints", "the first checkpoint")
-    card = newest.meta["card"]
-    for part in ("student", "distiller"):
-      if part in tree:
-        tree[part] = {
-          "params": newest.state["params"][part],
-          **newest.state["collections"].get(part, {}),
-        }
-  write(to, tree, card)
+  model = Model(kept.meta["card"], kept.state)
+  if weights == "best":
+    return model
+  newest = _read_newest(workdir / "checkpoints", "the first checkpoint")
+  parts = {
+    part: {
+      "params": newest.state["params"].get(part, {}),
+      **newest.state["collections"].get(part, {}),
+    }
+    for part in ("student", "distiller")
+  }
+  card, variables = newest.meta["card"], parts["student"]
+  if card["head"] is not None:
+    variables = inference.join(
+      **parts, classifier=model.variables["params"]["classifier"]
+    )
+  return Model(card, variables)
+
+
+def export_run(
+  workdir: pathlib.Path, to: pathlib.Path, *, weights: str = "best"
+) -> None:
+  """Writes the student of a run as a folder; see `run_model` and `write`."""
+  write(run_model(workdir, weights=weights), to)
 
 
 def _read_newest(folder: pathlib.Path, what: str) -> checkpoint.Restored:
@@ -165,20 +224,19 @@ def _read_newest(folder: pathlib.Path, what: str) -> checkpoint.Restored:
   return found
 
 
-def write(to: pathlib.Path, tree: dict[str, Any], card: dict[str, Any]) -> None:
-  """Writes an export; it appears whole or not at all.
+def write(model: Model, to: pathlib.Path) -> None:
+  """Writes a model as a folder, which appears whole or not at all.
 
   Args:
+    model: to write.
     to: folder, which must not exist or be empty.
-    tree: made by `inference_tree`.
-    card: made by `model_card`.
 
   Raises:
     ValueError: if the folder holds something.
   """
   to = to.absolute()
   if to.exists() and (not to.is_dir() or any(to.iterdir())):
-    if read_card_or_none(to) is not None and _same(to, tree, card):
+    if read_card_or_none(to) is not None and _same(to, model):
       return
     raise ValueError(
       f"{to}: expected a folder that is empty or not there, got one that"
@@ -189,11 +247,11 @@ def write(to: pathlib.Path, tree: dict[str, Any], card: dict[str, Any]) -> None:
     tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent)
   )
   try:
-    tree = jax.tree.map(np.asarray, tree)
-    checkpoint.save_tree(temporary / WEIGHTS, tree)
+    arrays = jax.tree.map(np.asarray, model.variables)
+    checkpoint.save_tree(temporary / WEIGHTS, arrays)
     full = {
-      **card,
-      "parameters": _count_parameters(tree),
+      **model.card,
+      "parameters": setup.count(arrays["params"]),
       "sha256": _digest(temporary / WEIGHTS),
     }
     checkpoint.write_json(temporary / CARD, full)
@@ -206,12 +264,111 @@ def write(to: pathlib.Path, tree: dict[str, Any], card: dict[str, Any]) -> None:
     raise
 
 
-def _same(to, tree, card):
+def transform(
+  model: Model, *, fold_batch_norm: bool = False, dtype: str | None = None
+) -> Model:
+  """A model that predicts the same, in another form.
+
+  Args:
+    model: to change.
+    fold_batch_norm: whether to fold BatchNorm into the convolutions; the
+      result predicts and teaches, but cannot be trained.
+    dtype: "float32" or "bfloat16", of the arithmetic as `config.dtype` is;
+      with "bfloat16" the convolutions' kernels are stored so too, and what
+      is small or decides the logits (BatchNorm, classifiers) stays float32.
+
+  Returns:
+    The model.
+
+  Raises:
+    ValueError: if it is folded already, or for another dtype.
+  """
+  card, variables = dict(model.card), model.variables
+  if fold_batch_norm:
+    variables = fold.fold(model.network, variables, card["image_shape"])
+    card["batch_norm_folded"] = True
+  if dtype is not None:
+    if dtype not in ("float32", "bfloat16"):
+      raise ValueError(
+        f"dtype: expected 'float32' or 'bfloat16', got {dtype!r}"
+      )
+    card["dtype"] = dtype
+    variables = jax.tree.map(
+      lambda x: np.asarray(x, jnp.dtype(dtype if x.ndim == 4 else x.dtype)),
+      variables,
+    )
+  return Model(card, variables)
+
+
+def save(model: Model, to: pathlib.Path, *, weights_inside: bool = True) -> str:
+  """Writes a model in the form that the target's ending names.
+
+  Args:
+    model: to write.
+    to: a folder; or a new file that ends in .pth, .pt, .safetensors, .npz
+      (state dicts) or .stablehlo (a program).
+    weights_inside: of a program: whether the weights are in it, or beside it
+      in a .safetensors file.
+
+  Returns:
+    What was written, in words.
+
+  Raises:
+    ValueError: if the target is taken. Nothing is written then.
+    ImportError: if it takes PyTorch and there is none.
+  """
+  if to.suffix.lower() == STABLEHLO:
+    return _save_program(model, to, weights_inside)
+  if not weights_inside:
+    raise ValueError(
+      f"--weights_beside: expected a --to that ends in {STABLEHLO}, got {to}"
+    )
+  if to.suffix.lower() in files.SUFFIXES:
+    files.check_new(to)
+    files.write(to, reused.to_parts(model), card=model.card)
+    return f"{describe(model)}, a state dict"
+  write(model, to)
+  return (
+    f"{describe(model)}, {setup.count(model.variables['params']):,} parameters"
+  )
+
+
+def describe(model: Model) -> str:
+  """A model in a few words."""
+  card = model.card
+  words = card["architecture"]
+  if card["head"] is not None:
+    words += f" with the classifier of {' and '.join(card['head']['teachers'])}"
+  return f"{words}, {card['num_classes']} classes"
+
+
+def _save_program(model: Model, to: pathlib.Path, weights_inside: bool) -> str:
+  beside = to.with_suffix(".safetensors")
+  targets = [to] if weights_inside else [to, beside]
+  for target in targets:
+    if target.exists() or target.is_symlink():
+      raise ValueError(
+        f"{target}: expected a file that does not exist yet. It was not"
+        " changed; give another --to"
+      )
+  program = stablehlo.serialize(model, weights_inside=weights_inside)
+  to.parent.mkdir(parents=True, exist_ok=True)
+  if not weights_inside:
+    files.write(beside, {"model": stablehlo.flatten(model.variables)})
+  temporary = to.with_name(f".{to.name}.tmp")
+  temporary.write_bytes(program)
+  temporary.rename(to)
+  where = "inside" if weights_inside else f"in {beside.name}"
+  return f"{describe(model)}, a StableHLO program with its weights {where}"
+
+
+def _same(to: pathlib.Path, model: Model) -> bool:
   """Whether an export holds just this: a repeated command changes nothing."""
   kept = load(to)
-  if {**kept.card, **json.loads(json.dumps(card))} != kept.card:
+  if {**kept.card, **json.loads(json.dumps(model.card))} != kept.card:
     return False
-  ours, theirs = record.flatten(tree), record.flatten(kept.variables)
+  ours = record.flatten(model.variables)
+  theirs = record.flatten(kept.variables)
   return ours.keys() == theirs.keys() and all(
     np.array_equal(np.asarray(ours[name]), theirs[name]) for name in ours
   )
@@ -225,15 +382,6 @@ def _digest(folder):
     digest.update(f"{name} {path.stat().st_size}\n".encode())
     digest.update(path.read_bytes())
   return digest.hexdigest()
-
-
-def _count_parameters(tree):
-  parts = [tree[part].get("params", {}) for part in tree if part != _HEAD]
-  parts.append(tree.get(_HEAD, {}))
-  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(parts))
-
-
-_HEAD = "teacher_classifier"
 
 
 def read_card_or_none(directory: pathlib.Path) -> dict[str, Any] | None:
@@ -260,73 +408,7 @@ def read_card(directory: pathlib.Path) -> dict[str, Any]:
   return card
 
 
-@dataclasses.dataclass(frozen=True)
-class ExportedModel:
-  """A model read from an export.
-
-  Attributes:
-    card: the content of `model.json`.
-    variables: the arrays.
-  """
-
-  card: dict[str, Any]
-  variables: dict[str, Any]
-
-  def logits(self, images: jax.Array | np.ndarray) -> jax.Array:
-    """Predicts.
-
-    Args:
-      images: [B, H, W, C] uint8, of the card's `image_shape`.
-
-    Returns:
-      [B, num_classes] float32.
-    """
-    return self._predict(self.variables, images)
-
-  @functools.cached_property
-  def _predict(self):
-    card = self.card
-    dtype = jnp.dtype(card["dtype"])
-    student = models.create(
-      card["architecture"], card["num_classes"], dtype=dtype
-    )
-    normalization = card["normalization"]
-
-    def predict(variables: Any, images: jax.Array) -> jax.Array:
-      x = augment.normalize(
-        images,
-        mean=normalization["mean"],
-        std=normalization["std"],
-        dtype=dtype,
-      )
-      output: Any = student.apply(variables["student"], x, train=False)
-      if card["head"] is None:
-        return output.logits
-      return _through_teacher_head(card, variables, output)
-
-    return jax.jit(predict)
-
-
-def _through_teacher_head(card, variables, student_output):
-  head = card["head"]
-  fields = dict(head["distiller"])
-  distiller = distillers.create(
-    fields.pop("name"), dtype=jnp.dtype(card["dtype"]), **fields
-  )
-  teacher = models.create(head["teacher"], card["num_classes"])
-  # Of the teacher's map a prediction needs only the shape.
-  shape = (len(student_output.logits), *head["teacher_map"])
-  teacher_map: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return distiller.apply(
-    variables["distiller"],
-    student_output,
-    ModelOutput(student_output.logits, {"last": teacher_map}),
-    teacher_classifier=functools.partial(teacher.classify, variables[_HEAD]),
-    method="predict",
-  )
-
-
-def load(directory: str | pathlib.Path) -> ExportedModel:
+def load(directory: str | pathlib.Path) -> Model:
   """Reads an export, or the export of a finished run.
 
   Args:
@@ -347,7 +429,9 @@ def load(directory: str | pathlib.Path) -> ExportedModel:
       " others (their sha256 differs): something is missing, damaged or"
       " exchanged. Export or copy the model again"
     )
-  return ExportedModel(card, checkpoint.restore_tree(path / WEIGHTS))
+  # What is said of the files, not of the model.
+  card = {k: v for k, v in card.items() if k not in ("parameters", "sha256")}
+  return Model(card, checkpoint.restore_tree(path / WEIGHTS))
 
 
 def find(directory: str | pathlib.Path) -> pathlib.Path:
@@ -378,113 +462,59 @@ def find(directory: str | pathlib.Path) -> pathlib.Path:
   )
 
 
-def check_teacher(checkpoint_path: str, *, name: str, num_classes: int) -> None:
-  """Refuses a teacher that does not fit.
-
-  Of a folder it reads the card alone, a file of weights whole.
-
-  Args:
-    checkpoint_path: `config.teacher.checkpoint`.
-    name: `config.teacher.name`.
-    num_classes: of the data.
-
-  Raises:
-    ValueError: with what to do about it.
-    ImportError: if the file takes PyTorch and there is none.
-  """
-  if files.is_weights_file(checkpoint_path):
-    _load_teacher_file(checkpoint_path, name=name, num_classes=num_classes)
-    return
-  try:
-    card = read_card(find(checkpoint_path))
-  except ValueError as error:
-    raise ValueError(
-      f"config.teacher.checkpoint: {error}. Leave it empty to train the"
-      " teacher first"
-    ) from error
-  if card["architecture"] != name:
-    raise ValueError(
-      f"config.teacher.checkpoint: expected weights of {name}"
-      f" (config.teacher.name), got {card['architecture']} in"
-      f" {checkpoint_path}. Set --config.teacher.name={card['architecture']}"
-    )
-  if card["num_classes"] != num_classes:
-    raise ValueError(
-      f"config.teacher.checkpoint: expected a teacher of {num_classes}"
-      f" classes, as the data has, got {card['num_classes']} in"
-      f" {checkpoint_path}, trained on {card['trained_on']}. Name a teacher"
-      " of this data set, or set config.data.name"
-    )
-  if card["head"] is not None:
-    raise ValueError(
-      "config.teacher.checkpoint: expected a network with a classifier of"
-      f" its own, got a {card['method']} student, which predicts through"
-      f" another's, in {checkpoint_path}. Name a teacher of another method"
-    )
-
-
-def load_teacher(
-  checkpoint_path: str, *, name: str, num_classes: int
-) -> dict[str, Any]:
-  """The variables of a teacher.
-
-  Args:
-    checkpoint_path: an export, a finished run, or a file of weights (see
-      `kd_jax.interop.files`).
-    name: of the network.
-    num_classes: of the data.
-
-  Returns:
-    `{"params": ..., "batch_stats": ...}` as numpy arrays.
-
-  Raises:
-    ValueError: if it does not fit or cannot be read.
-    ImportError: if the file takes PyTorch and there is none.
-  """
-  if files.is_weights_file(checkpoint_path):
-    return _load_teacher_file(
-      checkpoint_path, name=name, num_classes=num_classes
-    )
-  check_teacher(checkpoint_path, name=name, num_classes=num_classes)
-  return load(checkpoint_path).variables["student"]
-
-
-def _load_teacher_file(path, *, name, num_classes):
-  try:
-    return files.load_variables(path, model_name=name, num_classes=num_classes)
-  except ValueError as error:
-    raise ValueError(
-      f"config.teacher.checkpoint: {error} (config.teacher.name is {name},"
-      f" and the data has {num_classes} classes)"
-    ) from error
-
-
 def main() -> None:
   """The command line."""
   parser = argparse.ArgumentParser(
     prog="python -m kd_jax.export",
-    description="Writes a run's student as a model that stands alone.",
+    description="Writes a student as a model that stands alone.",
   )
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
+  source.add_argument("--model", help="an export, or a finished run's workdir")
   parser.add_argument(
-    "--workdir", required=True, type=pathlib.Path, help="folder of the run"
-  )
-  parser.add_argument(
-    "--to", required=True, type=pathlib.Path, help="folder to write"
+    "--to",
+    required=True,
+    type=pathlib.Path,
+    help="folder to write, or new file: .pth, .safetensors, .npz (state dicts)"
+    " or .stablehlo (a program)",
   )
   parser.add_argument(
     "--weights",
     choices=("best", "last"),
     default="best",
-    help="highest test top-1, or newest checkpoint (default: best)",
+    help="of --workdir: highest test top-1, or newest checkpoint (default:"
+    " best)",
+  )
+  parser.add_argument(
+    "--fold_batch_norm",
+    action="store_true",
+    help="fold BatchNorm into the convolutions",
+  )
+  parser.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16"),
+    help="of the arithmetic and of the kernels (default: as it was trained)",
+  )
+  parser.add_argument(
+    "--weights_beside",
+    action="store_true",
+    help="of a .stablehlo program: weights in a .safetensors file beside it",
   )
   args = parser.parse_args()
   setup.configure_logging()
   try:
-    export_run(args.workdir.absolute(), args.to, weights=args.weights)
-  except ValueError as error:
+    model = (
+      load(args.model)
+      if args.workdir is None
+      else run_model(args.workdir.absolute(), weights=args.weights)
+    )
+    model = transform(
+      model, fold_batch_norm=args.fold_batch_norm, dtype=args.dtype
+    )
+    words = save(model, args.to, weights_inside=not args.weights_beside)
+  except (ValueError, ImportError) as error:
     parser.exit(2, f"{error}\n")
-  card = read_card(args.to)
-  print(f"{args.to}: {card['architecture']}, {card['parameters']:,} parameters")
+  print(f"{args.to}: {words}")
 
 
 if __name__ == "__main__":

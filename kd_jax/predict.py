@@ -9,7 +9,7 @@ import pathlib
 import jax
 import numpy as np
 
-from kd_jax import export, setup
+from kd_jax import convert, inference, setup
 
 
 def read_image(path: pathlib.Path, *, height: int, width: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def read_image(path: pathlib.Path, *, height: int, width: int) -> np.ndarray:
 
 
 def top_classes(
-  model: export.ExportedModel, images: np.ndarray, *, k: int = 5
+  model: inference.Model, images: np.ndarray, *, k: int = 5
 ) -> list[list[tuple[str, float]]]:
   """The most probable classes of each image.
 
@@ -77,16 +77,22 @@ def main() -> None:
     description="Prints the five most probable classes of each image.",
   )
   parser.add_argument(
-    "--model", required=True, help="an export, or a finished run's workdir"
+    "--model",
+    required=True,
+    type=pathlib.Path,
+    help="an export, a finished run's workdir, or a file of weights",
+  )
+  parser.add_argument(
+    "--model_name", help="of a file of weights (default: the one that fits)"
   )
   parser.add_argument("images", nargs="+", type=pathlib.Path)
   args = parser.parse_args()
   setup.configure_logging()
   try:
-    model = export.load(args.model)
+    model = convert.open_model(args.model, model_name=args.model_name)
     height, width, _ = model.card["image_shape"]
     images = [read_image(p, height=height, width=width) for p in args.images]
-  except ValueError as error:
+  except (ValueError, ImportError) as error:
     parser.exit(2, f"{error}\n")
   answers = top_classes(model, np.stack(images))
   for path, best in zip(args.images, answers, strict=True):

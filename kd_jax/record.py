@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,18 +28,19 @@ from kd_jax import checkpoint
 
 # What may differ when a run goes on: where things are and how often they are
 # written, but nothing that a result depends on.
-_FREE = (
-  "checkpoint.",
-  "data.dir",
-  "log.",
-  "parallel.",
-  "teacher.checkpoint",
-  "verify_export",
+_FREE = re.compile(
+  r"(checkpoint|log|parallel)\..*|data\.dir|verify_export"
+  r"|(teacher|teachers\.\d+)\.checkpoint"
 )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-  """Nested dicts as {"a.b": value}; an empty dict is a value."""
+  """Nested dicts, and lists of dicts, as {"a.b": value, "c.0.d": value}.
+
+  What is empty is a value.
+  """
+  if isinstance(tree, list) and all(isinstance(x, dict) for x in tree):
+    tree = {str(i): x for i, x in enumerate(tree)} or tree
   if not isinstance(tree, dict) or not tree:
     return {prefix: tree}
   flat = {}
@@ -57,7 +59,7 @@ def identity(config: ConfigDict) -> dict[str, Any]:
   return {
     name: value
     for name, value in flatten(as_json(config)).items()
-    if not name.startswith(_FREE)
+    if not _FREE.fullmatch(name)
   }
 
 
@@ -79,7 +81,7 @@ def finished(
   found = read_json(workdir / "config.json")
   if found is None:
     return None
-  theirs = {k: v for k, v in flatten(found).items() if not k.startswith(_FREE)}
+  theirs = {k: v for k, v in flatten(found).items() if not _FREE.fullmatch(k)}
   ours = identity(config)
   different = sorted(
     name

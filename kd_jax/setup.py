@@ -87,11 +87,6 @@ def check(config: ConfigDict, source: data.Source, *, num_devices: int) -> None:
         f" ({', '.join(config.loss_weights)}), got {name!r}. Give it a weight"
         " or leave it out"
       )
-  if config.teacher.checkpoint and not config.teacher.name:
-    raise ValueError(
-      f"config.teacher.checkpoint is {config.teacher.checkpoint!r} but"
-      " config.teacher.name is empty: name the teacher's network too"
-    )
 
 
 def steps_per_dispatch(
@@ -128,12 +123,13 @@ def steps_per_dispatch(
   return wanted
 
 
-def teacher_config(config: ConfigDict) -> ConfigDict:
-  """The run that trains a config's teacher."""
+def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
+  """The run that trains a config's teacher of that name."""
   teacher = copy.deepcopy(config)
   with teacher.unlocked():
     teacher.seed = config.teacher.seed
-    teacher.student.name = config.teacher.name
+    teacher.student.name = name
+    teacher.teachers = ()
     teacher.teacher.name = ""
     teacher.teacher.checkpoint = ""
     teacher.distiller = ConfigDict({"name": "none"})
@@ -141,9 +137,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     teacher.loss_ramp_epochs = ConfigDict()
     teacher.optim.learning_rate = config.teacher.learning_rate
     if teacher.optim.learning_rate is None:
-      teacher.optim.learning_rate = optim.default_learning_rate(
-        config.teacher.name
-      )
+      teacher.optim.learning_rate = optim.default_learning_rate(name)
     for field, place in (("epochs", teacher), ("milestones", teacher.optim)):
       if config.teacher[field] is not None:
         place[field] = config.teacher[field]
@@ -152,7 +146,6 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
       teacher.teacher[field] = None
     teacher.teacher.seed = 0
     teacher.grid = ConfigDict()
-    teacher.verify_export = False
     teacher.verify_export = False
   return teacher
 

@@ -17,7 +17,6 @@ import time
 import zlib
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +27,14 @@ from kd_jax import (
   data,
   distillers,
   export,
+  inference,
   metrics,
   models,
   optim,
   parallel,
   record,
   setup,
+  teachers,
   train_step,
 )
 from kd_jax import state as state_lib
@@ -48,21 +49,6 @@ class NonFiniteLossError(RuntimeError):
 
 class PreemptedError(RuntimeError):
   """The run was asked to stop, and has saved what it needs to go on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-  """A frozen teacher.
-
-  Attributes:
-    model: the network, or None where the method has none.
-    variables: its variables, on the devices.
-    about: name, checkpoint and its own accuracy, for the result.
-  """
-
-  model: nn.Module | None
-  variables: Any
-  about: dict[str, Any]
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -106,7 +92,7 @@ def prepare(
     ValueError: for a config that cannot run, or is not the workdir's.
   """
   train_source, test_source = _sources(config)
-  config = setup.settle(config, train_source)
+  config = teachers.settle(setup.settle(config, train_source))
   finished = record.finished(workdir, config)
   if finished is not None:
     return finished
@@ -151,23 +137,14 @@ class Run:
     )
     self.num_devices = self.devices.mesh.devices.size
     setup.check(config, train_source, num_devices=self.num_devices)
-    if config.teacher.checkpoint:
-      export.check_teacher(
-        config.teacher.checkpoint,
-        name=config.teacher.name,
-        num_classes=train_source.num_classes,
-      )
-    create = functools.partial(
-      models.create,
-      num_classes=train_source.num_classes,
+    self.student = models.create(
+      config.student.name,
+      train_source.num_classes,
       dtype=jnp.dtype(config.dtype),
+      bn_axis_name=parallel.AXIS if config.sync_batch_stats else None,
     )
-    sync = config.sync_batch_stats
-    self.student = create(
-      config.student.name, bn_axis_name=parallel.AXIS if sync else None
-    )
-    name = config.teacher.name
-    self.teacher_model = create(name) if name else None
+    self.teacher_specs = teachers.specs(config)
+    self.teachers = [self._find_teacher(s) for s in self.teacher_specs]
     self.distiller = self._distiller(parallel.AXIS)
     self.pipeline = data.create(
       config.data.pipeline,
@@ -190,14 +167,33 @@ class Run:
     )
     self.optimizer = self._optimizer()
 
+  def _find_teacher(self, spec):
+    """A teacher, without weights if it is to be trained first."""
+    if spec.checkpoint:
+      return teachers.load(spec, self.train_source, dtype=self.config.dtype)
+    return teachers.create(
+      spec,
+      num_classes=self.train_source.num_classes,
+      dtype=jnp.dtype(self.config.dtype),
+    )
+
+  @property
+  def teacher_model(self) -> Any:
+    """The teachers' networks, as the train step takes them."""
+    return _as_one([teacher.network for teacher in self.teachers], None)
+
+  @property
+  def teacher_variables(self) -> Any:
+    """The teachers' variables, as the train step takes them."""
+    return _as_one([teacher.variables for teacher in self.teachers], {})
+
   def _distiller(self, axis_name):
-    fields = self.config.distiller.to_dict()
-    return distillers.create(
-      fields.pop("name"),
+    return inference.create_distiller(
+      self.config.distiller.to_dict(),
+      [teacher.weight for teacher in self.teachers],
       axis_name=axis_name,
       sync=self.config.sync_batch_stats,
       dtype=jnp.dtype(self.config.dtype),
-      **fields,
     )
 
   def _transform(self, key, batch):
@@ -231,16 +227,20 @@ class Run:
     Every mistake that shapes can show (a batch that a method cannot take,
     layers that do not exist, a weight for an unknown term) is an error here.
     """
-    abstract_teacher = {}
-    if self.teacher_model is not None:
-      image = jax.ShapeDtypeStruct(
-        (1, *self.train_source.images.shape[1:]), jnp.float32
-      )
-      abstract_teacher = jax.eval_shape(
-        functools.partial(self.teacher_model.init, train=False),
-        jax.random.key(0),
-        image,
-      )
+    image = jax.ShapeDtypeStruct(
+      (1, *self.train_source.images.shape[1:]), jnp.float32
+    )
+    abstract_teacher = _as_one(
+      [
+        jax.eval_shape(
+          functools.partial(teacher.network.init, train=False),
+          jax.random.key(0),
+          image,
+        )
+        for teacher in self.teachers
+      ],
+      {},
+    )
     student, distilled = jax.eval_shape(
       self._initialize, jax.random.key(0), abstract_teacher
     )
@@ -316,7 +316,7 @@ class Run:
 
   def train(self) -> dict[str, Any]:
     """Obtains the teacher, restores, trains to the end, exports."""
-    self.teacher = self._teacher()
+    self.teachers_about = self._obtain_teachers()
     # Run once: on a CPU, compiling it well takes five times as long.
     options = {"xla_backend_optimization_level": 0}
     initialize = jax.jit(
@@ -324,7 +324,7 @@ class Run:
       compiler_options=options if jax.default_backend() == "cpu" else None,
     )
     student, distilled = initialize(
-      jax.random.key(self.config.seed), self.teacher.variables
+      jax.random.key(self.config.seed), self.teacher_variables
     )
     state = self.devices.replicate(
       state_lib.create(student, distilled, self.optimizer)
@@ -380,50 +380,76 @@ class Run:
 
     return evaluate
 
-  def _teacher(self):
-    name = self.config.teacher.name
-    if not name:
-      return Teacher(None, {}, {})
-    source = self.config.teacher.checkpoint
-    if not source:
-      teacher_config = setup.teacher_config(self.config)
-      folder = setup.teacher_workdir(
-        self.workdir, teacher_config, self.train_source
-      )
-      # Runs beside each other, started at once, train it once.
-      with record.locked(folder):
-        if record.result(folder) is None:
-          _say(
-            f"no config.teacher.checkpoint: training {name} first in {folder}"
-          )
-          train_and_evaluate(teacher_config, str(folder))
-        else:
-          _say(f"teacher {name}: reusing {folder}")
-      source = str(folder)
-    loaded = export.load_teacher(
-      source, name=name, num_classes=self.train_source.num_classes
+  def _obtain_teachers(self):
+    """Trains those without weights, puts all on the devices, scores them.
+
+    Returns:
+      What the result says of them: a dict, a list of several, {} of none.
+    """
+    path = self.workdir / "teacher.json"
+    kept = record.read_json(path)
+    known = kept if isinstance(kept, list) else [kept] * len(self.teachers)
+    abouts = []
+    for i, spec in enumerate(self.teacher_specs):
+      if not spec.checkpoint:
+        spec = dataclasses.replace(spec, checkpoint=self._train_teacher(spec))
+        self.teachers[i] = self._find_teacher(spec)
+      about = self._place_teacher(i, spec, known[i])
+      _say(f"teacher {spec.name}: {_scores(about)} ({spec.checkpoint})")
+      abouts.append(about)
+    about = _as_one(abouts, {})
+    if abouts and kept is None:
+      checkpoint.write_json(path, about)
+    return about
+
+  def _train_teacher(self, spec):
+    teacher_config = setup.teacher_config(self.config, spec.name)
+    folder = setup.teacher_workdir(
+      self.workdir, teacher_config, self.train_source
     )
-    variables = self.devices.replicate(loaded)
-    weights = zlib.crc32(repr(checkpoint.fingerprint(loaded)).encode())
-    about = record.read_json(self.workdir / "teacher.json")
+    # Runs beside each other, started at once, train it once.
+    with record.locked(folder):
+      if record.result(folder) is None:
+        _say(
+          f"no {spec.where}.checkpoint: training {spec.name} first in {folder}"
+        )
+        train_and_evaluate(teacher_config, str(folder))
+      else:
+        _say(f"teacher {spec.name}: reusing {folder}")
+    return str(folder)
+
+  def _place_teacher(self, i, spec, about):
+    loaded = self.teachers[i]
+    weights = zlib.crc32(
+      repr(checkpoint.fingerprint(loaded.variables)).encode()
+    )
+    teacher = dataclasses.replace(
+      loaded, variables=self.devices.replicate(loaded.variables)
+    )
+    self.teachers[i] = teacher
     if about is None:
-      evaluate = self._evaluator(self.teacher_model, None, _no_distiller())
-      scores = evaluate({"student": variables, "distiller": {}}, {})
-      about = {
-        "name": name,
-        "checkpoint": source,
+      evaluate = self._evaluator(teacher.network, None, _no_distiller())
+      scores = evaluate({"student": teacher.variables, "distiller": {}}, {})
+      return {
+        "name": spec.name,
+        "checkpoint": spec.checkpoint,
         "fingerprint": weights,
         **scores,
       }
-      checkpoint.write_json(self.workdir / "teacher.json", about)
-    elif about["fingerprint"] != weights:
+    if about["fingerprint"] != weights:
       raise ValueError(
-        f"config.teacher.checkpoint: expected the weights that {self.workdir}"
-        f" began with, those of {about['checkpoint']}, got others in {source}."
-        " Name the same teacher, or give another --workdir"
+        f"{spec.where}.checkpoint: expected the weights that {self.workdir}"
+        f" began with, those of {about['checkpoint']}, got others in"
+        f" {spec.checkpoint}. Name the same teacher, or give another --workdir"
       )
-    _say(f"teacher {name}: {_scores(about)} ({source})")
-    return Teacher(self.teacher_model, variables, about)
+    return about
+
+
+def _as_one(items, nothing):
+  """Nothing, the only item, or a tuple of all."""
+  if not items:
+    return nothing
+  return items[0] if len(items) == 1 else tuple(items)
 
 
 def _abstract_batch(size, shape):
@@ -539,7 +565,7 @@ class Loop:
     run, size = self.run_, self.run_.steps_per_dispatch
     xs = run.devices.shard(run.pipeline.next_chunk(size))
     self.state, sums = run.train_chunk(
-      self.state, run.teacher.variables, run.resident, xs
+      self.state, run.teacher_variables, run.resident, xs
     )
     self.pending.append((self.step, sums))
     self.step += size
@@ -594,15 +620,13 @@ class Loop:
     variables = {
       name: self.state.variables(name) for name in ("student", "distiller")
     }
-    scores = run.evaluate(variables, run.teacher.variables)
+    scores = run.evaluate(variables, run.teacher_variables)
     self.writer.write(self.step, "eval", {**scores, "epoch": epoch})
     self.last_eval = {**scores, "epoch": epoch}
     self.progress.line(f"epoch {epoch}/{self.config.epochs}: {_scores(scores)}")
     if not self.best or scores["top1"] > self.best["top1"]:
       self.best = self.last_eval
-      tree = export.inference_tree(
-        self.state, run.distiller, run.teacher.model, run.teacher.variables
-      )
+      tree = export.inference_variables(self.state, run.distiller, run.teachers)
       self.best_checkpoint.save(
         self.step, tree, position={}, meta={"card": self._card()}
       )
@@ -613,7 +637,7 @@ class Loop:
       run.config,
       source=run.train_source,
       distiller=run.distiller,
-      teacher_model=run.teacher.model,
+      teachers=run.teachers,
       scores=self.last_eval,
     )
 
@@ -655,7 +679,7 @@ class Loop:
     result = {
       "final": self.last_eval,
       "best": self.best,
-      "teacher": run.teacher.about,
+      "teacher": run.teachers_about,
       "student": run.config.student.name,
       "method": run.config.distiller.name,
       "seed": run.config.seed,

@@ -18,21 +18,23 @@ Transform = Callable[[jax.Array, Batch], jax.Array]
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict]]
 
 
-def run_teacher(
-  teacher: nn.Module | None, variables: Any, images: jax.Array
-) -> tuple[Any, Callable[[jax.Array], jax.Array] | None]:
+def run_teacher(teacher: Any, variables: Any, images: jax.Array) -> Any:
   """The frozen teacher: its output, and its classifier as a function.
 
   Args:
-    teacher: the model, or None where there is none.
-    variables: its variables.
+    teacher: the model, None where there is none, or a tuple of several.
+    variables: its variables, or a tuple of each one's.
     images: [B, H, W, C] float.
 
   Returns:
-    (output in evaluation mode, cut from the gradient; pooled -> logits).
+    (output in evaluation mode, cut from the gradient; pooled -> logits), or
+    a tuple of all outputs and one of all classifiers.
   """
   if teacher is None:
     return None, None
+  if isinstance(teacher, tuple):
+    runs = zip(teacher, variables, strict=True)
+    return tuple(zip(*[run_teacher(t, v, images) for t, v in runs]))
   output = teacher.apply(variables, images, train=False)
   classify = functools.partial(teacher.classify, variables["params"])
   return jax.lax.stop_gradient(output), classify
@@ -41,7 +43,7 @@ def run_teacher(
 def make_loss_fn(
   *,
   student: nn.Module,
-  teacher: nn.Module | None,
+  teacher: Any,
   distiller: base.Distiller,
   loss_weights: Mapping[str, float],
   ramp_steps: Mapping[str, int],
@@ -122,7 +124,7 @@ def make_train_step(
     accumulate_steps: parts into which the batch is cut; the gradient is the
       mean over them, BatchNorm and batch-relational losses see one at a time.
     **loss_arguments: of `make_loss_fn`:
-      student, teacher: models; the teacher may be None.
+      student, teacher: models; the teacher as `run_teacher` takes it.
       distiller: the method.
       loss_weights: term -> weight; a term of weight 0 is not computed.
       ramp_steps: term -> steps over which its weight grows to full size.
@@ -197,7 +199,7 @@ def _average_statistics(collections, axis_name):
 def make_eval_step(
   *,
   student: nn.Module,
-  teacher: nn.Module | None,
+  teacher: Any,
   distiller: base.Distiller,
   transform: Transform,
   axis_name: str | None = None,
@@ -206,7 +208,7 @@ def make_eval_step(
 
   Args:
     student: the model.
-    teacher: the teacher, or None.
+    teacher: as `run_teacher` takes it.
     distiller: the method, whose logits are the prediction.
     transform: (unused key, batch) -> images.
     axis_name: the mapped axis, or None.

@@ -10,7 +10,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from kd_jax import data, distillers, export, models, record, setup, train_step
+from kd_jax import (
+  data,
+  distillers,
+  export,
+  inference,
+  models,
+  record,
+  setup,
+  train_step,
+)
 from kd_jax.data import augment
 
 
@@ -72,7 +81,7 @@ def evaluation_logits(workdir, state, images):
   config = record.read_json(workdir / "config.json")
   teacher = models.create(config["teacher"]["name"], 10)
   checkpoint = record.result(workdir)["teacher"]["checkpoint"]
-  teacher_variables = export.load(checkpoint).variables["student"]
+  teacher_variables = export.load(checkpoint).variables
   student = models.create(config["student"]["name"], 10)
   fields = config["distiller"]
   distiller = distillers.create(fields.pop("name"), **fields)
@@ -101,28 +110,34 @@ def test_simkd_student_is_complete_and_equal_to_the_run(
   export.export_run(simkd, tmp_path / "export", weights="last")
   state = state_of(simkd)
   teacher = export.load(record.result(simkd)["teacher"]["checkpoint"])
+  student, distiller = (
+    variables_of(state, p) for p in ("student", "distiller")
+  )
   expected = {
-    "student": variables_of(state, "student"),
-    "distiller": variables_of(state, "distiller"),
-    "teacher_classifier": {"fc": teacher.variables["student"]["params"]["fc"]},
+    "params": {
+      "student": student["params"],
+      "distiller": distiller["params"],
+      "classifier": teacher.variables["params"]["fc"],
+    },
+    "batch_stats": {
+      "student": student["batch_stats"],
+      "distiller": distiller["batch_stats"],
+    },
   }
   model = export.load(tmp_path / "export")
   assert_equal(model.variables, expected)
   # The projector has learnt and has statistics of its own.
-  assert model.variables["distiller"]["batch_stats"]["projector"]
+  assert model.variables["batch_stats"]["distiller"]["projector"]
   # It is the projector and not the student's own classifier that predicts.
   logits = model.logits(images)
   assert logits.dtype == jnp.float32
   wanted = evaluation_logits(simkd, state, images)
   np.testing.assert_allclose(logits, wanted, rtol=1e-6, atol=1e-6)
-  shifted = export.ExportedModel(
+  params = model.variables["params"]
+  moved = jax.tree.map(lambda x: x + 1, params["classifier"])
+  shifted = inference.Model(
     model.card,
-    {
-      **model.variables,
-      "teacher_classifier": jax.tree.map(
-        lambda x: x + 1, model.variables["teacher_classifier"]
-      ),
-    },
+    {**model.variables, "params": {**params, "classifier": moved}},
   )
   assert np.abs(shifted.logits(images) - wanted).max() > 0.5
 
@@ -131,7 +146,7 @@ def test_kd_student_is_the_student_alone(kd, tmp_path, images):
   export.export_run(kd, tmp_path / "export", weights="last")
   model = export.load(tmp_path / "export")
   state = state_of(kd)
-  assert_equal(model.variables, {"student": variables_of(state, "student")})
+  assert_equal(model.variables, variables_of(state, "student"))
   np.testing.assert_allclose(
     model.logits(images),
     evaluation_logits(kd, state, images),
@@ -150,7 +165,7 @@ def test_a_run_exports_its_best_weights(simkd):
 
 def test_card(simkd, kd):
   card = export.read_card(simkd / "export")
-  assert card["format"] == "kd_jax export 1"
+  assert card["format"] == "kd_jax export 2"
   assert card["architecture"] == "resnet8"
   assert card["num_classes"] == 10
   assert card["class_names"] == [f"class {i}" for i in range(10)]
@@ -159,7 +174,7 @@ def test_card(simkd, kd):
   assert card["trained_on"] == "synthetic"
   assert card["data_options"] == {"image_size": 16, "num_examples": 64}
   assert card["head"]["distiller"] == {"name": "simkd", "factor": 2}
-  assert card["head"]["teacher"] == "resnet8x2"
+  assert card["head"]["teachers"] == ["resnet8x2"]
   assert card["normalization"]["mean"] == pytest.approx([127 / 255] * 3)
   result = record.result(simkd)
   classifier = 128 * 10 + 10  # of resnet8x2
@@ -169,9 +184,7 @@ def test_card(simkd, kd):
   card = export.read_card(kd / "export")
   assert card["head"] is None
   assert card["parameters"] == record.result(kd)["parameters"]
-  assert card["parameters"] == setup.count(
-    export.load(kd).variables["student"]["params"]
-  )
+  assert card["parameters"] == setup.count(export.load(kd).variables["params"])
 
 
 @pytest.mark.parametrize(
@@ -315,10 +328,13 @@ def test_command_line(simkd, tmp_path, monkeypatch, capsys):
   assert main(monkeypatch, *arguments, "--weights", "last") == 0
   printed = capsys.readouterr().out
   parameters = json.loads((to / "model.json").read_text())["parameters"]
-  assert printed == f"{to}: resnet8, {parameters:,} parameters\n"
+  assert printed == (
+    f"{to}: resnet8 with the classifier of resnet8x2, 10 classes,"
+    f" {parameters:,} parameters\n"
+  )
   assert_equal(
-    export.load(to).variables["student"],
-    variables_of(state_of(simkd), "student"),
+    export.load(to).variables["params"]["student"],
+    variables_of(state_of(simkd), "student")["params"],
   )
   assert export.read_card(to)["test"] == record.result(simkd)["final"]
 
@@ -330,24 +346,3 @@ def test_command_line_errors(tmp_path, monkeypatch, capsys):
   assert main(monkeypatch, "--workdir", tmp_path) == 2
   assert "the following arguments are required: --to" in capsys.readouterr().err
   assert not to.exists()
-
-
-@pytest.mark.parametrize(
-  ("name", "classes", "words"),
-  [
-    ("resnet8", 5, "expected a teacher of 5 classes, as the data has, got 10"),
-    (
-      "vgg8",
-      10,
-      r"expected weights of vgg8 .*, got resnet8 in .* Set --config",
-    ),
-  ],
-)
-def test_teacher_that_does_not_fit(kd, name, classes, words):
-  with pytest.raises(ValueError, match=words):
-    export.load_teacher(str(kd), name=name, num_classes=classes)
-
-
-def test_kd_student_may_teach(kd):
-  got = export.load_teacher(str(kd), name="resnet8", num_classes=10)
-  assert_equal(got, export.load(kd).variables["student"])

@@ -339,7 +339,7 @@ def test_weights_of_another_model(plain_run, launch, nothing_happens, capsys):
   assert (
     "config.teacher.checkpoint: expected weights of resnet8x2"
     f" (config.teacher.name), got resnet8 in {plain_run}. Set"
-    " --config.teacher.name=resnet8"
+    " --config.teacher.name=resnet8, or leave the name empty"
   ) in capsys.readouterr().err
 
 

@@ -188,7 +188,7 @@ def test_the_teacher(first):
       result["teacher"][name], own["best"][name], rtol=1e-5
     )
   # And no part of the student's checkpoint.
-  wide = set(export.load(folder).variables["student"]["params"])
+  wide = set(export.load(folder).variables["params"])
   state = newest(workdir).state
   assert set(state["params"]) == {"student"}
   shapes = {x.shape for x in jax.tree.leaves(state)}

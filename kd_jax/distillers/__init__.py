@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from kd_jax.distillers.at import AT
@@ -12,6 +13,7 @@ from kd_jax.distillers.kd import KD
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.semckd import SemCKD
+from kd_jax.distillers.several import SeveralTeachers
 from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
 from kd_jax.distillers.srrl import SRRL
@@ -22,6 +24,7 @@ __all__ = [
   "DistillOutput",
   "Distiller",
   "create",
+  "create_for_several",
   "names",
   "weighted_sum",
 ]
@@ -82,3 +85,33 @@ def create(name: str, **fields: Any) -> Distiller:
         f"are: {', '.join(known)}"
       )
   return cls(**fields)
+
+
+def create_for_several(
+  name: str, weights: Sequence[float], **fields: Any
+) -> SeveralTeachers:
+  """Makes the distiller of a method with several teachers.
+
+  Args:
+    name: the method's word.
+    weights: of the teachers, above 0; they are divided by their sum.
+    **fields: see `create`.
+
+  Returns:
+    The module; it takes tuples of the teachers' outputs and classifiers.
+
+  Raises:
+    ValueError: see `create`; or if the method is one for a single teacher.
+  """
+  members = tuple(create(name, **fields) for _ in weights)
+  if not members[0].takes_several_teachers:
+    able = [n for n, cls in DISTILLERS.items() if cls.takes_several_teachers]
+    raise ValueError(
+      f"{name} learns from one teacher, got {len(weights)}: what it compares"
+      " has no meaning as a mean over teachers. The methods that take several"
+      f" are: {', '.join(able)}"
+    )
+  total = sum(weights)
+  return SeveralTeachers(
+    members=members, weights=tuple(weight / total for weight in weights)
+  )

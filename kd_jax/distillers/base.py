@@ -49,9 +49,16 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
   dtype: Any = jnp.float32
   temperature: float = 4.0
 
-  # Whether the prediction is the teacher's classifier on a projected feature.
-  # An export then needs the projector and that classifier too.
-  predicts_with_teacher_head: ClassVar[bool] = False
+  # Whether the mean of the losses over several teachers makes sense.
+  takes_several_teachers: ClassVar[bool] = False
+
+  @property
+  def predicts_with_teacher_head(self) -> bool:
+    """Whether the prediction is the teacher's classifier on `last_map`.
+
+    An export then needs what this module learns, and that classifier too.
+    """
+    return False
 
   @property
   def batch_axis(self) -> str | None:
@@ -89,22 +96,26 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
       `train` is false: it is defined on training batches only.
     """
 
-  def predict(
-    self,
-    student: ModelOutput,
-    teacher: ModelOutput,
-    *,
-    teacher_classifier: Classifier,
-    train: bool = False,
+  def last_map(
+    self, student: ModelOutput, teacher: ModelOutput, *, train: bool = False
   ) -> jax.Array:
-    """The method's logits alone; of the teacher it needs only shapes.
+    """The map whose global average pool the prediction's classifier takes.
 
-    `distiller.apply(variables, student, teacher, teacher_classifier=...,
-    method="predict")`, where the teacher's features may be
-    `jax.ShapeDtypeStruct`s.
+    `distiller.apply(variables, student, teacher, method="last_map")`, where
+    the teacher's features may be `jax.ShapeDtypeStruct`s: only their shapes
+    are read.
+
+    Args:
+      student: the student's output.
+      teacher: the teacher's.
+      train: whether running statistics move.
+
+    Returns:
+      [B, H, W, C]: the student's own last map, unless
+      `predicts_with_teacher_head`.
     """
-    del teacher, teacher_classifier, train
-    return student.logits
+    del teacher, train
+    return feature(student, "last", whose="student")
 
   def logit_losses(
     self,

@@ -1,6 +1,6 @@
 """KD: the teacher's softened logits (Hinton et al., 2015)."""
 
-from typing import final
+from typing import ClassVar, final
 
 import jax
 
@@ -11,6 +11,8 @@ from kd_jax.models.layers import ModelOutput
 @final
 class KD(base.Distiller):
   """The terms "ce" and "kd" that every method has, and no other."""
+
+  takes_several_teachers: ClassVar[bool] = True
 
   def __call__(
     self,

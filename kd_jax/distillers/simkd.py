@@ -27,7 +27,12 @@ class SimKD(base.Distiller):
   factor: int = 2
   student_map: str | None = None
 
-  predicts_with_teacher_head: ClassVar[bool] = True
+  takes_several_teachers: ClassVar[bool] = True
+
+  @property
+  def predicts_with_teacher_head(self) -> bool:
+    """True: see `base.Distiller`."""
+    return True
 
   def setup(self) -> None:
     """Makes the projector, which reads its sizes from its inputs."""
@@ -54,19 +59,13 @@ class SimKD(base.Distiller):
       )
     return self.projector(map_s, channels // self.factor, channels, train=train)
 
-  def predict(
-    self,
-    student: ModelOutput,
-    teacher: ModelOutput,
-    *,
-    teacher_classifier: base.Classifier,
-    train: bool = False,
+  def last_map(
+    self, student: ModelOutput, teacher: ModelOutput, *, train: bool = False
   ) -> jax.Array:
-    """See `base.Distiller.predict`; reads the shape of the teacher's map."""
+    """See `base.Distiller.last_map`: the projection onto the teacher's map."""
     map_s = self._student_map(student)
     map_t = base.feature(teacher, "last", whose="teacher")
-    projected = self._project(map_s, map_t, train)
-    return teacher_classifier(global_average_pool(projected))
+    return self._project(map_s, map_t, train)
 
   def __call__(
     self,
@@ -80,9 +79,8 @@ class SimKD(base.Distiller):
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "simkd"."""
     terms = self.logit_losses(student, teacher, batch)
-    map_s = self._student_map(student)
+    projected = self.last_map(student, teacher, train=train)
     map_t = base.feature(teacher, "last", whose="teacher")
-    projected = self._project(map_s, map_t, train)
     target = losses.adaptive_average_pool(
       map_t, (projected.shape[1], projected.shape[2])
     )

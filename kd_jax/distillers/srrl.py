@@ -1,6 +1,6 @@
 """SRRL: softmax-regression representation learning (Yang et al., ICLR 2021)."""
 
-from typing import final
+from typing import ClassVar, final
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,8 @@ from kd_jax.models.layers import ModelOutput
 @final
 class SRRL(base.Distiller):
   """Matches the pooled feature, also seen through the teacher's classifier."""
+
+  takes_several_teachers: ClassVar[bool] = True
 
   @nn.compact
   def __call__(

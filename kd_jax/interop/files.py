@@ -6,6 +6,7 @@ refused, with the name of what it asks for. PyTorch is imported for .pth alone.
 
 import dataclasses
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -27,8 +28,9 @@ _TORCH = (".pth", ".pt", ".tar", ".bin")
 SUFFIXES = (*_TORCH, ".safetensors", ".npz")
 # Where training loops put the network's state dict.
 CONTAINERS = ("model", "state_dict", "net", "model_state_dict")
-# Where SimKD's training loop puts its student's projector.
-_PROJECTOR = "proj"
+# Where SimKD's training loop puts its student's projector; the classifier of
+# its teacher, which that loop leaves out, and the model card stand beside it.
+PROJECTOR, CLASSIFIER, CARD = "proj", "classifier", "card"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,15 @@ class Weights:
     tensors: the network's, by their names without wrappers' prefixes; floats
       are float32 and finite.
     projector: those of the projector, if the file is of a SimKD student.
+    classifier: its teacher's weight and bias, if the file has them.
+    card: the model card, if the file has one.
     facts: the numbers and strings beside them, such as the epoch.
   """
 
   tensors: dict[str, np.ndarray]
   projector: dict[str, np.ndarray] | None
+  classifier: dict[str, np.ndarray] | None
+  card: dict[str, Any] | None
   facts: dict[str, float | int | str]
 
 
@@ -85,33 +91,40 @@ def read(path: str | os.PathLike[str]) -> Weights:
       " Save model.state_dict()"
     )
   try:
+    content = _nested(content)
     tensors = _check_tensors(_network(content))
-    projector = content.get(_PROJECTOR)
-    if not _is_state_dict(projector):
-      projector = None
+    projector, classifier = (
+      _check_tensors(content[name])
+      if _is_state_dict(content.get(name))
+      else None
+      for name in (PROJECTOR, CLASSIFIER)
+    )
     return Weights(
       tensors=tensors,
-      projector=projector and _check_tensors(projector),
+      projector=projector,
+      classifier=classifier,
+      card=_card(content),
       facts=_facts(content),
     )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def network_alone(
+  path: str | os.PathLike[str], weights: Weights
+) -> dict[str, np.ndarray]:
   """The tensors of a network that needs no other part.
 
   Args:
-    path: ends in one of `SUFFIXES`.
+    path: of the file, for what the error says.
+    weights: what `read` found in it.
 
   Returns:
     See `Weights.tensors`.
 
   Raises:
-    ValueError: see `read`; or if it is a student of SimKD's training loop.
-    ImportError: if it takes PyTorch and there is none.
+    ValueError: if it is a student of SimKD's training loop.
   """
-  weights = read(path)
   if weights.projector is not None:
     raise ValueError(
       f"{path}: expected a network with a classifier of its own, got a SimKD"
@@ -133,15 +146,13 @@ def load_variables(
     num_classes: of its classifier.
 
   Returns:
-    `{"params": ..., "batch_stats": ...}` of numpy float32 arrays.
+    See `variables`.
 
   Raises:
-    ValueError: if it cannot be read (see `read_tensors`), or does not fit:
-      lists the tensors missing, unexpected and misshapen, and says what it
-      looks like.
+    ValueError: see `read`, `network_alone` and `variables`.
     ImportError: if it takes PyTorch and there is none.
   """
-  tensors = read_tensors(path)
+  tensors = network_alone(path, read(path))
   return variables(
     path, tensors, model_name=model_name, num_classes=num_classes
   )
@@ -154,7 +165,21 @@ def variables(
   model_name: str,
   num_classes: int,
 ) -> dict[str, Any]:
-  """A model's variables from tensors that were read; see `load_variables`."""
+  """A model's variables from tensors that were read.
+
+  Args:
+    path: of the file, for what the error says.
+    tensors: see `Weights`.
+    model_name: one of `kd_jax.models.names()`.
+    num_classes: of its classifier.
+
+  Returns:
+    `{"params": ..., "batch_stats": ...}` of numpy float32 arrays.
+
+  Raises:
+    ValueError: if they do not fit: lists the tensors missing, unexpected and
+      misshapen, and says what it looks like.
+  """
   try:
     return pytorch.from_state_dict(model_name, num_classes, tensors)
   except ValueError as error:
@@ -164,14 +189,22 @@ def variables(
 
 
 def write(
-  path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]
+  path: str | os.PathLike[str],
+  parts: Mapping[str, Mapping[str, np.ndarray]],
+  *,
+  card: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes a state dict; the file appears whole or not at all.
+  """Writes state dicts; the file appears whole or not at all.
+
+  A network alone is a bare state dict, for `load_state_dict` of what
+  `torch.load` or safetensors' `load_file` return. Several parts are a dict of
+  state dicts in a file of PyTorch, and elsewhere one whose names begin with
+  the part's.
 
   Args:
-    path: which must not exist; ends in .pth or .pt (a bare state dict, for
-      `load_state_dict(torch.load(path))`), .safetensors or .npz.
-    tensors: names to arrays.
+    path: which must not exist; ends in .pth, .pt, .safetensors or .npz.
+    parts: state dicts by part, the network's under "model".
+    card: written where the format has a place beside a bare state dict.
 
   Raises:
     ValueError: if the file exists, or ends in something else.
@@ -180,10 +213,23 @@ def write(
   path = pathlib.Path(path)
   check_new(path)
   # safetensors writes the memory as it lies.
-  arrays: dict[str, Any] = {
-    name: np.asarray(array, order="C") for name, array in tensors.items()
+  arrays: dict[str, dict[str, Any]] = {
+    part: {name: np.asarray(a, order="C") for name, a in tensors.items()}
+    for part, tensors in parts.items()
   }
+  alone = arrays["model"] if len(arrays) == 1 else None
+  flat: dict[str, Any] = alone or {
+    f"{part}.{name}": array
+    for part, tensors in arrays.items()
+    for name, array in tensors.items()
+  }
+  extra = {} if card is None else {CARD: json.dumps(card)}
   suffix = path.suffix.lower()
+  if suffix == ".npz" and any(a.dtype.kind == "V" for a in flat.values()):
+    raise ValueError(
+      f"{path}: expected float32, got bfloat16, which .npz cannot hold. Write"
+      " a .safetensors or .pth file"
+    )
   path.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(
     prefix=f".{path.name}.", dir=path.parent
@@ -191,13 +237,15 @@ def write(
     temporary = pathlib.Path(folder) / path.name
     if suffix == ".npz":
       with temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        content = flat if alone else {**flat, **extra}
+        np.savez(file, **content)
     elif suffix == ".safetensors":
       from safetensors import numpy as safetensors
 
-      safetensors.save_file(arrays, temporary, metadata={"format": "pt"})
+      metadata = {"format": "pt", **extra}
+      safetensors.save_file(flat, temporary, metadata=metadata)
     else:
-      _torch(path).save(temporary, arrays)
+      _torch(path).save(temporary, alone or {**arrays, **extra})
     temporary.rename(path)
 
 
@@ -244,6 +292,39 @@ def _is_state_dict(value: Any) -> bool:
   )
 
 
+def _nested(content: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Parts that a flat file tells apart by how names begin, as dicts."""
+  names = [name for name in content if isinstance(name, str)]
+  if not any(name.startswith(f"{PROJECTOR}.") for name in names):
+    return content
+  nested: dict[str, Any] = {}
+  for name, value in content.items():
+    part, _, rest = str(name).partition(".")
+    if part in ("model", PROJECTOR, CLASSIFIER) and rest:
+      nested.setdefault(part, {})[rest] = value
+    else:
+      nested[str(name)] = value
+  return nested
+
+
+def _card(content: Mapping[str, Any]) -> dict[str, Any] | None:
+  text = content.get(CARD)
+  if isinstance(text, np.ndarray):  # of an .npz
+    text = text.item() if not text.ndim else None
+  if not isinstance(text, str):
+    return None
+  try:
+    card = json.loads(text)
+  except json.JSONDecodeError:
+    card = None
+  if not isinstance(card, dict):
+    raise ValueError(
+      f"expected a model card, JSON, under {CARD!r}, got {text[:40]!r}. Write"
+      " the file again with python -m kd_jax.export"
+    )
+  return card
+
+
 def _network(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The state dict of the network, wherever a training loop put it."""
   found = [name for name in CONTAINERS if _is_state_dict(content.get(name))]
@@ -262,7 +343,7 @@ def _network(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
   return {
     str(name): value
     for name, value in state_dict.items()
-    if isinstance(value, np.ndarray)
+    if isinstance(value, np.ndarray) and name != CARD
   }
 
 
@@ -334,7 +415,9 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
   if header[8:] != b"{":  # after the length of the JSON header
     raise _no_checkpoint(path, kind)
   try:
-    return reader.load_file(path)
+    with safetensors.safe_open(path, framework="numpy") as file:
+      card = (file.metadata() or {}).get(CARD)
+    return {**reader.load_file(path), **({CARD: card} if card else {})}
   except (safetensors.SafetensorError, KeyError) as error:
     raise _damaged(path, kind, error) from error
 

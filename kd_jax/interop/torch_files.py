@@ -97,9 +97,26 @@ def load(path: pathlib.Path) -> Any:
   return arrays("the tensor", content, 2)
 
 
-def save(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-  """Writes a state dict for `load_state_dict(torch.load(path))`."""
+def _tensor(array: np.ndarray) -> torch.Tensor:
+  if array.dtype.kind == "V":  # bfloat16, which numpy has not
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+  return torch.from_numpy(array)
+
+
+def save(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes what `torch.load(path)` returns.
+
+  Args:
+    path: of the file.
+    content: a state dict of arrays; or a dict of such, and of strings.
+  """
+
+  def tensors(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {name: tensors(item) for name, item in value.items()}
+    return _tensor(value) if isinstance(value, np.ndarray) else value
+
   with warnings.catch_warnings():
     # Of arrays that are read-only, as these tensors are to what reads them.
     warnings.simplefilter("ignore")
-    torch.save({k: torch.from_numpy(v) for k, v in tensors.items()}, path)
+    torch.save(tensors(content), path)

@@ -123,6 +123,10 @@ class BatchNorm(nn.Module):
   the unbiased estimate, n / (n - 1) times the batch's. Statistics, parameters
   and arithmetic are float32; the result is `dtype`.
 
+  Variables that `kd_jax.interop.fold` made have the parameter `offset`, and
+  `multiplier` where no convolution could take it, instead of all others: what
+  a frozen normalisation amounts to.
+
   Attributes:
     momentum: share of the old running statistics kept at each step.
     epsilon: added to the variance.
@@ -139,6 +143,8 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    if self.has_variable("params", "offset"):
+      return self._folded(x, train)
     shape = (x.shape[-1],)
     f32 = jnp.float32
     ra_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, f32)
@@ -166,6 +172,17 @@ class BatchNorm(nn.Module):
     if self.use_affine:
       y += self.param("bias", nn.initializers.zeros, shape, f32)
     return y.astype(self.dtype)
+
+  def _folded(self, x: jax.Array, train: bool) -> jax.Array:
+    if train:
+      raise ValueError(
+        "Expected a network with BatchNorm to train, got one whose BatchNorm"
+        " is folded into its convolutions; take the weights from before."
+      )
+    y = x.astype(jnp.float32)
+    if self.has_variable("params", "multiplier"):
+      y *= self.get_variable("params", "multiplier")
+    return (y + self.get_variable("params", "offset")).astype(self.dtype)
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:

@@ -55,8 +55,8 @@ def test_missing_feature_is_named(tiny):
     base.stages(bare, whose="student")
 
 
-def test_prediction_is_the_students_by_default(tiny):
-  logits = distillers.create("kd").apply(
-    {}, tiny.student, None, teacher_classifier=None, method="predict"
+def test_the_classifier_reads_the_students_last_map_by_default(tiny):
+  last = distillers.create("kd").apply(
+    {}, tiny.student, None, method="last_map"
   )
-  np.testing.assert_array_equal(logits, tiny.student.logits)
+  np.testing.assert_array_equal(last, tiny.student.features["last"])

@@ -174,7 +174,7 @@ def test_only_simkd_predicts_with_the_teachers_head():
   heads = [
     name
     for name, cls in distillers.DISTILLERS.items()
-    if cls.predicts_with_teacher_head
+    if cls().predicts_with_teacher_head
   ]
   assert heads == ["simkd"]
   for cls in distillers.DISTILLERS.values():

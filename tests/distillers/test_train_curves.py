@@ -178,9 +178,11 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
       state.variables("distiller"),
       student.apply(state.variables("student"), x, train=False),
       output,
+      {"label": np.zeros(len(x), np.int32)},
       teacher_classifier=classify,
-      method="predict",
-    )
+      step=0,
+      train=False,
+    ).logits
 
   eval_images = images(rebuild, "eval_batch", (8, 3, 32, 32), seed=seed)
   logits = make(evaluate)(state, teacher_variables, eval_images)

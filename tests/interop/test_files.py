@@ -48,6 +48,10 @@ def as_torch(tensors):
   )
 
 
+def read_tensors(path):
+  return files.network_alone(path, files.read(path))
+
+
 def assert_same(got, expected):
   assert got.keys() == expected.keys()
   for name, array in expected.items():
@@ -66,7 +70,7 @@ def test_pytorchs_files(layout, container, tensors, tmp_path):
   if container:
     content = {"epoch": 240, container: content, "optimizer": {"state": {}}}
   torch.save(content, tmp_path / "a.pth", **layout)
-  assert_same(files.read_tensors(tmp_path / "a.pth"), tensors)
+  assert_same(read_tensors(tmp_path / "a.pth"), tensors)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth.tar", ".bin", ".PTH"])
@@ -74,7 +78,7 @@ def test_other_endings_of_pytorchs_files(suffix, tensors, tmp_path):
   path = tmp_path / f"a{suffix}"
   torch.save(as_torch(tensors), path)
   assert files.is_weights_file(path)
-  assert_same(files.read_tensors(path), tensors)
+  assert_same(read_tensors(path), tensors)
 
 
 def test_safetensors_and_npz(tensors, tmp_path):
@@ -82,18 +86,18 @@ def test_safetensors_and_npz(tensors, tmp_path):
   np.savez(tmp_path / "a.npz", **tensors)
   np.savez_compressed(tmp_path / "b.npz", **tensors)
   for name in ("a.safetensors", "a.npz", "b.npz"):
-    assert_same(files.read_tensors(tmp_path / name), tensors)
+    assert_same(read_tensors(tmp_path / name), tensors)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors", ".npz"])
 def test_written_and_read_again(suffix, tensors, tmp_path):
   path = tmp_path / "new folder" / f"a{suffix}"
-  files.write(path, tensors)
+  files.write(path, {"model": tensors})
   assert [p.name for p in path.parent.iterdir()] == [path.name]
-  assert_same(files.read_tensors(path), tensors)
+  assert_same(read_tensors(path), tensors)
   before = path.read_bytes()
   with pytest.raises(ValueError, match=r"does not exist yet.*give another"):
-    files.write(path, {})
+    files.write(path, {"model": {}})
   assert path.read_bytes() == before
 
 
@@ -101,14 +105,14 @@ def test_written_for_load_state_dict(tmp_path):
   linear = torch.nn.Linear(3, 2)
   weights = {"weight": np.ones((2, 3)).T.T, "bias": np.arange(2.0)}
   weights = {k: v.astype(np.float32) for k, v in weights.items()}
-  files.write(tmp_path / "a.pth", weights)
+  files.write(tmp_path / "a.pth", {"model": weights})
   linear.load_state_dict(torch.load(tmp_path / "a.pth", weights_only=True))
   assert linear.bias.tolist() == [0, 1]
 
 
 def test_unknown_format_to_write(tmp_path):
   with pytest.raises(ValueError, match=r"ends in \.pth, .*got '\.h5'"):
-    files.write(tmp_path / "new" / "a.h5", {})
+    files.write(tmp_path / "new" / "a.h5", {"model": {}})
   assert not list(tmp_path.iterdir())
 
 
@@ -117,11 +121,11 @@ def test_prefixes_of_wrappers_are_removed(tensors, tmp_path):
   torch.save({"model": as_torch(wrapped)}, tmp_path / "a.pth")
   np.savez(tmp_path / "a.npz", **wrapped)
   for name in ("a.pth", "a.npz"):
-    assert_same(files.read_tensors(tmp_path / name), tensors)
+    assert_same(read_tensors(tmp_path / name), tensors)
   torch.save({"fc.bias": torch.ones(2), "module.fc.bias": torch.ones(2)},
              tmp_path / "b.pth")  # fmt: skip
   with pytest.raises(ValueError, match=r"b\.pth: .*'fc\.bias' twice"):
-    files.read_tensors(tmp_path / "b.pth")
+    read_tensors(tmp_path / "b.pth")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -135,7 +139,7 @@ def test_other_precisions_become_float32(dtype, tmp_path):
   if dtype != "bfloat16":  # which numpy's format does not know
     np.savez(tmp_path / "a.npz", a=cast)
   for path in tmp_path.iterdir():
-    assert_same(files.read_tensors(path), {"a": values})
+    assert_same(read_tensors(path), {"a": values})
 
 
 def test_views_and_parameters(tmp_path):
@@ -148,7 +152,7 @@ def test_views_and_parameters(tmp_path):
   }
   for layout in (ZIP, LEGACY):
     torch.save(content, tmp_path / "a.pth", **layout)
-    got = files.read_tensors(tmp_path / "a.pth")
+    got = read_tensors(tmp_path / "a.pth")
     np.testing.assert_array_equal(got["view"], np.arange(12.0).reshape(3, 4).T)
     np.testing.assert_array_equal(
       got["parameter"], linear.weight.detach().numpy()
@@ -312,7 +316,7 @@ def test_pytorchs_first_format(parameters, container, tensors, tmp_path):
   }
   assert_same(expected, {**tensors, "view": expected["view"],
                          "half": np.ones(3, np.float32)})  # fmt: skip
-  assert_same(files.read_tensors(tmp_path / "a.pth"), expected)
+  assert_same(read_tensors(tmp_path / "a.pth"), expected)
 
 
 # What is refused.
@@ -435,7 +439,7 @@ def test_files_cut_short(tensors, tmp_path):
   assert len(paths) == 5
   for whole in paths:
     raw = whole.read_bytes()
-    assert_same(files.read_tensors(whole), tensors)
+    assert_same(read_tensors(whole), tensors)
     path = tmp_path / whole.name
     # tar pads its end, which nobody needs.
     end = len(raw) - (30000 if whole.name == "tar.pth" else 1)
@@ -569,9 +573,9 @@ def test_without_pytorch(tensors, tmp_path, monkeypatch):
       ):
         files.read(path)
     else:
-      assert_same(files.read_tensors(path), tensors)
+      assert_same(read_tensors(path), tensors)
   with pytest.raises(ImportError, match=r"new\.pth: .*takes PyTorch"):
-    files.write(tmp_path / "new.pth", tensors)
+    files.write(tmp_path / "new.pth", {"model": tensors})
   assert sorted(tmp_path.iterdir()) == paths
 
 
