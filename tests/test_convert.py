@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional
 
-from kd_jax import convert, data, distillers, export, models, record
+from kd_jax import convert, data, distillers, export, models
 from kd_jax.interop import files, pytorch
 from kd_jax.models.layers import ModelOutput
 

@@ -244,6 +244,7 @@ def write(
 
       metadata = {"format": "pt", **extra}
       safetensors.save_file(flat, temporary, metadata=metadata)
+      temporary.chmod(0o644)  # made for its owner alone
     else:
       _torch(path).save(temporary, alone or {**arrays, **extra})
     temporary.rename(path)
