@@ -10,19 +10,8 @@ from configs import base
 
 def get_config(arg: str = ""):
   """The four runs; `:smoke` makes each one of seconds."""
-  config = base.get_config()
-  config.data.name = "digits"
-  config.data.image_size = 16
-  config.data.crop_padding = 2
-  config.data.flip = False
+  config = base.digits(base.get_config(), epochs=16)
   config.student.name = "resnet8"
-  config.epochs = 16
-  config.batch_size = 64
-  config.optim.schedule = "cosine"
-  config.optim.milestones = ()
-  config.eval.batch_size = 360
-  config.log.every_steps = 22
-  config.teacher.epochs = 12
   teacher = {"name": "resnet14x2"}
   config.grid = {
     "alone": {},

@@ -343,13 +343,16 @@ def test_weights_of_another_model(plain_run, launch, nothing_happens, capsys):
   ) in capsys.readouterr().err
 
 
-def test_student_without_a_classifier_is_no_teacher(
+def test_simkd_student_teaches_at_its_own_image_size_only(
   simkd_run, launch, nothing_happens, capsys
 ):
-  arguments = teacher_arguments(simkd_run, "--config.teacher.name=resnet8")
+  arguments = teacher_arguments(
+    simkd_run, "--config.teacher.name=resnet8", "--config.data.image_size=8"
+  )
   assert launch(*arguments) == 2
   assert (
-    "expected a network with a classifier of its own, got a simkd student"
+    "config.teacher.checkpoint: expected a teacher for images of [8, 8, 3], as"
+    " the data has, got a simkd student for [16, 16, 3]"
   ) in capsys.readouterr().err
 
 
