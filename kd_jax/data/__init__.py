@@ -4,17 +4,17 @@ import importlib
 from typing import Any
 
 from kd_jax.data.batch import Batch, Pipeline, eval_batches
-from kd_jax.data.sources import (
-  Constants,
-  Source,
-  constants,
-  load,
-  unknown_name,
-)
+from kd_jax.data.common import unknown_name
+from kd_jax.data.folder import EncodedSource, FolderSource
+from kd_jax.data.images import BadImageError
+from kd_jax.data.sources import Constants, Source, constants, load
 
 __all__ = [
+  "BadImageError",
   "Batch",
   "Constants",
+  "EncodedSource",
+  "FolderSource",
   "Pipeline",
   "Source",
   "constants",

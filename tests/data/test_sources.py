@@ -541,7 +541,7 @@ def test_an_unknown_name_lists_the_nearest():
   with pytest.raises(
     ValueError,
     match=r"Unknown data source 'cifar-100'. Did you mean cifar100.*"
-    "Known: cifar10, cifar100, digits, synthetic, tfds:cifar10, tfds:cifar100",
+    "Known: cifar10, cifar100, digits, folder, imagenet,",
   ):
     sources.load("cifar-100", split="train")
   with pytest.raises(ValueError, match=r"Unknown split 'tran'.*mean train"):
@@ -630,5 +630,10 @@ def test_constants_are_those_of_the_sets():
   )
   assert digits.class_names == source.class_names
   assert digits.mean == source.mean and digits.std == source.std
+  assert sources.constants("tfds:imagenet2012") == imagenet
+  tiny = sources.constants("tiny-imagenet")
+  assert (tiny.num_classes, tiny.image_shape) == (200, (64, 64, 3))
+  with pytest.raises(ValueError, match=r"'folder' without its files.*imagenet"):
+    sources.constants("folder")
   with pytest.raises(ValueError, match=r"'cifar'.*Did you mean.*imagenet"):
     sources.constants("cifar")
