@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.data import folder, safe_pickle
+from kd_jax.data import folder, records, safe_pickle
 from kd_jax.data.common import (
   IMAGENET_MEAN,
   IMAGENET_STD,
@@ -353,6 +353,23 @@ def _load_cifar(name: str, split: str, directory: pathlib.Path) -> Source:
 # TensorFlow Datasets.
 
 
+# What the publisher's files of a set are called here.
+_PUBLISHED = {"imagenet2012": "imagenet"}
+
+
+def _import_tfds(name: str) -> Any:
+  dataset = name.removeprefix("tfds:")
+  try:
+    import tensorflow_datasets as tfds
+  except ModuleNotFoundError as error:
+    raise ImportError(
+      f"The source {name} needs the package tensorflow-datasets. Install it"
+      " (pip install tensorflow-datasets array_record), or use the source"
+      f" {_PUBLISHED.get(dataset, dataset)} (the publisher's files)."
+    ) from error
+  return tfds
+
+
 def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
   """The builder of a set that is prepared for random access."""
   # Where this project keeps its data, then TFDS's own folder.
@@ -379,8 +396,8 @@ def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
       " pip install tensorflow (needed only once) and start again, or prepare"
       f' it elsewhere with tfds.builder("{dataset}", data_dir=FOLDER,'
       ' file_format="array_record").download_and_prepare() and name that'
-      f" folder with --config.data.dir=FOLDER, or use the source {dataset}"
-      " (the publisher's files)."
+      " folder with --config.data.dir=FOLDER, or use the source"
+      f" {_PUBLISHED.get(dataset, dataset)} (the publisher's files)."
     )
   builder = tfds.builder(
     dataset, data_dir=directory, file_format="array_record"
@@ -389,27 +406,26 @@ def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
   return builder
 
 
+def _damaged_records(
+  name: str, split: str, builder: Any, error: Exception
+) -> ValueError:
+  return ValueError(
+    f"The {split} records of {name} are cut short or damaged, got"
+    f" {type(error).__name__}: {error}. Delete {builder.data_dir} and prepare"
+    " it again."
+  )
+
+
 def _load_tfds(name: str, split: str, directory: pathlib.Path) -> Source:
   dataset = name.removeprefix("tfds:")
-  try:
-    import tensorflow_datasets as tfds
-  except ModuleNotFoundError as error:
-    raise ImportError(
-      f"The source {name} needs the package tensorflow-datasets. Install it"
-      " (pip install tensorflow-datasets array_record), or use the source"
-      f" {dataset} (the publisher's files)."
-    ) from error
+  tfds = _import_tfds(name)
   builder = _tfds_builder(tfds, dataset, os.fspath(directory))
   try:
-    records = builder.as_data_source(split, file_format="array_record")
-    examples = records.__getitems__(range(len(records)))
+    found = builder.as_data_source(split, file_format="array_record")
+    examples = found.__getitems__(range(len(found)))
   # The record reader and the image decoder raise errors of their own.
   except Exception as error:
-    raise ValueError(
-      f"The {split} records of {name} are cut short or damaged, got"
-      f" {type(error).__name__}: {error}. Delete {builder.data_dir} and prepare"
-      " it again."
-    ) from error
+    raise _damaged_records(name, split, builder, error) from error
   layout = _CIFAR[dataset]
   return Source(
     images=np.stack([example["image"] for example in examples]),
@@ -419,6 +435,38 @@ def _load_tfds(name: str, split: str, directory: pathlib.Path) -> Source:
     mean=layout.mean,
     std=layout.std,
     name=name,
+  )
+
+
+def _load_tfds_encoded(
+  name: str, split: str, directory: pathlib.Path, **options: Any
+) -> records.RecordSource:
+  tfds = _import_tfds(name)
+  dataset = name.removeprefix("tfds:")
+  builder = _tfds_builder(tfds, dataset, os.fspath(directory))
+  published = {"train": "train", "test": "validation"}[split]
+  try:
+    found = builder.as_data_source(
+      published,
+      file_format="array_record",
+      decoders={"image": tfds.decode.SkipDecoding()},
+    )
+    path = pathlib.Path(builder.data_dir) / f"kd_jax_labels_{published}.npy"
+    labels = records.read_labels(found, path)
+  except records.StaleLabelsError:
+    raise
+  # The record reader raises errors of its own.
+  except Exception as error:
+    raise _damaged_records(name, split, builder, error) from error
+  feature = builder.info.features["label"]
+  return records.RecordSource(
+    records=found,
+    split=published,
+    labels=labels,
+    num_classes=feature.num_classes,
+    class_names=tuple(feature.names),
+    name=name,
+    **options,
   )
 
 
@@ -533,6 +581,7 @@ _SOURCES: dict[str, Callable[..., Source | folder.EncodedSource]] = {
   "synthetic": _load_synthetic,
   "tfds:cifar10": _load_tfds,
   "tfds:cifar100": _load_tfds,
+  "tfds:imagenet2012": _load_tfds_encoded,
   "tiny-imagenet": _load_folder,
 }
 _ENCODED = ("image_size", "on_bad_image", "resize")
@@ -540,6 +589,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
   "digits": ("image_size",),
   "folder": _ENCODED,
   "imagenet": _ENCODED,
+  "tfds:imagenet2012": _ENCODED,
   "tiny-imagenet": _ENCODED,
   "synthetic": ("image_size", "num_classes", "num_examples"),
 }
@@ -565,11 +615,11 @@ def load(
 
   Args:
     name: "cifar10" or "cifar100" (the publisher's python version: the folder
-      or the .tar.gz), "tfds:cifar10" or "tfds:cifar100" (TensorFlow Datasets;
-      read without TensorFlow once prepared), "digits" (scikit-learn's
-      handwritten digits, bilinearly enlarged) or "synthetic": in memory.
-      "folder" (class folders of images), "imagenet", "tiny-imagenet": files,
-      in the layouts of `kd_jax.data.folder.load_folder`.
+      or the .tar.gz), "tfds:cifar10", "tfds:cifar100" or "tfds:imagenet2012"
+      (TensorFlow Datasets; read without TensorFlow once prepared), "digits"
+      (scikit-learn's handwritten digits, bilinearly enlarged), "synthetic", or
+      "folder" (class folders of images), "imagenet" or "tiny-imagenet": image
+      files in the layouts of `kd_jax.data.folder.load_folder`.
     split: "train" or "test".
     dir: the folder that holds the publisher's folder or archive, or that
       folder or archive itself; for image files the folder of `train` and

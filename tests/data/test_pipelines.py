@@ -302,9 +302,9 @@ def test_grains_threads_change_nothing(num_threads, source):
 
 
 def test_grain_refuses_a_negative_number_of_threads(source):
-  with pytest.raises(ValueError, match=r"num_threads must be 0 or more .* -1"):
+  with pytest.raises(ValueError, match=r"num_threads and num_workers must be 0 or more .* -1"):
     data.create("grain", source, batch_size=BATCH, seed=0, num_threads=-1)
-  with pytest.raises(ValueError, match="prefetch 1 or more, got 1 and 0"):
+  with pytest.raises(ValueError, match="prefetch 1 or more, got 1, 0 and 0"):
     data.create(
       "grain", source, batch_size=BATCH, seed=0, num_threads=1, prefetch=0
     )
