@@ -8,15 +8,17 @@ import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from kd_jax import convert, inference, setup
+from kd_jax.data import images
 
 
 def read_image(path: pathlib.Path, *, height: int, width: int) -> np.ndarray:
   """Reads an image file as the model wants it.
 
   Args:
-    path: any format that Pillow reads.
+    path: of the formats that `kd_jax.data.images` reads.
     height: in pixels; another size is resized (bilinear, antialiased).
     width: in pixels.
 
@@ -24,28 +26,12 @@ def read_image(path: pathlib.Path, *, height: int, width: int) -> np.ndarray:
     uint8 [height, width, 3].
 
   Raises:
-    ValueError: if it is no image.
+    BadImageError: if it is no image.
   """
-  from PIL import Image, ImageOps, UnidentifiedImageError
-
-  try:
-    with Image.open(path) as file:
-      image: Image.Image = ImageOps.exif_transpose(file)
-      if image.mode.startswith("I"):  # Pillow would clip 16 bits, not scale
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-      image = image.convert("RGB")
-      if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-      return np.asarray(image, np.uint8)
-  except FileNotFoundError as error:
-    raise ValueError(
-      f"{path} does not exist: expected an image file"
-    ) from error
-  except (UnidentifiedImageError, OSError) as error:
-    raise ValueError(
-      f"{path}: expected an image file, got one that cannot be decoded"
-      f" ({error})"
-    ) from error
+  image = images.load(images.read_file(path), str(path))
+  if image.size != (width, height):
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+  return np.asarray(image, np.uint8)
 
 
 def top_classes(
@@ -91,10 +77,10 @@ def main() -> None:
   try:
     model = convert.open_model(args.model, model_name=args.model_name)
     height, width, _ = model.card["image_shape"]
-    images = [read_image(p, height=height, width=width) for p in args.images]
+    pictures = [read_image(p, height=height, width=width) for p in args.images]
   except (ValueError, ImportError) as error:
     parser.exit(2, f"{error}\n")
-  answers = top_classes(model, np.stack(images))
+  answers = top_classes(model, np.stack(pictures))
   for path, best in zip(args.images, answers, strict=True):
     shown = ", ".join(f"{name} {100 * p:.1f} %" for name, p in best)
     print(f"{path}: {shown}")

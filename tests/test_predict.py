@@ -146,7 +146,7 @@ def test_what_is_no_image_is_refused(model, tmp_path, how, monkeypatch, capsys):
   ("name", "words"),
   [
     ("none.png", "does not exist: expected an image file"),
-    ("", "expected an image file, got one that cannot be decoded"),
+    ("", "expected an image file, got one that cannot be read (Is a dir"),
   ],
 )
 def test_no_file_and_a_folder(

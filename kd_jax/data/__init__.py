@@ -3,23 +3,24 @@
 import importlib
 from typing import Any
 
-from kd_jax.data.batch import Batch, Pipeline, eval_batches
-from kd_jax.data.sources import (
-  Constants,
-  Source,
-  constants,
-  load,
-  unknown_name,
-)
+from kd_jax.data.batch import Batch, Pipeline, eval_batches, eval_stream
+from kd_jax.data.common import unknown_name
+from kd_jax.data.folder import EncodedSource, FolderSource
+from kd_jax.data.images import BadImageError
+from kd_jax.data.sources import Constants, Source, constants, load
 
 __all__ = [
+  "BadImageError",
   "Batch",
   "Constants",
+  "EncodedSource",
+  "FolderSource",
   "Pipeline",
   "Source",
   "constants",
   "create",
   "eval_batches",
+  "eval_stream",
   "load",
   "names",
 ]
@@ -36,14 +37,18 @@ def names() -> list[str]:
   return sorted(_PIPELINES)
 
 
-def create(name: str, source: Source, **options: Any) -> Pipeline:
+def create(
+  name: str, source: Source | EncodedSource, **options: Any
+) -> Pipeline:
   """Builds the training pipeline of that name.
 
   Args:
-    name: "device" (the set stays on the device) or "grain" (host memory).
+    name: "device" (the set stays on the device) or "grain" (host memory or
+      image files).
     source: the training set.
     **options: batch_size (global), seed, process_index=0, process_count=1,
-      shuffle=True; grain also num_threads=0 and prefetch=4.
+      shuffle=True; grain also num_threads=0, num_workers=0, prefetch=4,
+      crop_area=(0.08, 1) and crop_aspect=(3/4, 4/3).
 
   Returns:
     The pipeline; see `kd_jax.data.batch.Pipeline`.

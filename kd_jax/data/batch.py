@@ -1,12 +1,21 @@
 """What the input pipelines share: the contract, the plan and evaluation."""
 
+import collections
+import concurrent.futures
 import dataclasses
+import logging
+import os
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from kd_jax.data import images
+from kd_jax.data.folder import EncodedSource
 from kd_jax.data.sources import Source
+
+_log = logging.getLogger(__name__)
 
 Batch = dict[str, jax.Array]
 
@@ -163,13 +172,50 @@ class BatchPlan:
         )
 
 
+class Skipped:
+  """The images that were left out as unreadable, each once."""
+
+  def __init__(self):
+    self._found: dict[int, str] = {}
+
+  def __len__(self) -> int:
+    return len(self._found)
+
+  def add(self, index: int, reason: str) -> None:
+    """Lists an image, and logs it the first time.
+
+    Args:
+      index: its position in the set.
+      reason: a text that names the file.
+    """
+    if index not in self._found:
+      self._found[index] = reason
+      _log.warning("Left out (%d so far): %s", len(self._found), reason)
+
+  def reasons(self) -> list[str]:
+    """What was said of each, in the order of the set."""
+    return [self._found[index] for index in sorted(self._found)]
+
+
+def _eval_rows(
+  count: int, batch_size: int, process_index: int, process_count: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Positions [n, B] (0 where there is none), and whether there is one."""
+  local = _local_size(batch_size, process_index, process_count)
+  batches = -(-count // batch_size)
+  rows = np.arange(batches * batch_size).reshape(batches, process_count, local)
+  rows = rows[:, process_index]
+  mask = rows < count
+  return np.where(mask, rows, 0).astype(np.int32), mask
+
+
 def eval_batches(
   source: Source,
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
 ) -> dict[str, np.ndarray]:
-  """Cuts a set into padded batches that count every example exactly once.
+  """Cuts a set in memory into padded batches, every example in one of them.
 
   Args:
     source: the set, of N examples.
@@ -186,13 +232,125 @@ def eval_batches(
   Raises:
     ValueError: batch_size or process_index out of range.
   """
-  local = _local_size(batch_size, process_index, process_count)
-  batches = -(-len(source) // batch_size)
-  rows = np.arange(batches * batch_size).reshape(batches, process_count, local)
-  rows = rows[:, process_index]
-  mask = rows < len(source)
-  index = np.where(mask, rows, 0).astype(np.int32)
+  index, mask = _eval_rows(
+    len(source), batch_size, process_index, process_count
+  )
+  return _gather(source, index, mask)
+
+
+def _gather(
+  source: Source, index: np.ndarray, mask: np.ndarray
+) -> dict[str, np.ndarray]:
   image = source.images[index]
   image[~mask] = 0
   label = np.where(mask, source.labels[index], 0).astype(np.int32)
   return {"image": image, "label": label, "index": index, "mask": mask}
+
+
+class EvalStream:
+  """Padded batches of a set, one at a time; every example in one of them.
+
+  Iterating yields dicts of `image` uint8 [B, H, W, C], `label` int32 [B],
+  `index` int32 [B] and `mask` bool [B], as `eval_batches` stacks them; `len` is
+  their number, the same on every process. Image files are decoded and cropped
+  by threads, two batches ahead. One that cannot be decoded is an error, or,
+  where the source says "skip", has a false mask and is listed in `skipped`.
+  """
+
+  # Batches that are decoded while the caller has one.
+  _AHEAD = 2
+
+  def __init__(
+    self,
+    source: Source | EncodedSource,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    *,
+    num_threads: int = 0,
+  ):
+    """Reads nothing yet.
+
+    Args:
+      source: the set, of N examples.
+      batch_size: global, in examples; a multiple of `process_count`.
+      process_index: this process.
+      process_count: of all processes.
+      num_threads: that decode image files; 0: one for each core.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+    if num_threads < 0:
+      raise ValueError(f"num_threads must be 0 or more, got {num_threads}.")
+    self._source = source
+    self._index, self._mask = _eval_rows(
+      len(source), batch_size, process_index, process_count
+    )
+    self._num_threads = num_threads or len(os.sched_getaffinity(0))
+    self.skipped = Skipped()
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    if isinstance(self._source, Source):
+      for index, mask in zip(self._index, self._mask):
+        yield _gather(self._source, index, mask)
+    else:
+      yield from self._decoded(self._source)
+
+  def _decoded(self, source: EncodedSource) -> Iterator[dict[str, np.ndarray]]:
+    def decode(image: np.ndarray, i: int) -> None:
+      where = source.describe(i)
+      image[:] = images.evaluate_crop(
+        images.load(source.read_bytes(i), where),
+        size=source.image_size,
+        resize=source.resize,
+      )
+
+    pool = concurrent.futures.ThreadPoolExecutor(self._num_threads)
+    ahead: collections.deque = collections.deque()
+    try:
+      for number in range(len(self) + self._AHEAD):
+        if number < len(self):
+          index = self._index[number]
+          image = np.zeros((len(index), *source.image_shape), np.uint8)
+          work = [
+            (row, pool.submit(decode, image[row], int(index[row])))
+            for row in np.flatnonzero(self._mask[number])
+          ]
+          ahead.append((number, image, work))
+        if number >= self._AHEAD:
+          yield self._finish(source, *ahead.popleft())
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+  def _finish(
+    self,
+    source: EncodedSource,
+    number: int,
+    image: np.ndarray,
+    work: list[tuple[int, concurrent.futures.Future]],
+  ) -> dict[str, np.ndarray]:
+    index, mask = self._index[number].copy(), self._mask[number].copy()
+    for row, future in work:
+      try:
+        future.result()
+      except images.BadImageError as error:
+        if source.on_bad_image != "skip":
+          raise
+        self.skipped.add(int(index[row]), str(error))
+        mask[row], index[row], image[row] = False, 0, 0
+    label = np.where(mask, source.labels[index], 0).astype(np.int32)
+    return {"image": image, "label": label, "index": index, "mask": mask}
+
+
+def eval_stream(
+  source: Source | EncodedSource,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> EvalStream:
+  """The padded batches of a set, one at a time; see `EvalStream`."""
+  return EvalStream(source, batch_size, process_index, process_count)

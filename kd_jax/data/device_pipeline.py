@@ -69,8 +69,14 @@ class DevicePipeline:
       shuffle: false keeps the set's order in every epoch.
 
     Raises:
-      ValueError: a value out of range.
+      ValueError: a value out of range, or a set of image files.
     """
+    if not isinstance(source, Source):
+      raise ValueError(
+        "The pipeline 'device' keeps the set in the device's memory, and"
+        f" {source.name} is image files: expected a set in memory. Use the"
+        " pipeline 'grain'."
+      )
     self._plan = BatchPlan(
       "device",
       len(source),

@@ -1,7 +1,6 @@
 """Where images come from: whole labelled sets, as uint8 arrays in memory."""
 
 import dataclasses
-import difflib
 import gzip
 import importlib.util
 import io
@@ -9,35 +8,20 @@ import os
 import pathlib
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from kd_jax.data import safe_pickle
-
-SPLITS = ("train", "test")
-
-
-def unknown_name(what: str, name: str, names: Iterable[str]) -> ValueError:
-  """The error for a name that is in no list, with the closest matches."""
-  names = sorted(names)
-  close = difflib.get_close_matches(name, names, n=3)
-  hint = f" Did you mean {' or '.join(close)}?" if close else ""
-  return ValueError(
-    f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}."
-  )
-
-
-def _check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
-  wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-  if wrong.size:
-    raise ValueError(
-      f"The labels of {where} must be in 0..{num_classes - 1}"
-      f" ({num_classes} classes), got {labels[wrong[0]]} at position"
-      f" {wrong[0]} ({wrong.size} of {labels.size} are out of range)."
-      " Correct the labels, or the number of classes."
-    )
+from kd_jax.data import folder, records, safe_pickle
+from kd_jax.data.common import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  SPLITS,
+  check_classes,
+  check_labels,
+  unknown_name,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,23 +53,21 @@ class Source:
         f"The images of {self.name} must be uint8 [N, H, W, 3], got"
         f" {images.dtype} {images.shape}."
       )
-    if labels.dtype != np.int32 or labels.shape != images.shape[:1]:
-      raise ValueError(
-        f"The labels of {self.name} must be int32 [{len(images)}], one per"
-        f" image, got {labels.dtype} {labels.shape}."
-      )
-    if len(self.class_names) != self.num_classes:
-      raise ValueError(
-        f"{self.name} has {self.num_classes} classes but"
-        f" {len(self.class_names)} class names; give one name per class."
-      )
-    _check_labels(labels, self.num_classes, self.name)
+    check_classes(
+      labels, len(images), self.num_classes, self.class_names, self.name
+    )
     # numpy's take copies the whole set for every batch of any other layout.
     object.__setattr__(self, "images", np.ascontiguousarray(images))
     object.__setattr__(self, "labels", np.ascontiguousarray(labels))
 
   def __len__(self) -> int:
     return len(self.images)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of the network's input."""
+    height, width, channels = self.images.shape[1:]
+    return height, width, channels
 
 
 # CIFAR in the publisher's python layout (Krizhevsky, Learning Multiple Layers
@@ -168,27 +150,33 @@ telephone television tiger tractor train trout tulip turtle wardrobe whale
 willow_tree wolf woman worm
 """
 
-# Of ILSVRC 2012; torchvision, timm and SimKD normalise with these.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Classes, and pixels of the network's input.
+_IMAGENET = {
+  "imagenet": (1000, 224),
+  "tfds:imagenet2012": (1000, 224),
+  "tiny-imagenet": (200, 64),
+}
 
 
 def constants(name: str) -> Constants:
   """What is known of a set without its files.
 
   Args:
-    name: "imagenet", or a name that `load` knows ("tfds:cifar10" is
-      "cifar10"). The classes of ImageNet are called "0" to "999".
+    name: one that `load` knows, but not "folder" ("tfds:cifar10" is
+      "cifar10"). The classes of ImageNet are called "0" to "999", those of
+      Tiny ImageNet "0" to "199".
 
   Returns:
     Its constants.
 
   Raises:
-    ValueError: unknown name.
+    ValueError: unknown name, or "folder".
   """
-  if name == "imagenet":
-    names = tuple(map(str, range(1000)))
-    return Constants(1000, names, (224, 224, 3), IMAGENET_MEAN, IMAGENET_STD)
+  if name in _IMAGENET:
+    count, size = _IMAGENET[name]
+    names = tuple(map(str, range(count)))
+    return Constants(count, names, (size, size, 3), IMAGENET_MEAN, IMAGENET_STD)
   layout = _CIFAR.get(name.removeprefix("tfds:"))
   if layout is not None:
     listed = {10: _CIFAR10_NAMES, 100: _CIFAR100_NAMES}[layout.num_classes]
@@ -199,15 +187,19 @@ def constants(name: str) -> Constants:
       layout.mean,
       layout.std,
     )
+  if name == "folder":
+    raise ValueError(
+      "Nothing is known of the data set 'folder' without its files. Name the"
+      f" set that its classes are of: {', '.join(_IMAGENET)}, or load it."
+    )
   if name not in _SOURCES:
-    raise unknown_name("data set", name, {*_SOURCES, "imagenet"})
+    raise unknown_name("data set", name, _SOURCES)
   # The others are made, not read.
   source = load(name, split="test")
-  height, width, channels = source.images.shape[1:]
   return Constants(
     source.num_classes,
     source.class_names,
-    (height, width, channels),
+    source.image_shape,
     source.mean,
     source.std,
   )
@@ -323,7 +315,7 @@ def _cifar_rows(
     )
   # int64 first: a label may be too large for int32.
   wide = np.array(labels, np.int64)
-  _check_labels(wide, layout.num_classes, where)
+  check_labels(wide, layout.num_classes, where)
   return data, wide.astype(np.int32)
 
 
@@ -361,6 +353,23 @@ def _load_cifar(name: str, split: str, directory: pathlib.Path) -> Source:
 # TensorFlow Datasets.
 
 
+# What the publisher's files of a set are called here.
+_PUBLISHED = {"imagenet2012": "imagenet"}
+
+
+def _import_tfds(name: str) -> Any:
+  dataset = name.removeprefix("tfds:")
+  try:
+    import tensorflow_datasets as tfds
+  except ModuleNotFoundError as error:
+    raise ImportError(
+      f"The source {name} needs the package tensorflow-datasets. Install it"
+      " (pip install tensorflow-datasets array_record), or use the source"
+      f" {_PUBLISHED.get(dataset, dataset)} (the publisher's files)."
+    ) from error
+  return tfds
+
+
 def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
   """The builder of a set that is prepared for random access."""
   # Where this project keeps its data, then TFDS's own folder.
@@ -387,8 +396,8 @@ def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
       " pip install tensorflow (needed only once) and start again, or prepare"
       f' it elsewhere with tfds.builder("{dataset}", data_dir=FOLDER,'
       ' file_format="array_record").download_and_prepare() and name that'
-      f" folder with --config.data.dir=FOLDER, or use the source {dataset}"
-      " (the publisher's files)."
+      " folder with --config.data.dir=FOLDER, or use the source"
+      f" {_PUBLISHED.get(dataset, dataset)} (the publisher's files)."
     )
   builder = tfds.builder(
     dataset, data_dir=directory, file_format="array_record"
@@ -397,27 +406,26 @@ def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
   return builder
 
 
+def _damaged_records(
+  name: str, split: str, builder: Any, error: Exception
+) -> ValueError:
+  return ValueError(
+    f"The {split} records of {name} are cut short or damaged, got"
+    f" {type(error).__name__}: {error}. Delete {builder.data_dir} and prepare"
+    " it again."
+  )
+
+
 def _load_tfds(name: str, split: str, directory: pathlib.Path) -> Source:
   dataset = name.removeprefix("tfds:")
-  try:
-    import tensorflow_datasets as tfds
-  except ModuleNotFoundError as error:
-    raise ImportError(
-      f"The source {name} needs the package tensorflow-datasets. Install it"
-      " (pip install tensorflow-datasets array_record), or use the source"
-      f" {dataset} (the publisher's files)."
-    ) from error
+  tfds = _import_tfds(name)
   builder = _tfds_builder(tfds, dataset, os.fspath(directory))
   try:
-    records = builder.as_data_source(split, file_format="array_record")
-    examples = records.__getitems__(range(len(records)))
+    found = builder.as_data_source(split, file_format="array_record")
+    examples = found.__getitems__(range(len(found)))
   # The record reader and the image decoder raise errors of their own.
   except Exception as error:
-    raise ValueError(
-      f"The {split} records of {name} are cut short or damaged, got"
-      f" {type(error).__name__}: {error}. Delete {builder.data_dir} and prepare"
-      " it again."
-    ) from error
+    raise _damaged_records(name, split, builder, error) from error
   layout = _CIFAR[dataset]
   return Source(
     images=np.stack([example["image"] for example in examples]),
@@ -427,6 +435,38 @@ def _load_tfds(name: str, split: str, directory: pathlib.Path) -> Source:
     mean=layout.mean,
     std=layout.std,
     name=name,
+  )
+
+
+def _load_tfds_encoded(
+  name: str, split: str, directory: pathlib.Path, **options: Any
+) -> records.RecordSource:
+  tfds = _import_tfds(name)
+  dataset = name.removeprefix("tfds:")
+  builder = _tfds_builder(tfds, dataset, os.fspath(directory))
+  published = {"train": "train", "test": "validation"}[split]
+  try:
+    found = builder.as_data_source(
+      published,
+      file_format="array_record",
+      decoders={"image": tfds.decode.SkipDecoding()},
+    )
+    path = pathlib.Path(builder.data_dir) / f"kd_jax_labels_{published}.npy"
+    labels = records.read_labels(found, path)
+  except records.StaleLabelsError:
+    raise
+  # The record reader raises errors of its own.
+  except Exception as error:
+    raise _damaged_records(name, split, builder, error) from error
+  feature = builder.info.features["label"]
+  return records.RecordSource(
+    records=found,
+    split=published,
+    labels=labels,
+    num_classes=feature.num_classes,
+    class_names=tuple(feature.names),
+    name=name,
+    **options,
   )
 
 
@@ -519,16 +559,38 @@ def _load_synthetic(
   )
 
 
-_SOURCES: dict[str, Callable[..., Source]] = {
+# Images in files.
+
+
+def _load_folder(
+  name: str, split: str, directory: pathlib.Path, **options: Any
+) -> folder.FolderSource:
+  # Tiny ImageNet's images have the size of its networks' input.
+  native = {"image_size": 64, "resize": 64} if name == "tiny-imagenet" else {}
+  return folder.load_folder(
+    directory, split, name=name, **{**native, **options}
+  )
+
+
+_SOURCES: dict[str, Callable[..., Source | folder.EncodedSource]] = {
   "cifar10": _load_cifar,
   "cifar100": _load_cifar,
   "digits": _load_digits,
+  "folder": _load_folder,
+  "imagenet": _load_folder,
   "synthetic": _load_synthetic,
   "tfds:cifar10": _load_tfds,
   "tfds:cifar100": _load_tfds,
+  "tfds:imagenet2012": _load_tfds_encoded,
+  "tiny-imagenet": _load_folder,
 }
+_ENCODED = ("image_size", "on_bad_image", "resize")
 _OPTIONS: dict[str, tuple[str, ...]] = {
   "digits": ("image_size",),
+  "folder": _ENCODED,
+  "imagenet": _ENCODED,
+  "tfds:imagenet2012": _ENCODED,
+  "tiny-imagenet": _ENCODED,
   "synthetic": ("image_size", "num_classes", "num_examples"),
 }
 
@@ -546,24 +608,34 @@ def load(
   image_size: int | None = None,
   num_classes: int | None = None,
   num_examples: int | None = None,
-) -> Source:
-  """Reads one split of an image set into memory.
+  resize: int | None = None,
+  on_bad_image: str | None = None,
+) -> Any:
+  """Reads one split of an image set into memory, or lists its files.
 
   Args:
     name: "cifar10" or "cifar100" (the publisher's python version: the folder
-      or the .tar.gz), "tfds:cifar10" or "tfds:cifar100" (TensorFlow Datasets;
-      read without TensorFlow once prepared), "digits" (scikit-learn's
-      handwritten digits, bilinearly enlarged) or "synthetic".
+      or the .tar.gz), "tfds:cifar10", "tfds:cifar100" or "tfds:imagenet2012"
+      (TensorFlow Datasets; read without TensorFlow once prepared), "digits"
+      (scikit-learn's handwritten digits, bilinearly enlarged), "synthetic", or
+      "folder" (class folders of images), "imagenet" or "tiny-imagenet": image
+      files in the layouts of `kd_jax.data.folder.load_folder`.
     split: "train" or "test".
     dir: the folder that holds the publisher's folder or archive, or that
-      folder or archive itself; for "tfds:..." TFDS's data folder (TFDS's own
-      default is searched too).
-    image_size: pixels, height and width (digits, synthetic: 32).
+      folder or archive itself; for image files the folder of `train` and
+      `val`; for "tfds:..." TFDS's data folder (TFDS's own default is searched
+      too).
+    image_size: pixels, height and width (digits, synthetic: 32; image files:
+      224; tiny-imagenet: 64).
     num_classes: of the synthetic set (10).
     num_examples: of the synthetic set's split (1024).
+    resize: pixels of the shorter side before evaluation's centre crop (image
+      files: 256/224 of image_size; tiny-imagenet: 64).
+    on_bad_image: "error", or "skip" for image files that cannot be decoded.
 
   Returns:
-    The split. The test split carries the training split's mean and std.
+    The split: a `Source`, or an `EncodedSource` of image files. The test split
+    carries the training split's mean and std.
 
   Raises:
     ValueError: unknown name, split or option; data missing, cut short,
@@ -578,6 +650,8 @@ def load(
     "image_size": image_size,
     "num_classes": num_classes,
     "num_examples": num_examples,
+    "resize": resize,
+    "on_bad_image": on_bad_image,
   }
   options = {key: value for key, value in given.items() if value is not None}
   allowed = _OPTIONS.get(name, ())
@@ -587,6 +661,6 @@ def load(
         f"The source {name} has no option {key}, got {value}; expected"
         f" {' or '.join(allowed) or 'no option'}. Leave it unset (None)."
       )
-    if value < 1:
+    if isinstance(value, int) and value < 1:
       raise ValueError(f"{key} must be at least 1, got {value}.")
   return _SOURCES[name](name, split, pathlib.Path(dir), **options)

@@ -299,20 +299,6 @@ def test_a_malicious_file_is_refused_and_not_run(tmp_path, packed):
 # TensorFlow Datasets, prepared without TensorFlow.
 
 
-@pytest.fixture
-def tfds(monkeypatch, tmp_path):
-  """TFDS whose own default folder is empty, whatever this machine holds."""
-  import tensorflow_datasets as tfds
-
-  real = tfds.builder
-
-  def builder(name, *, data_dir=None, **options):
-    return real(name, data_dir=data_dir or tmp_path / "default", **options)
-
-  monkeypatch.setattr(tfds, "builder", builder)
-  return tfds
-
-
 def prepare(folder, dataset, split, count, file_format="array_record"):
   """Writes what TFDS's `download_and_prepare` writes; returns the content."""
   import tensorflow_datasets as tfds
@@ -541,7 +527,7 @@ def test_an_unknown_name_lists_the_nearest():
   with pytest.raises(
     ValueError,
     match=r"Unknown data source 'cifar-100'. Did you mean cifar100.*"
-    "Known: cifar10, cifar100, digits, synthetic, tfds:cifar10, tfds:cifar100",
+    "Known: cifar10, cifar100, digits, folder, imagenet,",
   ):
     sources.load("cifar-100", split="train")
   with pytest.raises(ValueError, match=r"Unknown split 'tran'.*mean train"):
@@ -630,5 +616,10 @@ def test_constants_are_those_of_the_sets():
   )
   assert digits.class_names == source.class_names
   assert digits.mean == source.mean and digits.std == source.std
+  assert sources.constants("tfds:imagenet2012") == imagenet
+  tiny = sources.constants("tiny-imagenet")
+  assert (tiny.num_classes, tiny.image_shape) == (200, (64, 64, 3))
+  with pytest.raises(ValueError, match=r"'folder' without its files.*imagenet"):
+    sources.constants("folder")
   with pytest.raises(ValueError, match=r"'cifar'.*Did you mean.*imagenet"):
     sources.constants("cifar")

@@ -1,0 +1,305 @@
+"""Labelled sets of encoded images: class folders, ImageNet, Tiny ImageNet.
+
+Such a set holds file names and labels; the images are read, decoded and
+cropped by the pipelines, when they are needed.
+"""
+
+import abc
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+
+import numpy as np
+
+from kd_jax.data import images, val_labels
+from kd_jax.data.common import (
+  IMAGENET_MEAN,
+  IMAGENET_STD,
+  SPLITS,
+  check_classes,
+  unknown_name,
+)
+
+ON_BAD_IMAGE = ("error", "skip")
+_EXTENSIONS = (
+  *(".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif"),
+  *(".tiff", ".webp"),
+)
+# The first that exists holds the split. Published `test` folders often have no
+# labels, so that one comes last.
+_FOLDERS = {"train": ("train",), "test": ("val", "validation", "test")}
+# WordNet's numbers with words: of the devkit, of Kaggle, of Tiny ImageNet.
+_WORDS = ("synset_words.txt", "LOC_synset_mapping.txt", "words.txt")
+_CLASS_INDEX = "imagenet_class_index.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedSource(abc.ABC):
+  """One split of a labelled image set, as encoded files or records.
+
+  Pickles, for worker processes.
+
+  Attributes:
+    labels: int32 [N], in 0..num_classes - 1.
+    num_classes: K.
+    class_names: K names, in the labels' order.
+    mean: per channel, of x / 255, of the training split.
+    std: per channel, of x / 255, of the training split.
+    name: what `load` was asked for.
+    image_size: height and width of the network's input, in pixels.
+    resize: pixels of the shorter side before evaluation's centre crop; 0:
+      `round(image_size * 256 / 224)`.
+    on_bad_image: "error", or "skip" to leave out what cannot be decoded.
+  """
+
+  labels: np.ndarray
+  num_classes: int
+  class_names: tuple[str, ...]
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+  name: str
+  image_size: int = 224
+  resize: int = 0
+  on_bad_image: str = "error"
+
+  def __post_init__(self):
+    check_classes(
+      self.labels, len(self), self.num_classes, self.class_names, self.name
+    )
+    if not self.resize:
+      object.__setattr__(self, "resize", round(self.image_size * 256 / 224))
+    if not 1 <= self.image_size <= self.resize:
+      raise ValueError(
+        f"image_size must be at least 1 and at most resize ({self.resize}, the"
+        " shorter side before the centre crop), got"
+        f" {self.image_size}."
+      )
+    if self.on_bad_image not in ON_BAD_IMAGE:
+      raise unknown_name("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
+
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of the network's input."""
+    return self.image_size, self.image_size, 3
+
+  @abc.abstractmethod
+  def read_bytes(self, i: int) -> bytes:
+    """The encoded image at position `i`.
+
+    Raises:
+      BadImageError: it cannot be read.
+    """
+
+  @abc.abstractmethod
+  def describe(self, i: int) -> str:
+    """The name of the image at position `i`, for messages."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class FolderSource(EncodedSource):
+  """Image files; see `EncodedSource`.
+
+  Attributes:
+    paths: N absolute paths.
+  """
+
+  paths: tuple[str, ...]
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def read_bytes(self, i: int) -> bytes:
+    """The content of file `i`."""
+    return images.read_file(self.paths[i])
+
+  def describe(self, i: int) -> str:
+    """The path of file `i`."""
+    return self.paths[i]
+
+
+def _few(names: Iterable[str], limit: int = 10) -> str:
+  names = sorted(names)
+  more = f" and {len(names) - limit} more" if len(names) > limit else ""
+  return ", ".join(names[:limit]) + more
+
+
+def _subfolders(folder: str) -> list[str]:
+  with os.scandir(folder) as entries:
+    return sorted(
+      entry.name
+      for entry in entries
+      if entry.is_dir() and not entry.name.startswith(".")
+    )
+
+
+def _files(folder: str) -> list[str]:
+  """The image files below a folder, sorted; hidden ones are left out."""
+  found, left = [], [folder]
+  while left:
+    with os.scandir(left.pop()) as entries:
+      for entry in entries:
+        name = entry.name
+        if name.startswith("."):
+          continue
+        if entry.is_dir():
+          left.append(entry.path)
+        elif name.lower().endswith(_EXTENSIONS):
+          found.append(entry.path)
+  return sorted(found)
+
+
+def _split_folder(root: str, split: str) -> str | None:
+  for name in _FOLDERS[split]:
+    if os.path.isdir(os.path.join(root, name)):
+      return os.path.join(root, name)
+  return None
+
+
+def _is_flat(folder: str) -> bool:
+  """Whether images lie in one folder (Tiny ImageNet's `val/images` too)."""
+  return set(_subfolders(folder)) <= {"images"}
+
+
+def _check_same_classes(root: str) -> None:
+  """Raises ValueError if the class folders of the splits differ."""
+  train, test = (_split_folder(root, split) for split in SPLITS)
+  if train is None or test is None or _is_flat(test):
+    return
+  one, other = set(_subfolders(train)), set(_subfolders(test))
+  if one != other:
+    parts = [
+      f"only in {folder}: {_few(names)}"
+      for folder, names in ((train, one - other), (test, other - one))
+      if names
+    ]
+    raise ValueError(
+      f"The class folders of {train} and {test} differ ({'; '.join(parts)}):"
+      " expected the same in both, since they number the classes. Add, rename"
+      " or remove folders."
+    )
+
+
+def _readable(root: str) -> dict[str, str]:
+  """WordNet numbers with a word, of the first list that the folder holds."""
+  path = os.path.join(root, _CLASS_INDEX)
+  if os.path.isfile(path):
+    try:
+      with open(path, encoding="utf-8") as file:
+        return {wnid: word for wnid, word in json.load(file).values()}
+    except (ValueError, AttributeError) as error:
+      raise ValueError(
+        f'{path}: expected {{"0": ["n01440764", "tench"], ...}}, got'
+        f" {error}. Correct or remove it."
+      ) from error
+  for name in _WORDS:
+    path = os.path.join(root, name)
+    if os.path.isfile(path):
+      with open(path, encoding="utf-8") as file:
+        parts = [line.split(None, 1) for line in file if line.strip()]
+      return {p[0]: p[-1].split(",")[0].strip() for p in parts}
+  return {}
+
+
+def _known_classes(root: str) -> list[str]:
+  """The classes in order, from elsewhere than a flat folder; [] if unknown."""
+  train = _split_folder(root, "train")
+  if train is not None:
+    return _subfolders(train)
+  path = os.path.join(root, "wnids.txt")
+  if os.path.isfile(path):
+    with open(path, encoding="utf-8") as file:
+      return sorted(file.read().split())
+  path = os.path.join(root, _CLASS_INDEX)
+  return sorted(_readable(root)) if os.path.isfile(path) else []
+
+
+def load_folder(
+  dir: str | os.PathLike[str],
+  split: str,
+  *,
+  name: str = "folder",
+  image_size: int = 224,
+  resize: int = 0,
+  on_bad_image: str = "error",
+) -> FolderSource:
+  """Lists one split of a set of image files.
+
+  The folder holds `train/<class>/` and `val/<class>/` (or `validation`, or
+  `test`: the first of the three that exists), the images directly in the class
+  folders or deeper. Classes are numbered in the order of the sorted folder
+  names, as torchvision's ImageFolder does. A `val` without class folders
+  (ImageNet's, Tiny ImageNet's) needs its labels; see `val_labels.read`. Where
+  the folder has imagenet_class_index.json, synset_words.txt,
+  LOC_synset_mapping.txt or words.txt, classes are called by its words.
+
+  Args:
+    dir: the folder.
+    split: "train" or "test".
+    name: of the source.
+    image_size: height and width of the network's input, in pixels.
+    resize: see `EncodedSource`.
+    on_bad_image: "error" or "skip".
+
+  Returns:
+    The split; no image has been read.
+
+  Raises:
+    ValueError: the split is missing or has no images, a class folder is empty,
+      the class folders of the splits differ, labels are missing or ambiguous,
+      or a value is out of range.
+  """
+  root = os.path.abspath(dir)
+  folder = _split_folder(root, split)
+  if folder is None:
+    wanted = " or ".join(_FOLDERS[split])
+    exists = (
+      f"which holds {_few(os.listdir(root)) or 'nothing'}"
+      if os.path.isdir(root)
+      else "which does not exist"
+    )
+    raise ValueError(
+      f"No {split} images: expected a folder {wanted} with one folder per"
+      f" class in {root!r}, {exists}. Name the folder that has it with"
+      " --config.data.dir=FOLDER."
+    )
+  _check_same_classes(root)
+  flat = split == "test" and _is_flat(folder)
+  if flat:
+    paths = _files(folder)
+  else:
+    classes = _subfolders(folder)
+    by_class = [_files(os.path.join(folder, item)) for item in classes]
+    empty = [item for item, files in zip(classes, by_class) if not files]
+    if empty and len(empty) < len(classes):
+      raise ValueError(
+        f"Class folders without an image in {folder}: {_few(empty)}. Expected"
+        f" files that end in {', '.join(_EXTENSIONS)}. Fill the folders, or"
+        " remove them from every split."
+      )
+    paths = [path for files in by_class for path in files]
+    labels = np.repeat(
+      np.arange(len(classes), dtype=np.int32), [len(f) for f in by_class]
+    )
+  if not paths:
+    raise ValueError(
+      f"No images in {folder}: expected <class>/<file> there, with files that"
+      f" end in {', '.join(_EXTENSIONS)}. Unpack the images there."
+    )
+  if flat:
+    known = _known_classes(root)
+    classes, labels = val_labels.read(root, folder, paths, known)
+  words = _readable(root)
+  return FolderSource(
+    paths=tuple(paths),
+    labels=labels,
+    num_classes=len(classes),
+    class_names=tuple(words.get(item, item) for item in classes),
+    name=name,
+    image_size=image_size,
+    resize=resize,
+    on_bad_image=on_bad_image,
+  )

@@ -1,0 +1,323 @@
+"""Image files to pixels: decoding, and the crops of ImageNet's recipes.
+
+Files are told apart by their content, not by their name. Photographs are
+turned upright by their EXIF orientation; CMYK, grey, palette and 16-bit images
+become 8-bit RGB; an alpha channel is dropped. A file that is cut short is an
+error: never a picture whose rest is grey. (Damage inside a JPEG's coded data
+that leaves its structure whole cannot be noticed: the format has no checksum.)
+"""
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# Pillow reads more formats, some with programs of their own (Ghostscript).
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# JPEG's markers: start of scan, end of image.
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+_ORIENTATION = 0x0112
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+# A JPEG is decoded at 1/2, 1/4 or 1/8 only if the crop keeps this many times
+# the pixels per side that the network sees. On 64 ImageNet photographs the
+# crops then differ by 0.2 to 1.1 levels of 255 in the mean from those of full
+# decoding; with 1 instead of 2 it would be 0.3 to 2.2.
+_MARGIN = 2
+
+Box = tuple[float, float, float, float]
+
+
+class BadImageError(ValueError):
+  """An image file that cannot be read; the text names it and the reason."""
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+  """The content of an image file.
+
+  Raises:
+    BadImageError: the file does not exist or cannot be read.
+  """
+  try:
+    with open(path, "rb") as file:
+      return file.read()
+  except FileNotFoundError as error:
+    raise BadImageError(
+      f"{path} does not exist: expected an image file"
+    ) from error
+  except OSError as error:
+    raise BadImageError(
+      f"{path}: expected an image file, got one that cannot be read"
+      f" ({error.strerror})"
+    ) from error
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+  """Turns whatever the decoders raise into BadImageError."""
+  try:
+    yield
+  except MemoryError:
+    raise
+  # A parser that stumbles over damage raises nearly anything.
+  except Exception as error:
+    reason = str(error)
+    if isinstance(error, UnidentifiedImageError):
+      reason = f"of no known format; known: {', '.join(_FORMATS)}"
+    raise BadImageError(
+      f"{where}: expected an image file, got one that cannot be decoded"
+      f" ({reason})"
+    ) from error
+
+
+def _open(content: bytes) -> Image.Image:
+  """Reads the header; the pixels are decoded when they are asked for."""
+  if not content:
+    raise ValueError("it is empty: 0 bytes")
+  return Image.open(io.BytesIO(content), formats=_FORMATS)
+
+
+def _orientation(image: Image.Image) -> int:
+  """EXIF's number, 1 to 8; 1 is upright, and from 5 on the sides swap."""
+  try:
+    found = image.getexif().get(_ORIENTATION, 1)
+  # Damaged EXIF data say nothing of the pixels.
+  except Exception:
+    return 1
+  return found if found in _TURNS else 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+  """Scales 16-bit grey; Pillow would clip it."""
+  values = np.asarray(image)
+  if values.min() < 0 or values.max() > 65535:
+    raise ValueError(
+      "expected values of 8 or 16 bits, got integers from"
+      f" {values.min()} to {values.max()}"
+    )
+  return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype("u1"))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+  if image.mode == "RGB":  # convert would copy
+    return image
+  if image.mode == "F":
+    raise ValueError("expected values of 8 or 16 bits, got floating point")
+  if image.mode.startswith("I"):
+    image = _eight_bits(image)
+  if "transparency" in image.info:
+    image = image.convert("RGBA")
+  return image.convert("RGB")
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+  if orientation in _TURNS:
+    image = image.transpose(_TURNS[orientation])
+  return _rgb(image)
+
+
+def _decode(image: Image.Image, content: bytes) -> None:
+  """Decodes the pixels, to the file's end."""
+  image.load()
+  # Pillow takes the zeros of a file that was never written to its end for
+  # pixels. No byte of a scan can be taken for a marker.
+  if image.format in ("JPEG", "MPO") and content.rfind(_END) < content.rfind(
+    _SCAN
+  ):
+    raise ValueError("it is cut short: the last scan has no end")
+
+
+def load(content: bytes, where: str) -> Image.Image:
+  """Decodes an image file.
+
+  Args:
+    content: the whole file.
+    where: its name, for the error.
+
+  Returns:
+    The upright picture, mode RGB.
+
+  Raises:
+    BadImageError: it cannot be decoded to its end.
+  """
+  with _named(where):
+    image = _open(content)
+    _decode(image, content)
+    return _upright(image, _orientation(image))
+
+
+def decode(content: bytes, where: str) -> np.ndarray:
+  """Decodes an image file to uint8 [H, W, 3]; see `load`."""
+  return np.asarray(load(content, where))
+
+
+def _picture(image: Image.Image | np.ndarray) -> Image.Image:
+  return Image.fromarray(image) if isinstance(image, np.ndarray) else image
+
+
+def _resize(image: Image.Image, size: int, box: Box) -> np.ndarray:
+  """Antialiased bilinear; what `box` cuts becomes uint8 [size, size, 3]."""
+  return np.asarray(
+    image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+  )
+
+
+def evaluate_crop(
+  image: Image.Image | np.ndarray, *, size: int, resize: int
+) -> np.ndarray:
+  """Resizes the shorter side, then cuts the centre; torchvision's evaluation.
+
+  The longer side becomes `int(resize * longer / shorter)` pixels and the crop
+  begins at `round((side - size) / 2)`, as there. Only the centre is computed.
+
+  Args:
+    image: RGB picture or uint8 [H, W, 3].
+    size: height and width of the crop, in pixels.
+    resize: the shorter side before the crop; at least `size`.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Raises:
+    ValueError: resize is less than size.
+  """
+  if resize < size:
+    raise ValueError(
+      f"resize must be at least the {size} pixels of the crop, got {resize}."
+    )
+  image = _picture(image)
+  shorter = min(image.size)
+  width, height = (int(resize * side / shorter) for side in image.size)
+  left, top = (round((side - size) / 2) for side in (width, height))
+  return _resize(
+    image,
+    size,
+    (
+      left * image.width / width,
+      top * image.height / height,
+      (left + size) * image.width / width,
+      (top + size) * image.height / height,
+    ),
+  )
+
+
+def crop_box(
+  width: int,
+  height: int,
+  rng: np.random.Generator,
+  *,
+  area: tuple[float, float] = (0.08, 1.0),
+  aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+  """Draws a crop as torchvision's RandomResizedCrop does.
+
+  After Szegedy et al., Going Deeper with Convolutions, 2015: a share of the
+  picture's area, uniform; an aspect ratio, uniform in its logarithm. What does
+  not fit is drawn again, ten times; then the largest central crop whose aspect
+  ratio is in range is taken.
+
+  Args:
+    width: of the picture, in pixels.
+    height: of the picture, in pixels.
+    rng: where the draws come from.
+    area: least and largest share of the picture's area.
+    aspect: least and largest width / height.
+
+  Returns:
+    left, top, right, bottom, in pixels.
+  """
+  for _ in range(10):
+    pixels = width * height * rng.uniform(*area)
+    ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+    w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+    if 0 < w <= width and 0 < h <= height:
+      top = int(rng.integers(height - h + 1))
+      left = int(rng.integers(width - w + 1))
+      return left, top, left + w, top + h
+  ratio = min(max(width / height, aspect[0]), aspect[1])
+  w = max(1, min(width, round(height * ratio)))
+  h = max(1, min(height, round(width / ratio)))
+  left, top = (width - w) // 2, (height - h) // 2
+  return left, top, left + w, top + h
+
+
+def random_resized_crop(
+  image: Image.Image | np.ndarray,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  area: tuple[float, float] = (0.08, 1.0),
+  aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+  """Draws a crop and resizes it; torchvision's RandomResizedCrop.
+
+  Args:
+    image: RGB picture or uint8 [H, W, 3].
+    rng: where the draws come from; see `crop_box`.
+    size: height and width of the result, in pixels.
+    area: least and largest share of the picture's area.
+    aspect: least and largest width / height.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  image = _picture(image)
+  box = crop_box(image.width, image.height, rng, area=area, aspect=aspect)
+  return _resize(image, size, box)
+
+
+def load_random_resized_crop(
+  content: bytes,
+  where: str,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  area: tuple[float, float] = (0.08, 1.0),
+  aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+  """`random_resized_crop` of an image file, large JPEGs decoded smaller.
+
+  The same crop is drawn as from the decoded picture; only where it has far
+  more pixels than are wanted, the decoder scales down first.
+
+  Args:
+    content: the whole file.
+    where: its name, for the error.
+    rng: where the draws come from; see `crop_box`.
+    size: height and width of the result, in pixels.
+    area: least and largest share of the picture's area.
+    aspect: least and largest width / height.
+
+  Returns:
+    uint8 [size, size, 3].
+
+  Raises:
+    BadImageError: the file cannot be decoded to its end.
+  """
+  with _named(where):
+    image = _open(content)
+    if image.format != "JPEG":  # others may keep their EXIF data behind
+      _decode(image, content)
+    orientation = _orientation(image)
+    width, height = image.size[:: -1 if orientation >= 5 else 1]
+    left, top, right, bottom = crop_box(
+      width, height, rng, area=area, aspect=aspect
+    )
+    spare = min(right - left, bottom - top) // (_MARGIN * size)
+    if spare > 1:
+      image.draft(None, (image.width // spare, image.height // spare))
+    _decode(image, content)
+    image = _upright(image, orientation)
+    x, y = image.width / width, image.height / height
+    return _resize(image, size, (left * x, top * y, right * x, bottom * y))

@@ -1,0 +1,388 @@
+"""Decoding whatever a file holds, and the crops against float64 arithmetic."""
+
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kd_jax.data import images
+
+
+def picture(height=48, width=64):
+  """Smooth colours and a sharp edge; no two corners alike."""
+  y, x = np.mgrid[:height, :width]
+  red = 255 * x / (width - 1)
+  green = 255 * y / (height - 1)
+  blue = np.where(x + 2 * y < width, 30, 220)
+  return np.rint(np.stack([red, green, blue], -1)).astype(np.uint8)
+
+
+def encode(array, format, mode=None, **options):
+  image = Image.fromarray(array)
+  if mode is not None:
+    image = image.convert(mode)
+  file = io.BytesIO()
+  image.save(file, format, **options)
+  return file.getvalue()
+
+
+def close(got, expected, levels):
+  assert got.dtype == np.uint8 and got.shape == expected.shape
+  difference = np.abs(got.astype(int) - expected.astype(int))
+  assert difference.mean() < levels, difference.mean()
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_arrive_unchanged(format):
+  got = images.decode(encode(picture(), format), "x.JPEG")
+  np.testing.assert_array_equal(got, picture())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_of_every_colour_space(mode, progressive):
+  content = encode(
+    picture(), "JPEG", mode, quality=95, subsampling=0, progressive=progressive
+  )
+  expected = np.asarray(Image.fromarray(picture()).convert(mode).convert("RGB"))
+  close(images.decode(content, "x.JPEG"), expected, 2)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_every_mode_becomes_rgb(mode):
+  grey = np.array([[0, 255], [255, 0]], np.uint8)
+  image = Image.fromarray(grey).convert("RGB").convert(mode)
+  file = io.BytesIO()
+  image.save(file, "PNG")
+  np.testing.assert_array_equal(
+    images.decode(file.getvalue(), "x"), np.repeat(grey[..., None], 3, 2)
+  )
+
+
+def test_an_alpha_channel_is_dropped():
+  content = encode(np.full((2, 2, 4), [10, 20, 30, 0], np.uint8), "PNG")
+  assert images.decode(content, "x")[1, 1].tolist() == [10, 20, 30]
+
+
+def test_a_palette_with_transparent_colours_keeps_them():
+  image = Image.fromarray(np.zeros((2, 2), np.uint8), "L").convert("P")
+  image.putpalette([10, 20, 30, 40, 50, 60])
+  file = io.BytesIO()
+  image.save(file, "PNG", transparency=b"\x80\x00")
+  got = images.decode(file.getvalue(), "x")
+  assert got[0, 0].tolist() == [10, 20, 30]
+
+
+def test_16_bit_grey_is_rounded_to_8():
+  shades = np.array([[0, 128, 129, 64 * 257, 128 * 257 + 128, 65535]], "u2")
+  got = images.decode(encode(shades, "PNG"), "x")
+  assert got[0, :, 2].tolist() == [0, 0, 1, 64, 128, 255]
+
+
+def png16(rgb):
+  """A 16-bit colour PNG, which Pillow reads but does not write."""
+  import struct
+  import zlib
+
+  def chunk(name, content):
+    body = name + content
+    return (
+      struct.pack(">I", len(content))
+      + body
+      + struct.pack(">I", zlib.crc32(body))
+    )
+
+  height, width, _ = rgb.shape
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
+  header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+  return (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", header)
+    + chunk(b"IDAT", zlib.compress(rows))
+    + chunk(b"IEND", b"")
+  )
+
+
+def test_16_bit_colour_keeps_its_shades():
+  got = images.decode(png16(picture().astype(np.uint16) * 257), "x")
+  np.testing.assert_array_equal(got, picture())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_upright(orientation):
+  upright = picture()
+  # How a camera stores it so that the orientation undoes it.
+  stored = {
+    1: upright,
+    2: upright[:, ::-1],
+    3: upright[::-1, ::-1],
+    4: upright[::-1],
+    5: upright.transpose(1, 0, 2),
+    6: np.rot90(upright),
+    7: upright[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(upright, -1),
+  }[orientation]
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  stored = np.ascontiguousarray(stored)
+  np.testing.assert_array_equal(
+    images.decode(encode(stored, "PNG", exif=exif), "x"), upright
+  )
+  content = encode(stored, "JPEG", exif=exif, quality=95, subsampling=0)
+  close(images.decode(content, "x"), upright, 2)
+  # The crop is drawn from the upright picture.
+  crops = [
+    images.load_random_resized_crop(
+      content, "x", np.random.default_rng(seed), size=12
+    )
+    for seed in range(4)
+  ]
+  for seed, crop in enumerate(crops):
+    rng = np.random.default_rng(seed)
+    close(crop, images.random_resized_crop(upright, rng, size=12), 3)
+
+
+@pytest.mark.parametrize("value", [0, 9, 77])
+def test_an_unknown_orientation_is_upright(value):
+  exif = Image.Exif()
+  exif[0x0112] = value
+  content = encode(picture(), "PNG", exif=exif)
+  np.testing.assert_array_equal(images.decode(content, "x"), picture())
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_do_not_matter():
+  content = encode(
+    picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=95
+  )
+  close(images.decode(content, "x"), picture(), 4)
+
+
+def bad_files():
+  jpeg = encode(picture(), "JPEG", quality=95)
+  progressive = encode(picture(), "JPEG", quality=95, progressive=True)
+  png = encode(picture(), "PNG")
+  yield "empty", b"", "it is empty: 0 bytes"
+  yield "text", b"not an image", r"of no known format; known: .*JPEG"
+  yield "zeros", bytes(5000), "of no known format"
+  for share in (0.02, 0.3, 0.7, 0.9):
+    for name, whole in (
+      ("JPEG", jpeg),
+      ("progressive JPEG", progressive),
+      ("PNG", png),
+    ):
+      cut = whole[: int(len(whole) * share)]
+      yield f"{name} cut to {share}", cut, ""
+      if share > 0.1:
+        # As a download that reserved its space before it was stopped.
+        padded = cut + bytes(len(whole) - len(cut))
+        yield f"{name} zero from {share}", padded, ""
+  yield "JPEG without its end", jpeg[:-2], ""
+  padded = jpeg[:-30] + bytes(500)
+  yield "JPEG in reserved space", padded, "cut short: the last scan has no end"
+  flipped = bytearray(png)
+  flipped[png.index(b"IDAT") + 20] ^= 255
+  yield "PNG with a flipped byte", bytes(flipped), ""
+  yield "EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known"
+  floats = encode(np.zeros((2, 2), np.float32), "TIFF")
+  yield "float TIFF", floats, "8 or 16 bits, got floating point"
+  integers = encode(np.array([[0, 70_000]], np.int32), "TIFF")
+  yield "32-bit TIFF", integers, "got integers from 0 to 70000"
+
+
+BAD = [pytest.param(*rest, id=name) for name, *rest in bad_files()]
+
+
+@pytest.mark.parametrize(("content", "words"), BAD)
+def test_what_cannot_be_decoded_is_named(content, words):
+  expected = (
+    r"^the/file\.JPEG: expected an image file, got one that cannot be"
+    rf" decoded \(.*{words}"
+  )
+  with pytest.raises(images.BadImageError, match=expected):
+    images.decode(content, "the/file.JPEG")
+  with pytest.raises(images.BadImageError, match=expected):
+    images.load_random_resized_crop(
+      content, "the/file.JPEG", np.random.default_rng(0), size=8
+    )
+
+
+def test_what_follows_a_pictures_end_does_not_matter():
+  content = encode(picture(), "JPEG", quality=95)
+  np.testing.assert_array_equal(
+    images.decode(content + bytes(900) + b"trailer", "x"),
+    images.decode(content, "x"),
+  )
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+  with pytest.raises(images.BadImageError, match=r"none\.png does not exist"):
+    images.read_file(tmp_path / "none.png")
+  with pytest.raises(
+    images.BadImageError, match=r"cannot be read \(Is a directory\)"
+  ):
+    images.read_file(tmp_path)
+
+
+def test_the_error_travels_between_processes():
+  error = pickle.loads(pickle.dumps(images.BadImageError("a.png: why")))
+  assert isinstance(error, images.BadImageError) and str(error) == "a.png: why"
+
+
+def triangle_weights(length, out):
+  """[out, length]: triangles as wide as the scale, in float64."""
+  scale = length / out
+  support = max(scale, 1.0)
+  centres = (np.arange(out) + 0.5) * scale
+  pixels = np.arange(length) + 0.5
+  weights = np.maximum(0, 1 - np.abs(pixels - centres[:, None]) / support)
+  return weights / weights.sum(1, keepdims=True)
+
+
+def reference_crop(image, size, resize):
+  """The whole picture resized, then cut; [size, size, 3] in float64."""
+  height, width = image.shape[:2]
+  if width <= height:
+    new_width, new_height = resize, int(resize * height / width)
+  else:
+    new_width, new_height = int(resize * width / height), resize
+  rows = triangle_weights(height, new_height)
+  columns = triangle_weights(width, new_width)
+  whole = np.einsum(
+    "ah,bw,hwc->abc", rows, columns, image.astype(np.float64), optimize=True
+  )
+  top = round((new_height - size) / 2.0)
+  left = round((new_width - size) / 2.0)
+  return whole[top : top + size, left : left + size]
+
+
+SHAPES = [
+  (48, 64),
+  (64, 48),
+  (33, 33),
+  (375, 500),
+  (101, 67),
+  (20, 300),
+  (300, 20),
+  (9, 9),  # enlarged
+  (5, 400),
+]
+
+
+@pytest.mark.parametrize(("size", "resize"), [(24, 27), (32, 37), (32, 32)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_evaluation_crop_is_that_of_float64(shape, size, resize):
+  rng = np.random.default_rng(0)
+  noise = rng.integers(0, 256, (*shape, 3), np.uint8)
+  for image in (picture(*shape), noise):
+    got = images.evaluate_crop(image, size=size, resize=resize)
+    assert got.shape == (size, size, 3) and got.dtype == np.uint8
+    expected = reference_crop(image, size, resize)
+    # Pillow rounds twice, to 8 bits.
+    assert np.abs(got - expected).max() <= 1.001
+
+
+def test_the_evaluation_crop_of_its_own_size_is_the_image():
+  image = picture(32, 32)
+  got = images.evaluate_crop(image, size=32, resize=32)
+  np.testing.assert_array_equal(got, image)
+  cut = images.evaluate_crop(Image.fromarray(image), size=24, resize=32)
+  np.testing.assert_array_equal(cut, image[4:28, 4:28])
+
+
+def test_the_evaluation_crop_must_fit():
+  with pytest.raises(ValueError, match=r"at least the 32 pixels .*, got 31"):
+    images.evaluate_crop(picture(), size=32, resize=31)
+
+
+def test_boxes_lie_inside_and_have_the_shares_that_were_asked_for():
+  rng = np.random.default_rng(0)
+  width, height = 500, 375
+  boxes = np.array([images.crop_box(width, height, rng) for _ in range(4000)])
+  left, top, right, bottom = boxes.T
+  assert left.min() >= 0 and top.min() >= 0
+  assert right.max() <= width and bottom.max() <= height
+  w, h = right - left, bottom - top
+  share, aspect = w * h / (width * height), np.log(w / h)
+  assert 0.078 < share.min() < 0.1 and 0.9 < share.max() <= 1
+  assert abs(aspect).max() < math.log(4 / 3) + 0.02
+  # Small crops always fit: there the draws are uniform, and so is the place.
+  small = share < 0.4
+  assert abs(aspect[small].mean()) < 0.02
+  assert abs(share[small].mean() - 0.24) < 0.01
+  place = left[small] / (width - w[small])
+  assert abs(place.mean() - 0.5) < 0.02
+  assert abs(np.var(place) - 1 / 12) < 0.01
+
+
+@pytest.mark.parametrize(
+  ("width", "height", "box"),
+  [
+    (1000, 10, (493, 0, 506, 10)),  # too wide: the largest 4 : 3
+    (10, 1000, (0, 493, 10, 506)),
+    (1, 500, (0, 249, 1, 250)),
+  ],
+)
+def test_what_does_not_fit_is_cut_from_the_centre(width, height, box):
+  rng = np.random.default_rng(0)
+  got = images.crop_box(width, height, rng, area=(0.9, 1.0))
+  assert got == box
+
+
+def test_the_boxs_settings_are_obeyed():
+  rng = np.random.default_rng(0)
+  for _ in range(200):
+    left, top, right, bottom = images.crop_box(
+      400, 400, rng, area=(0.25, 0.25), aspect=(1, 1)
+    )
+    assert (right - left, bottom - top) == (200, 200)
+
+
+def test_a_random_crop_is_the_box_resized():
+  image = picture(96, 128)
+  for seed in range(5):
+    left, top, right, bottom = images.crop_box(
+      128, 96, np.random.default_rng(seed), area=(0.3, 0.6)
+    )
+    got = images.random_resized_crop(
+      image, np.random.default_rng(seed), size=16, area=(0.3, 0.6)
+    )
+    cut = image[top:bottom, left:right].astype(np.float64)
+    rows = triangle_weights(bottom - top, 16)
+    columns = triangle_weights(right - left, 16)
+    expected = np.einsum("ah,bw,hwc->abc", rows, columns, cut)
+    # At the border the filter may see a pixel beyond the box.
+    inner = np.s_[1:-1, 1:-1]
+    assert np.abs(got[inner] - expected[inner]).max() <= 1
+
+
+def test_large_jpegs_are_decoded_smaller_without_a_visible_change(monkeypatch):
+  content = encode(picture(480, 640), "JPEG", quality=95)
+  decoded = []
+  real = Image.Image.resize
+
+  def resize(image, *arguments, **options):
+    decoded.append(image.size)
+    return real(image, *arguments, **options)
+
+  monkeypatch.setattr(Image.Image, "resize", resize)
+  for seed in range(4):
+    settings = {"size": 24, "area": (0.5, 1.0)}
+    got, expected = (
+      crop(np.random.default_rng(seed), **settings)
+      for crop in (
+        lambda rng, **s: images.load_random_resized_crop(
+          content, "x", rng, **s
+        ),
+        lambda rng, **s: images.random_resized_crop(
+          images.load(content, "x"), rng, **s
+        ),
+      )
+    )
+    close(got, expected, 1)
+  assert decoded[::2] != decoded[1::2]
+  assert set(decoded[1::2]) == {(640, 480)}
+  assert max(decoded[::2]) < (320, 240)
