@@ -45,7 +45,7 @@ class Origin:
 
   data_name: str | None = None
   image_size: int | None = None
-  source: data.Source | None = None
+  source: data.Source | data.EncodedSource | None = None
 
 
 UNKNOWN = Origin()
@@ -310,10 +310,10 @@ def _identify(
 
 def _card(model_name: str, num_classes: int, origin: Origin) -> dict[str, Any]:
   """The model card of a network that was trained elsewhere."""
-  known: data.Source | data.Constants
+  known: data.Source | data.EncodedSource | data.Constants
   if origin.source is not None:
     known, name = origin.source, origin.source.name
-    shape = list(origin.source.images.shape[1:])
+    shape = list(origin.source.image_shape)
     size = None
   else:
     name = origin.data_name or _likely_data(model_name, num_classes)

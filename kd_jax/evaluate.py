@@ -9,6 +9,7 @@ CIFAR's or ImageNet's layout, or a name of `kd_jax.data`.
 """
 
 import argparse
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -21,7 +22,7 @@ from kd_jax.inference import Model
 
 def evaluate(
   model: Model,
-  source: data.Source,
+  source: data.Source | data.EncodedSource,
   *,
   batch_size: int = 500,
   teacher: Model | None = None,
@@ -79,7 +80,9 @@ def _choose(logits: jax.Array) -> tuple[np.ndarray, np.ndarray]:
   return wide.argmax(axis=1), 1 / np.exp(wide).sum(axis=1)
 
 
-def _check(card: dict[str, Any], source: data.Source) -> None:
+def _check(
+  card: dict[str, Any], source: data.Source | data.EncodedSource
+) -> None:
   for what, expected, got in (
     ("classes", card["num_classes"], source.num_classes),
     ("image shape", card["image_shape"], list(source.image_shape)),
@@ -113,6 +116,20 @@ def main() -> None:
   )
   parser.add_argument(
     "--data_dir", default="../data", help="folder of a data set that is named"
+  )
+  parser.add_argument(
+    "--image_size", type=int, help="pixels (default: as the model was trained)"
+  )
+  parser.add_argument(
+    "--resize",
+    type=int,
+    help="of image files: pixels of the shorter side before the centre crop"
+    " (default: 256/224 of the image size)",
+  )
+  parser.add_argument(
+    "--on_bad_image",
+    choices=("error", "skip"),
+    help="of image files that cannot be decoded (default: error)",
   )
   parser.add_argument("--split", default="test", choices=("test", "train"))
   parser.add_argument("--batch_size", type=int, default=500)
@@ -152,21 +169,38 @@ def main() -> None:
   print(line)
 
 
-def _open(args: argparse.Namespace) -> tuple[Model, data.Source]:
+def _open(
+  args: argparse.Namespace,
+) -> tuple[Model, data.Source | data.EncodedSource]:
   """The model, and the data that it is asked about or was trained on."""
+  given = {
+    name: getattr(args, name)
+    for name in ("image_size", "resize", "on_bad_image")
+    if getattr(args, name) is not None
+  }
 
-  def load(name: str, folder: str, **options: Any) -> data.Source:
-    return data.load(name, split=args.split, dir=folder, **options)
+  def load(name: str, folder: str, **options: Any) -> Any:
+    return data.load(name, split=args.split, dir=folder, **{**options, **given})
 
   if args.data is not None and pathlib.Path(args.data).is_dir():
     source = load(data.detect(args.data), args.data)
-    origin = convert.Origin(source=source)
-    return _open_model(args, origin), source
-  model = _open_model(args, convert.Origin(data_name=args.data))
+    model = _open_model(args, convert.Origin(source=source))
+    return model, _at_size(source, model, args)
+  model = _open_model(args, convert.Origin(args.data, args.image_size))
   trained_on = model.card["trained_on"]
   name = args.data or trained_on
   options = model.card["data_options"] if name == trained_on else {}
-  return model, load(name, args.data_dir, **options)
+  return model, _at_size(load(name, args.data_dir, **options), model, args)
+
+
+def _at_size(source: Any, model: Model, args: argparse.Namespace) -> Any:
+  """Images in files at the size that the model was trained at."""
+  size = model.card["image_shape"][0]
+  if args.image_size is not None or not isinstance(source, data.EncodedSource):
+    return source
+  if size == source.image_size:
+    return source
+  return dataclasses.replace(source, image_size=size, resize=args.resize or 0)
 
 
 def _open_model(args: argparse.Namespace, origin: convert.Origin) -> Model:

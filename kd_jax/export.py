@@ -102,7 +102,7 @@ def model_card(
   Returns:
     JSON-able content of `model.json`.
   """
-  shape = source.images.shape[1:]
+  shape = source.image_shape
   head = None
   if distiller.predicts_with_teacher_head:
     maps = [

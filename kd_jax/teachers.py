@@ -181,7 +181,7 @@ def _check(card: Mapping[str, Any], spec: Spec, source: data.Source) -> None:
       f" on {card['trained_on']}. Name a teacher of this data set, or set"
       " config.data.name"
     )
-  shape = list(source.images.shape[1:])
+  shape = list(source.image_shape)
   # A projection is onto maps of the size that this image size gives.
   if card["head"] is not None and card["image_shape"] != shape:
     raise ValueError(

@@ -67,14 +67,13 @@ def test_from_pytorch_and_back(name, spec, tmp_path):
   zipped, legacy = tmp_path / "zip.pth", tmp_path / "legacy.pth"
   torch.save({"model": tensors, "epoch": 240}, zipped)
   torch.save(tensors, legacy, **LEGACY)
-  for path, array in read_tensors(legacy).items():
-    assert torch.equal(torch.from_numpy(array), tensors[path]), path
   back = tmp_path / "back.pth"
-  words = convert.convert(zipped, back, model_name=name)
-  assert words == f"{name}, {spec['num_classes']} classes, a state dict"
-  assert_same_tensors(torch.load(back, weights_only=True, mmap=True), tensors)
-  for path in (zipped, legacy, back):  # up to 350 MB
-    path.unlink()
+  for path in (zipped, legacy):
+    words = convert.convert(path, back, model_name=name)
+    assert words == f"{name}, {spec['num_classes']} classes, a state dict"
+    assert_same_tensors(torch.load(back, weights_only=True, mmap=True), tensors)
+    for used in (path, back):  # up to 350 MB
+      used.unlink()
 
 
 def _filled(rebuild, spec):

@@ -205,3 +205,14 @@ def test_progress_of_another_process_is_silent(capsys, monkeypatch):
   progress.line("epoch 1")
   progress.close()
   assert capsys.readouterr() == ("", "")
+
+
+def test_calibration_error_of_three_bins():
+  confidence = np.array([0.1, 0.3, 0.9, 1.0, 1 / 3])
+  correct = np.array([False, True, True, False, False])
+  # Bins (0, 1/3], (1/3, 2/3], (2/3, 1]: three, none and two examples.
+  first = abs(1 / 3 - (0.1 + 0.3 + 1 / 3) / 3) * 3 / 5
+  last = abs(1 / 2 - 1.9 / 2) * 2 / 5
+  got = metrics.calibration_error(confidence, correct, bins=3)
+  assert got == pytest.approx(first + last)
+  assert metrics.calibration_error(np.ones(4), np.ones(4, bool)) == 0

@@ -23,6 +23,7 @@ DOCUMENTS = {
     for path in [
       *sorted((REPO / "configs").glob("*.py")),
       *sorted((REPO / "kd_jax").glob("*.py")),
+      *sorted((REPO / "docs").glob("*.md")),
     ]
   },
 }

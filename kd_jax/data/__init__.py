@@ -7,7 +7,7 @@ from kd_jax.data.batch import Batch, Pipeline, eval_batches, eval_stream
 from kd_jax.data.common import unknown_name
 from kd_jax.data.folder import EncodedSource, FolderSource
 from kd_jax.data.images import BadImageError
-from kd_jax.data.sources import Constants, Source, constants, load
+from kd_jax.data.sources import Constants, Source, constants, detect, load
 
 __all__ = [
   "BadImageError",
@@ -19,6 +19,7 @@ __all__ = [
   "Source",
   "constants",
   "create",
+  "detect",
   "eval_batches",
   "eval_stream",
   "load",

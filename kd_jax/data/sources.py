@@ -600,6 +600,41 @@ def names() -> list[str]:
   return sorted(_SOURCES)
 
 
+def detect(dir: str | os.PathLike[str]) -> str:
+  """The name of the set whose layout a folder has.
+
+  Args:
+    dir: a folder as `load` takes it.
+
+  Returns:
+    A name for `load`: that of a CIFAR, "tiny-imagenet" or "folder".
+
+  Raises:
+    ValueError: if it has no layout that is known, or that of two.
+  """
+  base = pathlib.Path(dir)
+  found = [
+    name
+    for name, layout in _CIFAR.items()
+    if any(
+      (base / item).exists()
+      for item in (layout.folder, layout.archive, layout.meta)
+    )
+  ]
+  if any((base / item).is_dir() for item in ("train", "val")):
+    # Its list of classes.
+    tiny = (base / "wnids.txt").is_file()
+    found.append("tiny-imagenet" if tiny else "folder")
+  if len(found) != 1:
+    expected = [layout.folder for layout in _CIFAR.values()]
+    raise ValueError(
+      f"{base}: expected one data set, {', '.join(expected)} or train and val,"
+      f" got {' and '.join(found) or 'none of them'}. Name the set and its"
+      " folder"
+    )
+  return found[0]
+
+
 def load(
   name: str,
   *,
