@@ -61,9 +61,15 @@ def get_config(arg: str = "") -> ConfigDict:
   # Epochs over which a term's weight grows linearly to full size.
   config.loss_ramp_epochs = ConfigDict()
 
+  # Share of the target that goes to all classes alike, in the term "ce".
+  config.label_smoothing = 0.0
+
   config.optim = ConfigDict()
   # None: 0.05, or 0.01 for MobileNet and ShuffleNet students.
   config.optim.learning_rate = placeholder(float)
+  # Above 0, the rate is one for batches of this size, and is multiplied by
+  # batch_size / reference_batch_size; warmup_epochs goes with it.
+  config.optim.reference_batch_size = 0
   # "step", "cosine" or "constant".
   config.optim.schedule = "step"
   # The rate is multiplied by decay_rate after each of these epochs.
@@ -79,10 +85,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optim.gradient_clip = 0.0
 
   config.data = ConfigDict()
-  # "cifar10", "cifar100", "tfds:cifar10", "tfds:cifar100", "digits" or
-  # "synthetic".
+  # "cifar10", "cifar100", "tfds:cifar10", "tfds:cifar100", "digits",
+  # "synthetic"; of image files "imagenet", "tfds:imagenet2012",
+  # "tiny-imagenet" or "folder", which is any folder of class folders.
   config.data.name = "cifar100"
-  # Folder that holds the publisher's files, or TFDS's data.
+  # Folder that holds the publisher's files, train and val, or TFDS's data.
   config.data.dir = "../data"
   # "device": the data set stays on the device. "grain": read by the host.
   config.data.pipeline = "device"
@@ -90,8 +97,26 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.crop_padding = 4
   # Whether half of the images are mirrored.
   config.data.flip = True
-  # Height and width in pixels; "digits" and "synthetic" only (None: 32).
+  # Alpha of mixup and of CutMix, which mix neighbours in a batch, for teacher
+  # and student alike; 0: none. With both, each takes half of the batches.
+  config.data.mixup = 0.0
+  config.data.cutmix = 0.0
+  # Height and width in pixels; not of CIFAR (None: 32, of image files 224, of
+  # Tiny ImageNet 64).
   config.data.image_size = placeholder(int)
+  # Of image files: pixels of the shorter side before evaluation's centre crop
+  # (None: 256/224 of image_size; Tiny ImageNet: 64).
+  config.data.resize = placeholder(int)
+  # Of image files that cannot be decoded: "error", or "skip": they are left
+  # out, counted and listed (None: "error").
+  config.data.on_bad_image = placeholder(str)
+  # Of image files: a random crop's share of the area, and its width / height,
+  # from least to largest. SimKD's DALI pipeline: (0.1, 1.0) and (0.8, 1.25).
+  config.data.crop_area = (0.08, 1.0)
+  config.data.crop_aspect = (3 / 4, 4 / 3)
+  # "grain" with image files: processes that decode ahead; 0: as many as there
+  # are cores.
+  config.data.num_workers = 0
   # Images of a split, and classes; "synthetic" only (None: 1024 and 10).
   config.data.num_examples = placeholder(int)
   config.data.num_classes = placeholder(int)

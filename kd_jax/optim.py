@@ -19,6 +19,21 @@ def default_learning_rate(model_name: str) -> float:
   return DEFAULT_LEARNING_RATE
 
 
+def scaled_learning_rate(
+  rate: float, *, batch_size: int, reference_batch_size: int
+) -> float:
+  """A rate in proportion to the batch (Goyal et al., 2017, section 2.1).
+
+  Args:
+    rate: for `reference_batch_size`.
+    batch_size: images per update.
+    reference_batch_size: that of the recipe; 0 leaves the rate as it is.
+  """
+  if not reference_batch_size:
+    return rate
+  return rate * batch_size / reference_batch_size
+
+
 def learning_rate_schedule(
   base: float,
   *,

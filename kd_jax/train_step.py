@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from kd_jax import metrics, parallel
+from kd_jax.data import augment
 from kd_jax.distillers import base
 from kd_jax.state import TrainState
 
@@ -48,6 +49,7 @@ def make_loss_fn(
   loss_weights: Mapping[str, float],
   ramp_steps: Mapping[str, int],
   transform: Transform,
+  mixing: Mapping[str, float] | None = None,
   seed: int,
   axis_name: str | None,
 ) -> Callable[..., tuple[jax.Array, Any]]:
@@ -64,6 +66,11 @@ def make_loss_fn(
     key = jax.random.fold_in(jax.random.key(seed), step)
     augment_key, example_key, replica_key = jax.random.split(key, 3)
     images = transform(augment_key, batch)
+    if mixing:
+      (mix_key,) = jax.random.split(augment_key, 1)
+      images, share = augment.mix(mix_key, images, **mixing)
+      neighbours = augment.partner(batch["label"])
+      batch = {**batch, "share": share, "mixed_label": neighbours}
     replica_key = jax.random.fold_in(
       replica_key, parallel.axis_index(axis_name)
     )
@@ -129,6 +136,7 @@ def make_train_step(
       loss_weights: term -> weight; a term of weight 0 is not computed.
       ramp_steps: term -> steps over which its weight grows to full size.
       transform: (key, batch) -> images [B, H, W, C] as the models want them.
+      mixing: None, or `augment.mix`'s mixup and cutmix.
       seed: of all randomness, which is derived from it and the step alone.
 
   Returns:

@@ -42,12 +42,14 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
       device's own, as the reference toolboxes do per GPU.
     dtype: of the learned modules' arithmetic; losses are float32.
     temperature: of the term "kd".
+    label_smoothing: of the term "ce".
   """
 
   axis_name: str | None = None
   sync: bool = False
   dtype: Any = jnp.float32
   temperature: float = 4.0
+  label_smoothing: float = 0.0
 
   # Whether the mean of the losses over several teachers makes sense.
   takes_several_teachers: ClassVar[bool] = False
@@ -85,7 +87,9 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
     Args:
       student: the student's output.
       teacher: the teacher's, gradients already stopped.
-      batch: at least `label` [B]; with `index` [B] in training.
+      batch: at least `label` [B]; with `index` [B] in training. Where images
+        are mixed, `share` (scalar) is that of `label` and the rest is that of
+        `mixed_label` [B].
       teacher_classifier: from a pooled feature [B, C] to the teacher's logits.
       step: number of the step, from 0.
       train: whether running statistics and memories move.
@@ -124,12 +128,24 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
     batch: Batch,
   ) -> dict[str, jax.Array]:
     """The terms that need no features: "ce" and, with a teacher, "kd"."""
-    terms = {"ce": losses.cross_entropy_loss(student.logits, batch["label"])}
+    terms = {"ce": self._cross_entropy(student.logits, batch)}
     if teacher is not None:
       terms["kd"] = losses.kd_loss(
         student.logits, teacher.logits, temperature=self.temperature
       )
     return terms
+
+  def _cross_entropy(self, logits: jax.Array, batch: Batch) -> jax.Array:
+    def of(labels):
+      return losses.cross_entropy_loss(
+        logits, labels, label_smoothing=self.label_smoothing
+      )
+
+    own = of(batch["label"])
+    if "share" not in batch:
+      return own
+    share = batch["share"]
+    return share * own + (1 - share) * of(batch["mixed_label"])
 
 
 def feature(output: ModelOutput, name: str, *, whose: str) -> Any:
