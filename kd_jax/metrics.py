@@ -4,6 +4,7 @@ A device never divides: a step returns sums over its global batch and their
 count, so that means over any number of steps, batches or devices are exact.
 """
 
+import errno
 import json
 import logging
 import os
@@ -102,37 +103,79 @@ class Writer:
   """Writes scalars to `metrics.jsonl` and to TensorBoard event files.
 
   One line per call: `{"step": .., "kind": "train" | "eval", name: value}`.
+  What a full disk does not take is kept and written with a later call.
   """
 
-  def __init__(self, workdir: pathlib.Path, *, resume_step: int):
+  def __init__(
+    self, workdir: pathlib.Path, *, resume_step: int, enabled: bool = True
+  ):
     """Opens the files.
 
     Args:
       workdir: folder to write to.
       resume_step: what was written after this step is removed: those steps
         are about to be made again.
+      enabled: whether anything is written at all.
     """
+    self._enabled = enabled
+    if not enabled:
+      return
     import tensorboardX  # after a restore, and not by those who only read
 
     self._path = workdir / "metrics.jsonl"
     _drop_after(self._path, resume_step)
-    self._lines = self._path.open("a", encoding="utf-8")
+    self._lines = self._path.open("ab", buffering=0)
+    self._size = self._path.stat().st_size
+    self._unwritten = b""
+    self._full = False
     self._events = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resume_step + 1
+      str(workdir / "tensorboard"),
+      purge_step=resume_step + 1,
+      # Its thread may die of a full disk: a queue with an end would then stop
+      # the run.
+      max_queue=0,
     )
 
   def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
     """Appends one record and hands it to the operating system."""
+    if not self._enabled:
+      return
     record = {"step": step, "kind": kind, **scalars}
-    self._lines.write(json.dumps(record) + "\n")
-    self._lines.flush()
+    self._unwritten += (json.dumps(record) + "\n").encode()
+    self._flush()
     for name, value in scalars.items():
       self._events.add_scalar(f"{kind}/{name}", value, step)
 
+  def _flush(self):
+    try:
+      written = self._lines.write(self._unwritten)
+      if written < len(self._unwritten):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+      os.truncate(self._path, self._size)  # half a line
+      if not self._full:
+        _log.warning(
+          "%s could not be written (%s); its lines are kept and written when"
+          " there is room",
+          self._path,
+          error,
+        )
+      self._full = True
+      return
+    self._size += len(self._unwritten)
+    self._unwritten, self._full = b"", False
+
   def close(self) -> None:
     """Flushes and closes both files."""
+    if not self._enabled:
+      return
+    if self._unwritten:
+      self._flush()
     self._lines.close()
-    self._events.close()
+    try:
+      self._events.close()
+    except OSError as error:
+      _log.warning("TensorBoard's events could not be written (%s)", error)
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -52,6 +52,9 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
   # Whether the prediction is the teacher's classifier on a projected feature.
   # An export then needs the projector and that classifier too.
   predicts_with_teacher_head: ClassVar[bool] = False
+  # Arrays of "memory" with a row for every training example. On several
+  # devices each may be given its share of the rows; see `crd`.
+  memory_rows: ClassVar[tuple[str, ...]] = ()
 
   @property
   def batch_axis(self) -> str | None:
