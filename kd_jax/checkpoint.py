@@ -288,7 +288,8 @@ class Checkpointer:
     """Reads the newest good checkpoint.
 
     Args:
-      like: a pytree of arrays that says what to expect and where to put it;
+      like: a pytree of arrays (or `jax.ShapeDtypeStruct`s) that says what to
+        expect and, by their shardings, where to put it;
         None takes what is there, as nested dicts of numpy arrays. An array may
         have rows of zeros that were added for other devices.
 
@@ -412,7 +413,8 @@ def _like(nested: dict[str, Any], tree: Any) -> Any:
         f"{'/'.join(path)}: expected {like.shape} {like.dtype}, got"
         f" {array.shape} {array.dtype}"
       )
-    return parallel.put_whole(array, like.sharding)
+    sharding = getattr(like, "sharding", None)
+    return array if sharding is None else parallel.put_whole(array, sharding)
 
   leaves = jax.tree.leaves(tree)
   leaves = [follow(*each) for each in zip(paths, leaves, strict=True)]

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,21 +121,13 @@ class Writer:
     self._enabled = enabled
     if not enabled:
       return
-    import tensorboardX  # after a restore, and not by those who only read
-
     self._path = workdir / "metrics.jsonl"
     _drop_after(self._path, resume_step)
     self._lines = self._path.open("ab", buffering=0)
     self._size = self._path.stat().st_size
     self._unwritten = b""
     self._full = False
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"),
-      purge_step=resume_step + 1,
-      # Its thread may die of a full disk: a queue with an end would then stop
-      # the run.
-      max_queue=0,
-    )
+    self._events = _Events(workdir / "tensorboard", purge_step=resume_step + 1)
 
   def write(self, step: int, kind: str, scalars: Mapping[str, float]) -> None:
     """Appends one record and hands it to the operating system."""
@@ -144,9 +137,12 @@ class Writer:
     self._unwritten += (json.dumps(record) + "\n").encode()
     self._flush()
     for name, value in scalars.items():
-      self._events.add_scalar(f"{kind}/{name}", value, step)
+      self._events.add(f"{kind}/{name}", value, step)
+    self._events.flush()
 
   def _flush(self):
+    if not self._unwritten:
+      return
     try:
       written = self._lines.write(self._unwritten)
       if written < len(self._unwritten):
@@ -169,13 +165,53 @@ class Writer:
     """Flushes and closes both files."""
     if not self._enabled:
       return
-    if self._unwritten:
-      self._flush()
+    self._flush()
     self._lines.close()
+    self._events.flush()
+
+
+class _Events:
+  """TensorBoard's event files, written without a thread that may die."""
+
+  def __init__(self, folder: pathlib.Path, *, purge_step: int):
+    # After a restore, and not by those who only read.
+    from tensorboardX.proto import event_pb2
+
+    self._new = event_pb2.Event
+    self._folder = folder
+    self._files = 0
+    self._file: Any = None
+    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._pending = [self._new(step=purge_step, session_log=log)]
+
+  def add(self, name: str, value: float, step: int) -> None:
+    """Adds a value, to be written with the next `flush`."""
+    from tensorboardX import summary
+
+    event = self._new(
+      step=step, wall_time=time.time(), summary=summary.scalar(name, value)
+    )
+    self._pending.append(event)
+
+  def flush(self) -> None:
+    """Writes what there is, or keeps it if the disk is full."""
+    from tensorboardX import event_file_writer
+
     try:
-      self._events.close()
-    except OSError as error:
-      _log.warning("TensorBoard's events could not be written (%s)", error)
+      if self._file is None:
+        self._folder.mkdir(exist_ok=True)
+        suffix = f".{self._files}" if self._files else ""
+        self._file = event_file_writer.EventsWriter(
+          str(self._folder / "events"), suffix
+        )
+      for event in self._pending:
+        self._file.write_event(event)
+      self._file.flush()
+    except OSError:  # `Writer` says so
+      # A file that ends in half an event cannot be gone on with.
+      self._file, self._files = None, self._files + 1
+    else:
+      self._pending = []
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -172,8 +172,17 @@ def configure_logging() -> None:
   logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
   level = logging.INFO if processes.is_first() else logging.ERROR
   logging.getLogger("kd_jax").setLevel(level)
-  # Orbax tells every file that it touches through absl's logger.
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  # Orbax tells every file that it touches through absl's logger, and what
+  # `checkpoint` tells of a failed save in a line on many pages.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  before = threading.excepthook
+
+  def excepthook(arguments):
+    thread = arguments.thread
+    if thread is None or thread.name not in ("async_save", "save_finalize"):
+      before(arguments)
+
+  threading.excepthook = excepthook
   # A damaged checkpoint is one line of ours, and of its tasks many pages.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
