@@ -173,17 +173,20 @@ def _fail(error: Exception) -> NoReturn:
 
   from kd_jax import checkpoint, processes, train
 
+  several = jax.process_count() > 1
+  # How XLA's and gloo's errors begin, of whatever class they are.
+  lost = several and re.match(r"[A-Z_]{5,}: ", str(error)) is not None
   code = EXIT_FAILED
   if isinstance(error, train.PreemptedError):
     code = EXIT_STOPPED
-  elif isinstance(error, (ValueError, ImportError)):
+  elif isinstance(error, (ValueError, ImportError)) and not lost:
     code = EXIT_BAD_INPUT
   kind = f"{type(error).__name__}: "
   stopped = isinstance(error, (train.PreemptedError, processes.RefusedError))
   text = f"{'' if stopped else kind}{error}"
   # These are raised in all processes, which can take leave of each other.
   agreed = (train.NonFiniteLossError, checkpoint.UnsavedError)
-  if jax.process_count() == 1:
+  if not several:
     if code == EXIT_FAILED and not isinstance(error, agreed):
       raise error
     print(text, file=sys.stderr)
@@ -191,12 +194,12 @@ def _fail(error: Exception) -> NoReturn:
     if processes.is_first():
       print(text, file=sys.stderr)
   else:
-    if code == EXIT_FAILED:
+    if code == EXIT_FAILED and not isinstance(error, OSError) and not lost:
       traceback.print_exception(error)
-    if isinstance(error, jax.errors.JaxRuntimeError):
-      text += (
-        "\nThis is how the end of another process, or of the network, is seen"
-        " here: look for another message before this one"
+    if lost:
+      text = (
+        f"{text.strip()}\nThis is how the end of another process, or of the"
+        " network, is seen here: look for what another has said before"
       )
     me = f"process {jax.process_index()} of {jax.process_count()}"
     print(f"{me} ({socket.gethostname()}): {text}", file=sys.stderr)

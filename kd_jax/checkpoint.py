@@ -84,7 +84,8 @@ def fingerprint(tree: Any) -> list[int]:
   if shared:
     # As halves: JAX has no 64 bits.
     parts = np.array([divmod(own[i] & _MASK, 2**32) for i in shared], np.uint32)
-    for i, column in zip(shared, processes.gather(parts).swapaxes(0, 1)):
+    gathered = parallel.gather_processes(parts)
+    for i, column in zip(shared, gathered.swapaxes(0, 1)):
       own[i] = sum(int(high) * 2**32 + int(low) for high, low in column)
   return [value & _MASK for value in own]
 
@@ -373,7 +374,7 @@ class Checkpointer:
 
 
 def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), "")
+  return next(iter(str(error).splitlines()), "")[:300]
 
 
 def _paths(tree: Any) -> list[list[str]]:
@@ -404,7 +405,7 @@ def _like(nested: dict[str, Any], tree: Any) -> Any:
     )
 
   def follow(path, like):
-    place = nested
+    place: Any = nested
     for key in path:
       place = place[key]
     array = _with_rows(place, like.shape) if like.ndim else place

@@ -1,8 +1,8 @@
 """Devices: the collectives, and the one place that maps a step over them.
 
-Every collective of the package goes through `axis_mean`, `axis_sum`,
-`axis_gather` and `axis_index` below. With `axis_name=None` they do nothing, so
-that the code that calls them runs, and is tested, as a plain function.
+Every collective of the package goes through the functions below. With
+`axis_name=None` they do nothing, so that the code that calls them runs, and is
+tested, as a plain function.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,6 +54,15 @@ def axis_gather(x: Any, axis_name: str | None) -> Any:
   if axis_name is None:
     return x
   return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+
+def gather_processes(value: Any) -> np.ndarray:
+  """Every process's value, [processes, ...]; of 32 bits or less."""
+  value = np.asarray(value)
+  if jax.process_count() == 1:
+    return value[None]
+  gathered = multihost_utils.process_allgather(value)
+  return np.asarray(gathered).astype(value.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

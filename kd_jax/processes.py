@@ -29,7 +29,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax._src import distributed
-from jax.experimental import multihost_utils
+
+from kd_jax import parallel
 
 Result = TypeVar("Result")
 
@@ -178,29 +179,15 @@ def initialize(
     )
 
 
-def gather(value: np.ndarray) -> np.ndarray:
-  """Every process's value, [processes, ...]; of 32 bits or less."""
-  value = np.asarray(value)
-  if jax.process_count() == 1:
-    return value[None]
-  return np.asarray(multihost_utils.process_allgather(value))
-
-
-def anywhere(flag: bool) -> bool:
-  """Whether a flag is set in some process."""
-  return bool(gather(np.int32(flag)).any())
-
-
 def from_first(value: Any) -> Any:
   """The first process's value, JSON-able; what others give is ignored."""
   if jax.process_count() == 1:
     return value
   text = json.dumps(value).encode() if is_first() else b""
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+  size = int(parallel.gather_processes(np.int32(len(text))).max())
   content = np.zeros(size, np.uint8)
   content[: len(text)] = np.frombuffer(text, np.uint8)
-  content = np.asarray(multihost_utils.broadcast_one_to_all(content))
-  return json.loads(content.astype(np.uint8).tobytes())
+  return json.loads(parallel.gather_processes(content)[0].tobytes())
 
 
 def gather_texts(text: str) -> list[str]:
@@ -209,8 +196,8 @@ def gather_texts(text: str) -> list[str]:
   encoded = text.encode()[:_TEXT]
   content[: len(encoded)] = np.frombuffer(encoded, np.uint8)
   return [
-    bytes(row.astype(np.uint8)).rstrip(b"\0").decode(errors="ignore")
-    for row in gather(content)
+    row.tobytes().rstrip(b"\0").decode(errors="ignore")
+    for row in parallel.gather_processes(content)
   ]
 
 
@@ -331,7 +318,7 @@ class Barrier:
     if jax.process_count() == 1:
       return
     # The key-value store that Orbax uses too; it has no public name.
-    client = distributed.global_state.client
+    client: Any = distributed.global_state.client
     self._uses[key] += 1
     root = f"kd_jax{self._name}/{self._round}"
     place = f"{root}/{key}/{self._uses[key]}"

@@ -237,7 +237,7 @@ def memory_overview(memory: dict[str, jax.Array]) -> str:
     sizes.append((shard.nbytes, x.nbytes))
   each, whole = (sum(column) / 1e6 for column in zip(*sizes))
   return (
-    f"memory of the method: {each:.1f} MB per device, {whole:.1f} MB in all"
+    f"memory of the method: {each:.3g} MB per device, {whole:.3g} MB in all"
   )
 
 

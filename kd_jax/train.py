@@ -545,7 +545,7 @@ class Loop:
       title=f"{run.config.distiller.name}:{run.config.student.name}",
       enabled=processes.is_first(),
     )
-    self.pending: list[tuple[int, Any, jax.Array]] = []
+    self.pending: list[tuple[int, Any, Any]] = []
     # In how many processes a signal has come, and the clock says save.
     self.wishes = np.zeros(2, int)
 
@@ -613,7 +613,7 @@ class Loop:
     self.state, sums = run.train_chunk(
       self.state, run.teacher.variables, run.resident, xs
     )
-    wishes = np.zeros(2, int)
+    wishes: Any = np.zeros(2, int)
     if jax.process_count() > 1:
       wishes = run.devices.count(
         stop.received is not None, self._clock_is_due()

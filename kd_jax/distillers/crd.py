@@ -137,7 +137,7 @@ class CRD(base.Distiller):
     indices = self._indices(batch)
     bank_s: nn.Variable[jax.Array] = self.variable("memory", "bank_s")
     bank_t: nn.Variable[jax.Array] = self.variable("memory", "bank_t")
-    num_examples = self.get_variable("memory", "order").shape[0]
+    num_examples: int = self.get_variable("memory", "order").shape[0]
     scores_s = self._scores(v_s, bank_t.value, indices, num_examples)
     scores_t = self._scores(v_t, bank_s.value, indices, num_examples)
     z_s = self._normalizer("z_s", scores_s, num_examples)
