@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,6 +60,8 @@ def gather_processes(value: Any) -> np.ndarray:
   value = np.asarray(value)
   if jax.process_count() == 1:
     return value[None]
+  from jax.experimental import multihost_utils  # brings much along
+
   gathered = multihost_utils.process_allgather(value)
   return np.asarray(gathered).astype(value.dtype)
 

@@ -158,6 +158,36 @@ class Processes:
     return self.said()
 
 
+def train_in(
+  folder: pathlib.Path, count: int, devices: int, jobs: Sequence[Sequence]
+) -> str:
+  """Runs the jobs of `drill_worker.py` in processes; what they said."""
+  port = free_port()
+  children = [
+    subprocess.Popen(
+      [
+        *(sys.executable, "scripts/drill_worker.py", f"127.0.0.1:{port}"),
+        *(str(count), str(index), str(folder), json.dumps(jobs)),
+      ],
+      cwd=REPO,
+      env=environment(devices),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in range(count)
+  ]
+  try:
+    said = [child.communicate(timeout=TIMEOUT)[0] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+      child.wait()
+  codes = [child.returncode for child in children]
+  expect(not any(codes), f"exit codes {codes}:\n" + "\n".join(said))
+  return "\n".join(said)
+
+
 def free_port() -> int:
   """A port that nobody listens on."""
   with socket.socket() as listener:
@@ -255,33 +285,31 @@ def _again(folder, name, expected) -> Iterator[str]:
   yield expect_same_end(folder / name, expected)
 
 
-def killed(folder: pathlib.Path) -> Iterator[str]:
-  """A process is killed: the other stops with a reason, a restart goes on."""
-  expected = straight(folder)
-  run = Processes(folder, "killed")
+def lose(folder: pathlib.Path, name: str, index: int) -> Iterator[str]:
+  """Kills a process of two: the other stops with a reason."""
+  run = Processes(folder, name)
   run.wait_for_steps(40)
-  run.children[1].kill()
-  before = time.monotonic()
+  run.children[index].kill()
+  before, other = time.monotonic(), 1 - index
   codes = run.codes(SEEN_WITHIN)
   yield f"the other ended after {time.monotonic() - before:.1f} s"
-  yield f"with exit code {codes[0]}, and said:"
-  expect(codes[1] == -signal.SIGKILL and codes[0] != 0, str(codes))
-  yield line_with(LOST, run.said(0))
+  yield f"with exit code {codes[other]}, and said:"
+  expect(codes[index] == -signal.SIGKILL, f"exit codes {codes}")
+  expect(codes[other] not in (0, 2, 75), f"exit codes {codes}:\n{run.said()}")
+  yield line_with(LOST, run.said(other))
+
+
+def killed(folder: pathlib.Path) -> Iterator[str]:
+  """A process is killed; the restarted run goes on exactly."""
+  expected = straight(folder)
+  yield from lose(folder, "killed", 1)
   yield from _again(folder, "killed", expected)
 
 
 def coordinator_gone(folder: pathlib.Path) -> Iterator[str]:
   """Process 0, through which the others are in touch, is killed."""
   expected = straight(folder)
-  run = Processes(folder, "coordinator")
-  run.wait_for_steps(40)
-  run.children[0].kill()
-  before = time.monotonic()
-  codes = run.codes(SEEN_WITHIN)
-  yield f"the other ended after {time.monotonic() - before:.1f} s"
-  yield f"with exit code {codes[1]}, and said:"
-  expect(codes[0] == -signal.SIGKILL and codes[1] != 0, str(codes))
-  yield line_with(LOST, run.said(1))
+  yield from lose(folder, "coordinator", 0)
   yield from _again(folder, "coordinator", expected)
 
 
@@ -432,11 +460,29 @@ def other_numbers(folder: pathlib.Path) -> Iterator[str]:
   expect(worst[0] < 1e-4, "too much")
 
 
+METHODS = ("kd", "simkd", "crd", "semckd")
+
+
+def equal(folder: pathlib.Path) -> Iterator[str]:
+  """1, 2 and 4 processes, and 2 of 2 devices: equal parameters."""
+  for count, devices in ((1, 1), (2, 1), (4, 1), (2, 2)):
+    size = f"{count}x{devices}"
+    jobs = [[method, f"{method}-{size}", 0, {}] for method in METHODS]
+    train_in(folder, count, devices, jobs)
+    for method in METHODS if count > 1 else ():
+      worst = worst_difference(
+        folder / f"{method}-{size}", folder / f"{method}-1x1"
+      )
+      yield f"{method}, {count} processes x {devices}: {worst[0]:.1e}"
+      expect(worst[0] < 1e-5, f"differs: {worst}")
+
+
 DRILLS: dict[str, Callable[[pathlib.Path], Iterator[str]]] = {
   drill.__name__: drill
   for drill in (
     *(killed, coordinator_gone, frozen, terminated, cut_short, half_written),
     *(full_disk, full_disk_elsewhere, unreadable, not_shared, other_numbers),
+    equal,
   )
 }
 
