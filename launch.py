@@ -171,7 +171,7 @@ def _fail(error: Exception) -> NoReturn:
   """Says what has ended the run, and exits; a fault keeps its traceback."""
   import jax
 
-  from kd_jax import checkpoint, processes, train
+  from kd_jax import processes, train
 
   several = jax.process_count() > 1
   # How XLA's and gloo's errors begin, of whatever class they are.
@@ -184,13 +184,12 @@ def _fail(error: Exception) -> NoReturn:
   kind = f"{type(error).__name__}: "
   stopped = isinstance(error, (train.PreemptedError, processes.RefusedError))
   text = f"{'' if stopped else kind}{error}"
-  # These are raised in all processes, which can take leave of each other.
-  agreed = (train.NonFiniteLossError, checkpoint.UnsavedError)
   if not several:
-    if code == EXIT_FAILED and not isinstance(error, agreed):
+    if code == EXIT_FAILED and not isinstance(error, train.AGREED):
       raise error
     print(text, file=sys.stderr)
-  elif stopped or isinstance(error, agreed):
+  elif stopped or isinstance(error, train.AGREED):
+    # Raised in all processes, which can take leave of each other.
     if processes.is_first():
       print(text, file=sys.stderr)
   else:

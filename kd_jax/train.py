@@ -52,6 +52,10 @@ class PreemptedError(RuntimeError):
   """The run was asked to stop, and has saved what it needs to go on."""
 
 
+# What ends a run in all processes, at the same step.
+AGREED = (NonFiniteLossError, PreemptedError, checkpoint.UnsavedError)
+
+
 @dataclasses.dataclass(frozen=True)
 class Teacher:
   """A frozen teacher.
@@ -85,9 +89,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
   path = pathlib.Path(workdir).absolute()
   run = processes.together(lambda: prepare(config, path))
   processes.require_shared(path)
-  if isinstance(run, dict):
+  finished = processes.from_first(run if isinstance(run, dict) else None)
+  if finished is not None:
     _log.info("%s is finished: nothing to do", path)
-    return run
+    return finished
+  assert isinstance(run, Run)
   record.claim(path, run.config)
   setup.compilation_cache(run.config.parallel.compilation_cache, path)
   return run.train()
@@ -332,7 +338,9 @@ class Run:
       jax.random.key(self.config.seed), self.teacher.variables
     )
     state = state_lib.create(student, distilled, self.optimizer)
-    specs = self._specs(state)
+    specs = state_specs(state, self.distiller)
+    if self.config.parallel.mapping == "pmap":  # has no other way
+      specs = jax.tree.map(lambda _: P(), state)
     state = self.devices.place(state, specs)
     self._compile_functions(specs)
     _log.info("%s", setup.parameter_overview(state.params))
@@ -341,22 +349,14 @@ class Run:
     loop = Loop(self, state)
     try:
       result = loop.run()
-    except Exception:
+    except AGREED:
+      loop.close()
+      raise
+    except BaseException:
       loop.abandon()
       raise
     loop.close()
     return result
-
-  def _specs(self, state):
-    """Which arrays of the state are split over the devices, by rows."""
-    rows = () if self.devices.mapping == "pmap" else self.distiller.memory_rows
-
-    def spec(path, _):
-      place = [jax.tree_util.keystr((key,), simple=True) for key in path]
-      split = place[:3] == ["collections", "distiller", "memory"]
-      return P(parallel.AXIS) if split and place[-1] in rows else P()
-
-    return jax.tree_util.tree_map_with_path(spec, state)
 
   def _compile_functions(self, specs):
     step = train_step.make_train_step(
@@ -459,6 +459,28 @@ class Run:
       )
     _say(f"teacher {name}: {_scores(about)} ({source})")
     return Teacher(self.teacher_model, variables, about)
+
+
+def state_specs(
+  state: state_lib.TrainState, distiller: distillers.Distiller
+) -> state_lib.TrainState:
+  """Which arrays of a state are split over the devices, for `place`.
+
+  Args:
+    state: of arrays.
+    distiller: whose `memory_rows` they are.
+
+  Returns:
+    The state with a spec for every array.
+  """
+
+  def spec(path, _):
+    place = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    memory = place[:3] == ["collections", "distiller", "memory"]
+    split = memory and place[-1] in distiller.memory_rows
+    return P(parallel.AXIS) if split else P()
+
+  return jax.tree_util.tree_map_with_path(spec, state)
 
 
 def _abstract_batch(size, shape):

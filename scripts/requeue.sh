@@ -1,16 +1,19 @@
 # Sourced by the sbatch files, with the arguments of launch.py: runs it in all
 # tasks, and puts the job back into the queue if it was stopped with its
-# progress saved (exit code 75): by the time limit, by scancel --signal=TERM
-# --batch, or by a preemption.
+# progress saved (exit code 75): by the time limit, a preemption or
+# `scancel --signal=TERM --batch`.
+
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 
 # bash runs a trap only between commands: srun goes to the background, and
-# `wait` ends when the signal comes. srun passes SIGTERM on to all tasks.
-cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
-trap 'echo "passing SIGTERM on"; kill -TERM "$task"' TERM
+# `wait` ends when the signal comes. A SIGTERM to srun itself would have it kill
+# the tasks; scancel sends it to them.
+trap 'echo "asking all tasks to save and stop"
+  scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-# One failed task ends the others. Output comes line by line, with the number
-# of the task before it.
-srun --kill-on-bad-exit=1 --unbuffered --label \
+# When a task has failed, the others end by themselves, with a reason; 60 s
+# after the first they are ended. Not at once: that would spoil the code 75.
+srun --kill-on-bad-exit=0 --wait=60 --unbuffered --label \
   "${PYTHON:-python}" launch.py "$@" &
 task=$!
 

@@ -1,6 +1,7 @@
 """Hits, means, non-finite values, and the files that keep them."""
 
 import json
+import resource
 import sys
 
 import jax.numpy as jnp
@@ -205,3 +206,32 @@ def test_progress_of_another_process_is_silent(capsys, monkeypatch):
   progress.line("epoch 1")
   progress.close()
   assert capsys.readouterr() == ("", "")
+
+
+def test_a_full_disk_loses_no_line(tmp_path, caplog):
+  writer = metrics.Writer(tmp_path, resume_step=0)
+  writer.write(1, "train", {"loss": 1.0})
+  path = tmp_path / "metrics.jsonl"
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # Room for half a line.
+  limit = path.stat().st_size + 20
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+  try:
+    for step in (2, 3):
+      writer.write(step, "train", {"loss": 1.0})
+      assert len(path.read_text().splitlines()) == 1
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert caplog.text.count("its lines are kept and written when there is") == 1
+  writer.write(4, "train", {"loss": 1.0})
+  writer.close()
+  assert [r["step"] for r in metrics.read(path)] == [1, 2, 3, 4]
+  steps = {step for _, step, _ in events(tmp_path / "tensorboard")}
+  assert {2, 3, 4} <= steps
+
+
+def test_a_writer_that_is_off_writes_nothing(tmp_path):
+  writer = metrics.Writer(tmp_path, resume_step=0, enabled=False)
+  writer.write(1, "train", {"loss": 1.0})
+  writer.close()
+  assert list(tmp_path.iterdir()) == []

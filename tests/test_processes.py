@@ -209,6 +209,64 @@ time.sleep(60)
   assert process.returncode == 75 and out == "out 0\n"
 
 
+COMMANDS = {
+  "srun": """
+while [[ $1 == --* ]]; do shift; done
+"$@" & echo $! > task
+wait $!
+""",
+  "scancel": 'echo "$@" >> calls; kill -TERM "$(cat task)"',
+  "scontrol": 'echo "$@" >> calls',
+  # It saves for a while.
+  "trainer": """
+trap 'sleep 0.5; exit 75' TERM
+echo "$@" > arguments
+while [[ $4 != fail ]]; do sleep 0.1; done
+exit 3
+""",
+}
+
+
+def sbatch(name, folder, *arguments):
+  for command, text in COMMANDS.items():
+    (folder / command).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / command).chmod(0o755)
+  (folder / "scripts").symlink_to(REPO / "scripts")
+  return subprocess.Popen(
+    ["bash", str(REPO / "scripts" / name), *arguments],
+    cwd=folder,
+    env={
+      **os.environ,
+      "PATH": f"{folder}:{os.environ['PATH']}",
+      "PYTHON": "trainer",
+      "SLURM_JOB_ID": "7",
+      "SLURM_SUBMIT_DIR": str(folder),
+    },
+  )
+
+
+@pytest.mark.parametrize("name", ["one_node.sbatch", "several_nodes.sbatch"])
+def test_a_job_is_stopped_and_put_back_into_the_queue(name, tmp_path):
+  text = (REPO / "scripts" / name).read_text()
+  for line in ("--requeue", "--signal=B:TERM@180", "--open-mode=append"):
+    assert f"#SBATCH {line}\n" in text
+  job = sbatch(name, tmp_path, "--config", "a b.py")
+  while not (tmp_path / "arguments").exists():
+    assert job.poll() is None
+  job.terminate()
+  assert job.wait(timeout=30) == 75
+  arguments = (tmp_path / "arguments").read_text()
+  assert arguments == "launch.py --config a b.py\n"
+  calls = (tmp_path / "calls").read_text()
+  assert calls == "--signal=TERM 7\nrequeue 7\n"
+
+
+def test_a_job_that_fails_is_not(tmp_path):
+  job = sbatch("one_node.sbatch", tmp_path, "--config", "a", "fail")
+  assert job.wait(timeout=30) == 3
+  assert not (tmp_path / "calls").exists()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("processes")
@@ -216,7 +274,9 @@ def folder(tmp_path_factory):
 
 def test_one_result(folder):
   """Four methods; then a run of 4 processes, gone on with by 2 and by 1."""
-  jobs = [[method, f"{method}-2x2", 0, {}] for method in drills.METHODS]
+  # With a clock that always says save.
+  changes = {"checkpoint.every_minutes": 0.0}
+  jobs = [[method, f"{method}-2x2", 0, changes] for method in drills.METHODS]
   said = drills.train_in(folder, 2, 2, jobs)
   assert said.count("training _tiny_wide first") == 1  # by both, told once
   jobs = [[method, f"{method}-1x1", 0, {}] for method in drills.METHODS]
