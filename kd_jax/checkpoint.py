@@ -374,7 +374,9 @@ class Checkpointer:
 
 
 def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), "")[:300]
+  line = next(iter(str(error).splitlines()), "")
+  # The cause of a nested error comes last.
+  return line if len(line) < 300 else f"{line[:100]} ... {line[-180:]}"
 
 
 def _paths(tree: Any) -> list[list[str]]:

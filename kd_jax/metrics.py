@@ -4,11 +4,13 @@ A device never divides: a step returns sums over its global batch and their
 count, so that means over any number of steps, batches or devices are exact.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import pathlib
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -168,6 +170,7 @@ class Writer:
     self._flush()
     self._lines.close()
     self._events.flush()
+    self._events.close()
 
 
 class _Events:
@@ -177,9 +180,9 @@ class _Events:
     # After a restore, and not by those who only read.
     from tensorboardX.proto import event_pb2
 
-    self._new = event_pb2.Event
-    self._folder = folder
-    self._files = 0
+    folder.mkdir(exist_ok=True)
+    self._new, self._folder = event_pb2.Event, folder
+    self._path, self._size, self._files = folder, 0, 0
     self._file: Any = None
     log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._pending = [self._new(step=purge_step, session_log=log)]
@@ -188,30 +191,42 @@ class _Events:
     """Adds a value, to be written with the next `flush`."""
     from tensorboardX import summary
 
-    event = self._new(
-      step=step, wall_time=time.time(), summary=summary.scalar(name, value)
-    )
-    self._pending.append(event)
+    scalar = summary.scalar(name, value)
+    now = time.time()
+    self._pending.append(self._new(step=step, wall_time=now, summary=scalar))
 
   def flush(self) -> None:
     """Writes what there is, or keeps it if the disk is full."""
-    from tensorboardX import event_file_writer
+    from tensorboardX import record_writer
 
+    events = self._pending
     try:
       if self._file is None:
-        self._folder.mkdir(exist_ok=True)
-        suffix = f".{self._files}" if self._files else ""
-        self._file = event_file_writer.EventsWriter(
-          str(self._folder / "events"), suffix
+        self._path = self._folder / (
+          f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+          f".{os.getpid()}.{self._files}"
         )
-      for event in self._pending:
-        self._file.write_event(event)
+        self._files, self._size = self._files + 1, 0
+        self._file = record_writer.RecordWriter(str(self._path))
+        now = time.time()
+        version = self._new(wall_time=now, file_version="brain.Event:2")
+        events = [version, *events]
+      for event in events:
+        self._file.write(event.SerializeToString())
       self._file.flush()
     except OSError:  # `Writer` says so
-      # A file that ends in half an event cannot be gone on with.
-      self._file, self._files = None, self._files + 1
+      self.close()
+      if self._path.exists():  # without half an event at its end
+        os.truncate(self._path, self._size)
     else:
-      self._pending = []
+      self._size, self._pending = self._path.stat().st_size, []
+
+  def close(self) -> None:
+    """Closes the file; what is added later goes into another."""
+    if self._file is not None:
+      with contextlib.suppress(OSError):
+        self._file.close()
+      self._file = None
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
