@@ -3,6 +3,8 @@
     python launch.py --config configs/simkd_cifar.py
     python launch.py --config configs/simkd_cifar.py:smoke
     python launch.py --config configs/kd_cifar.py --config.seed=1 --workdir DIR
+    python launch.py --config configs/kd_cifar.py --local_processes 2
+    srun python launch.py --config configs/kd_cifar.py
 
 Started again with the same command, a run goes on where it stopped.
 Exit codes: 0 finished, 1 failed, 2 bad input, 75 stopped by a signal with a
@@ -13,7 +15,9 @@ import difflib
 import itertools
 import pathlib
 import re
+import socket
 import sys
+import traceback
 from typing import NoReturn
 
 from absl import app, flags
@@ -22,6 +26,7 @@ from ml_collections import config_flags
 REPO = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(REPO))
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a scheduler may requeue
 
@@ -34,6 +39,21 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run (default: runs/NAME OF THE CONFIG)."
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "HOST:PORT of process 0. Under srun, mpirun and in an indexed Kubernetes job"
+  " this and the next two are found out.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes share the run."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0."
+)
+_LOCAL_PROCESSES = flags.DEFINE_integer(
+  "local_processes", None, "Start so many processes on this machine."
+)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -45,6 +65,14 @@ def parse(argv: list[str]) -> list[str]:
     if _CONFIG.value is None:
       raise ValueError("name a config, as in --config configs/quickstart.py")
     _ = _CONFIG.value.grid  # a file that cannot be read is an error only now
+    from kd_jax import processes
+
+    processes.check_flags(
+      coordinator_address=_COORDINATOR_ADDRESS.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+      local_processes=_LOCAL_PROCESSES.value,
+    )
   except OSError as error:
     _refuse(_no_such_config(argv) or str(error))
   except (AttributeError, KeyError) as error:
@@ -91,8 +119,44 @@ def _no_such_field(error: BaseException, argv: list[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the config."""
+  """Runs the config, in as many processes as there are to be."""
   del argv
+  from kd_jax import processes
+
+  try:
+    if _LOCAL_PROCESSES.value is not None:
+      flag = "local_processes"
+      command = [sys.executable, *_without(flag, [__file__, *sys.argv[1:]])]
+      sys.exit(processes.start_local(_LOCAL_PROCESSES.value, command))
+    processes.initialize(
+      coordinator_address=_COORDINATOR_ADDRESS.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+      heartbeat_seconds=_CONFIG.value.parallel.heartbeat_seconds,
+    )
+  except ValueError as error:
+    _refuse(str(error))
+  try:
+    _run()
+  except Exception as error:
+    _fail(error)
+
+
+def _without(flag: str, argv: list[str]) -> list[str]:
+  """The arguments without a flag and its value."""
+  kept, skip = [], False
+  for arg in argv:
+    name, equals, _ = arg.lstrip("-").partition("=")
+    if skip:
+      skip = False
+    elif arg.startswith("-") and name == flag:
+      skip = not equals
+    else:
+      kept.append(arg)
+  return kept
+
+
+def _run() -> None:
   from kd_jax import grid, setup, train
 
   setup.configure_logging()
@@ -100,14 +164,46 @@ def main(argv: list[str]) -> None:
   name = "_".join(filter(None, [pathlib.Path(path).stem, arg]))
   workdir = _WORKDIR.value or str(pathlib.Path("runs") / name)
   run = grid.run_grid if _CONFIG.value.grid else train.train_and_evaluate
-  try:
-    run(_CONFIG.value, workdir)
-  except train.PreemptedError as stopped:
-    print(stopped, file=sys.stderr)
-    sys.exit(EXIT_STOPPED)
-  except (ValueError, ImportError) as error:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+  run(_CONFIG.value, workdir)
+
+
+def _fail(error: Exception) -> NoReturn:
+  """Says what has ended the run, and exits; a fault keeps its traceback."""
+  import jax
+
+  from kd_jax import processes, train
+
+  several = jax.process_count() > 1
+  # How XLA's and gloo's errors begin, of whatever class they are.
+  lost = several and re.match(r"[A-Z_]{5,}: ", str(error)) is not None
+  code = EXIT_FAILED
+  if isinstance(error, train.PreemptedError):
+    code = EXIT_STOPPED
+  elif isinstance(error, (ValueError, ImportError)) and not lost:
+    code = EXIT_BAD_INPUT
+  kind = f"{type(error).__name__}: "
+  stopped = isinstance(error, (train.PreemptedError, processes.RefusedError))
+  text = f"{'' if stopped else kind}{error}"
+  if not several:
+    if code == EXIT_FAILED and not isinstance(error, train.AGREED):
+      raise error
+    print(text, file=sys.stderr)
+  elif stopped or isinstance(error, train.AGREED):
+    # Raised in all processes, which can take leave of each other.
+    if processes.is_first():
+      print(text, file=sys.stderr)
+  else:
+    if code == EXIT_FAILED and not isinstance(error, OSError) and not lost:
+      traceback.print_exception(error)
+    if lost:
+      text = (
+        f"{text.strip()}\nThis is how the end of another process, or of the"
+        " network, is seen here: look for what another has said before"
+      )
+    me = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"{me} ({socket.gethostname()}): {text}", file=sys.stderr)
+    processes.end(code)
+  sys.exit(code)
 
 
 if __name__ == "__main__":

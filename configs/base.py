@@ -142,10 +142,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.log.every_steps = 100
 
   config.parallel = ConfigDict()
-  # Devices of this run; 0: all.
+  # Devices of this run, over all processes; 0: all.
   config.parallel.num_devices = 0
   # "shard_map" or "pmap".
   config.parallel.mapping = "shard_map"
+  # Seconds after which a process that is not heard of counts as dead, and ends
+  # the others.
+  config.parallel.heartbeat_seconds = 30
   # Folder for compiled programs; "auto": beside the workdir on accelerators
   # and none on a CPU, "": none.
   config.parallel.compilation_cache = "auto"

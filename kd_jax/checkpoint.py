@@ -6,11 +6,17 @@ of every array and of the JSON). Orbax makes the folder appear whole or not at
 all; the fingerprints tell when its bytes have changed since. A checkpoint that
 cannot be read, or differs from its fingerprint, is set aside and the one
 before it is used.
+
+In many processes all write a checkpoint together, through Orbax, and each
+reads it whole by itself, so that a file that one of them cannot read does not
+leave the others waiting. What each has found is then put together: they save,
+give up or go back to the same checkpoint.
 """
 
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import shutil
 import zlib
@@ -20,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from kd_jax import parallel, processes
 
 _log = logging.getLogger(__name__)
 
@@ -46,23 +54,61 @@ class CorruptCheckpointError(ValueError):
 
 
 def fingerprint(tree: Any) -> list[int]:
-  """The CRC-32 of each array's bytes.
+  """A 64-bit sum over each array's bits, weighted by their position.
 
   It is computed on the host, because compiling it for every tree of arrays
-  would take longer than all the checkpoints of a short run.
+  would take longer than all the checkpoints of a short run. In many processes,
+  all have to call it.
 
   Args:
     tree: arrays.
 
   Returns:
     One number per leaf, in the order of `jax.tree.leaves`. It does not depend
-    on the devices or on how they share the array.
+    on the devices, on how they share the array, or on rows of zeros after it.
   """
-  leaves = jax.device_get([_as_bits(x) for x in jax.tree.leaves(tree)])
-  return [
-    zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
-    for x in leaves
-  ]
+  leaves = [_as_bits(x) for x in jax.tree.leaves(tree)]
+  own, shared = [0] * len(leaves), []
+  for i, leaf in enumerate(leaves):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+      own[i] = _weighted_sum(np.asarray(leaf))
+    elif leaf.is_fully_replicated:
+      own[i] = _weighted_sum(np.asarray(leaf.addressable_data(0)))
+    else:
+      shared.append(i)
+      own[i] = sum(
+        _weighted_sum(np.asarray(s.data), s.index[0].start or 0)
+        for s in leaf.addressable_shards
+        if s.replica_id == 0
+      )
+  if shared:
+    # As halves: JAX has no 64 bits.
+    parts = np.array([divmod(own[i] & _MASK, 2**32) for i in shared], np.uint32)
+    gathered = parallel.gather_processes(parts)
+    for i, column in zip(shared, gathered.swapaxes(0, 1)):
+      own[i] = sum(int(high) * 2**32 + int(low) for high, low in column)
+  return [value & _MASK for value in own]
+
+
+_MASK = 2**64 - 1
+_BLOCK = 1 << 20
+
+
+def _weighted_sum(x: np.ndarray, first_row: int = 0) -> int:
+  """Sum of words times odd weights; `x` begins at that row of its array."""
+  start = first_row * math.prod(x.shape[1:])
+  flat = np.ascontiguousarray(x).reshape(-1)
+  words, total = flat.view(f"u{x.dtype.itemsize}"), 0
+  for i in range(0, words.size, _BLOCK):
+    block = words[i : i + _BLOCK].astype(np.uint64)
+    weights = np.arange(start + i, start + i + block.size, dtype=np.uint64)
+    # Scrambled, so that no two changes that are alike cancel out.
+    weights = (weights + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    weights ^= weights >> np.uint64(29)
+    weights *= np.uint64(0xBF58476D1CE4E5B9)
+    weights ^= weights >> np.uint64(32)
+    total += int(np.sum(block * (weights | np.uint64(1)), dtype=np.uint64))
+  return total & _MASK
 
 
 def _as_bits(x):
@@ -75,8 +121,19 @@ def _checksum(*content):
   return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
+class UnsavedError(RuntimeError):
+  """A run has come to its end, and its last checkpoint cannot be written."""
+
+
 class Checkpointer:
-  """Saves and restores one kind of checkpoint below one folder."""
+  """Saves and restores one kind of checkpoint below one folder.
+
+  Unless it is `read_only`, all processes have to make the same calls.
+
+  Attributes:
+    newest: step of the newest checkpoint, of which `wait` may find that it
+      could not be written; None if there is none.
+  """
 
   def __init__(
     self, directory: pathlib.Path, *, keep: int = 1, read_only: bool = False
@@ -91,19 +148,34 @@ class Checkpointer:
     self._directory = directory
     self._keep = keep
     self._read_only = read_only
-    self._manager = self._open()
+    self._barrier = processes.Barrier(str(directory))
+    self._manager = None if read_only else self._open()
+    self.newest = max(self._steps(), default=None)
 
   def _open(self) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
         max_to_keep=self._keep,
-        create=not self._read_only,
-        read_only=self._read_only,
-        cleanup_tmp_directories=not self._read_only,
+        create=True,
+        cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
+        async_options=ocp.options.AsyncOptions(
+          barrier_sync_fn=self._barrier.wait,
+          # So that a full disk is found by the first process, or by threads
+          # that `Barrier` brings to an end.
+          create_directories_asynchronously=False,
+        ),
       ),
     )
+
+  def _steps(self) -> list[int]:
+    """Steps of whole checkpoints, as the first process sees them."""
+    found = []
+    if self._directory.exists():
+      names = [path.name for path in self._directory.iterdir()]
+      found = sorted(int(name) for name in names if name.isdigit())
+    return found if self._read_only else processes.from_first(found)
 
   def save(
     self,
@@ -112,7 +184,7 @@ class Checkpointer:
     *,
     position: dict[str, Any],
     meta: dict[str, Any],
-  ) -> None:
+  ) -> bool:
     """Starts saving; the arrays may be overwritten as soon as it returns.
 
     A step that is already there is left as it is: runs are deterministic, so
@@ -123,15 +195,27 @@ class Checkpointer:
       state: a pytree of arrays.
       position: JSON-able.
       meta: JSON-able.
+
+    Returns:
+      Whether it was started. If not, or if `wait` finds that it has failed,
+      a warning says why, and the checkpoints that are there stay.
     """
-    if step in self._manager.all_steps():
-      return
+    assert self._manager is not None
+    self.wait()
+    if step in self._steps():
+      return True
     arrays = _as_dicts(state)
+    size = sum(x.nbytes for x in jax.tree.leaves(arrays))
+    problem = processes.from_first(self._no_room(size))
+    if problem:
+      self._failed(step, problem)
+      return False
     meta = {
       **meta,
       "checksum": _checksum(position, meta),
       "fingerprint": fingerprint(arrays),
     }
+    self._barrier.begin()
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -141,14 +225,74 @@ class Checkpointer:
       ),
       force=True,
     )
+    self.newest = step
+    self._saving = step
+    return True
+
+  _saving: int | None = None
+
+  def _no_room(self, size: int) -> str:
+    """Why `size` bytes cannot be written, or "". The first process asks."""
+    if not processes.is_first():
+      return ""
+    probe = self._directory / ".probe"
+    try:
+      probe.write_bytes(bytes(4096))
+      probe.unlink()
+      free = shutil.disk_usage(self._directory).free
+    except OSError as error:
+      probe.unlink(missing_ok=True)
+      return f"{type(error).__name__}: {error}"
+    if free < size:
+      return f"{size:,} bytes are needed and {free:,} are free"
+    return ""
+
+  def _failed(self, step: int, problem: str) -> None:
+    assert self._manager is not None
+    self._manager.reload()
+    self.newest = max(self._steps(), default=None)
+    if processes.is_first():
+      for path in self._directory.glob(f"{step}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+      kept = "There is none before it"
+      if self.newest is not None:
+        kept = f"The one of step {self.newest} is kept"
+      _log.warning(
+        "the checkpoint of step %d could not be written to %s (%s). %s;"
+        " training goes on, and the next is tried when it is due",
+        step,
+        self._directory,
+        problem,
+        kept,
+      )
+
+  def wait(self) -> bool:
+    """Returns when what was started is on disk, or has failed: whether it is.
+
+    A failure, of any process, is told in a warning.
+    """
+    if self._saving is None:
+      return True
+    assert self._manager is not None
+    step, self._saving, problem = self._saving, None, ""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # whatever a disk provokes
+      problem = f"{type(error).__name__}: {_first_line(error)}"
+    problems = [text for text in processes.gather_texts(problem) if text]
+    if problems:
+      causes = [p for p in problems if processes.FOLLOWED not in p]
+      self._failed(step, (causes or problems)[0])
+    return not problems
 
   def restore_latest(self, like: Any) -> Restored | None:
     """Reads the newest good checkpoint.
 
     Args:
-      like: a pytree of arrays or `jax.ShapeDtypeStruct`s (with shardings)
-        that says what to expect and where to put it; None takes what is
-        there, as nested dicts.
+      like: a pytree of arrays (or `jax.ShapeDtypeStruct`s) that says what to
+        expect and, by their shardings, where to put it;
+        None takes what is there, as nested dicts of numpy arrays. An array may
+        have rows of zeros that were added for other devices.
 
     Returns:
       What was read, or None if the folder has no checkpoint.
@@ -157,17 +301,22 @@ class Checkpointer:
       ValueError: if there are checkpoints and none can be read.
     """
     bad: list[int] = []
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    for step in reversed(self._steps()):
+      restored, problem = None, ""
       try:
         restored = self._restore(step, like)
       except Exception as error:  # whatever a damaged file provokes
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+      if not self._read_only:
+        found = [text for text in processes.gather_texts(problem) if text]
+        problem = found[0] if found else ""
+      if problem:
         _log.warning(
-          "checkpoint of step %d in %s cannot be used (%s: %s); the one before"
+          "checkpoint of step %d in %s cannot be used (%s); the one before"
           " it is tried",
           step,
           self._directory,
-          type(error).__name__,
-          next(iter(str(error).splitlines()), ""),
+          problem,
         )
         bad.append(step)
       else:
@@ -183,19 +332,12 @@ class Checkpointer:
     return None
 
   def _restore(self, step: int, like: Any) -> Restored:
-    items = {
-      "position": ocp.args.JsonRestore(),
-      "meta": ocp.args.JsonRestore(),
-    }
-    if like is not None:
-      abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-      items["state"] = ocp.args.StandardRestore(_as_dicts(abstract))
-    read = self._manager.restore(step, args=ocp.args.Composite(**items))
-    if like is None:  # on the host: the devices it came from may be gone
-      arrays = restore_tree(self._directory / str(step) / "state")
-    else:
-      arrays = read["state"]
-    meta, position = dict(read["meta"]), dict(read["position"])
+    folder = self._directory / str(step)
+    meta, position = (
+      json.loads((folder / name / "metadata").read_text(encoding="utf-8"))
+      for name in ("meta", "position")
+    )
+    arrays = restore_tree(folder / "state")
     expected = meta.pop("fingerprint")
     if meta.pop("checksum") != _checksum(position, meta):
       raise CorruptCheckpointError("its JSON differs from what was saved")
@@ -209,25 +351,32 @@ class Checkpointer:
     return Restored(step, state, position, meta)
 
   def _set_aside(self, steps: list[int]) -> None:
+    assert self._manager is not None
     aside = self._directory.with_name(self._directory.name + "_corrupt")
-    aside.mkdir(exist_ok=True)
     self._manager.close()
-    for step in steps:
-      target = aside / str(step)
-      if target.exists():
-        shutil.rmtree(target)
-      shutil.move(self._directory / str(step), target)
+    if processes.is_first():
+      aside.mkdir(exist_ok=True)
+      for step in steps:
+        target = aside / str(step)
+        if target.exists():
+          shutil.rmtree(target)
+        shutil.move(self._directory / str(step), target)
+    self._barrier.begin()
     self._manager = self._open()
+    self.newest = max(self._steps(), default=None)
     _log.warning("moved what cannot be used to %s", aside)
-
-  def wait(self) -> None:
-    """Returns when what was started is on disk."""
-    self._manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and releases the folder."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    self.wait()
+    if self._manager is not None:
+      self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+  line = next(iter(str(error).splitlines()), "")
+  # The cause of a nested error comes last.
+  return line if len(line) < 300 else f"{line[:100]} ... {line[-180:]}"
 
 
 def _paths(tree: Any) -> list[list[str]]:
@@ -251,32 +400,67 @@ def _as_dicts(tree: Any) -> dict[str, Any]:
 
 def _like(nested: dict[str, Any], tree: Any) -> Any:
   """What `_as_dicts` made of something like `tree`, in its own containers."""
+  paths = _paths(tree)
+  if len(paths) != len(jax.tree.leaves(nested)):
+    raise ValueError(
+      f"expected {len(paths)} arrays, got {len(jax.tree.leaves(nested))}"
+    )
 
-  def follow(path):
-    place = nested
+  def follow(path, like):
+    place: Any = nested
     for key in path:
       place = place[key]
-    return place
+    array = _with_rows(place, like.shape) if like.ndim else place
+    if (array.shape, array.dtype) != (like.shape, like.dtype):
+      raise ValueError(
+        f"{'/'.join(path)}: expected {like.shape} {like.dtype}, got"
+        f" {array.shape} {array.dtype}"
+      )
+    sharding = getattr(like, "sharding", None)
+    return array if sharding is None else parallel.put_whole(array, sharding)
 
-  leaves = [follow(path) for path in _paths(tree)]
+  leaves = jax.tree.leaves(tree)
+  leaves = [follow(*each) for each in zip(paths, leaves, strict=True)]
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
+def _with_rows(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Adds, or takes away, rows of zeros: see `parallel.Devices.place`."""
+  if array.shape[1:] != shape[1:] or array[shape[0] :].any():
+    return array
+  missing = max(shape[0] - array.shape[0], 0)
+  rows = np.zeros((missing, *shape[1:]), array.dtype)
+  return np.concatenate([array[: shape[0]], rows])
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Makes Orbax wait for no other process."""
+  own = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=own, active_processes={own}, barrier_sync_key_prefix=str(own)
+  )
+
+
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
-  """Writes a nested dict of arrays as a plain Orbax checkpoint."""
-  with ocp.StandardCheckpointer() as checkpointer:
+  """Writes a nested dict of arrays, alone, as a plain Orbax checkpoint."""
+  with ocp.StandardCheckpointer(
+    multiprocessing_options=_alone()
+  ) as checkpointer:
     checkpointer.save(directory.resolve(), tree)
 
 
 def restore_tree(directory: pathlib.Path) -> Any:
-  """Reads what `save_tree` wrote, as numpy arrays.
+  """Reads what `save_tree` wrote, alone, as numpy arrays.
 
   Raises:
     ValueError: if it cannot be read.
   """
   directory = directory.resolve()
   try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    with ocp.Checkpointer(
+      handler, multiprocessing_options=_alone()
+    ) as checkpointer:
       metadata = checkpointer.metadata(directory).item_metadata
       arguments = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree

@@ -6,12 +6,13 @@ that it can be resumed, exported or named as a teacher like any other run.
 
 import copy
 import difflib
+import functools
 import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd_jax import report, train
+from kd_jax import processes, report, train
 
 # Free-form sections: a cell that names one replaces it.
 _REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
@@ -68,18 +69,21 @@ def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     workdir: folder of the grid.
 
   Returns:
-    The rows of the table.
+    The rows of the table; other processes than the first have none.
   """
   folder = pathlib.Path(workdir).absolute()
   made = cells(config)
   for name, cell in made.items():  # a mistake in the last one is found now
     try:
-      train.prepare(cell, folder / name)
+      processes.together(functools.partial(train.prepare, cell, folder / name))
     except ValueError as error:
-      raise ValueError(f"config.grid.{name}: {error}") from error
+      raise type(error)(f"config.grid.{name}: {error}") from error
   for number, (name, cell) in enumerate(made.items(), 1):
-    print(f"\n[{number}/{len(made)}] {name}", flush=True)
+    if processes.is_first():
+      print(f"\n[{number}/{len(made)}] {name}", flush=True)
     train.train_and_evaluate(cell, str(folder / name))
+  if not processes.is_first():
+    return []
   rows = report.collect(folder)
   text = report.table(rows)
   (folder / "table.md").write_text(text, encoding="utf-8")

@@ -1,11 +1,12 @@
 """Devices: the collectives, and the one place that maps a step over them.
 
-Every collective of the package goes through `axis_mean`, `axis_sum`,
-`axis_gather` and `axis_index` below. With `axis_name=None` they do nothing, so
-that the code that calls them runs, and is tested, as a plain function.
+Every collective of the package goes through the functions below. With
+`axis_name=None` they do nothing, so that the code that calls them runs, and is
+tested, as a plain function.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,11 +41,29 @@ def axis_index(axis_name: str | None) -> jax.Array:
   return jax.lax.axis_index(axis_name)
 
 
+def axis_sum_rows(x: jax.Array, axis_name: str | None) -> jax.Array:
+  """Sum over the devices of [B * devices, ...]; each keeps its B rows."""
+  if axis_name is None:
+    return x
+  return jax.lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True)
+
+
 def axis_gather(x: Any, axis_name: str | None) -> Any:
   """Concatenates [B, ...] leaves of all devices to [B * devices, ...]."""
   if axis_name is None:
     return x
   return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+
+def gather_processes(value: Any) -> np.ndarray:
+  """Every process's value, [processes, ...]; of 32 bits or less."""
+  value = np.asarray(value)
+  if jax.process_count() == 1:
+    return value[None]
+  from jax.experimental import multihost_utils  # brings much along
+
+  gathered = multihost_utils.process_allgather(value)
+  return np.asarray(gathered).astype(value.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +79,68 @@ class Devices:
   mapping: str = "shard_map"
 
   def replicate(self, tree: Any) -> Any:
-    """Copies a pytree of arrays onto every device."""
-    return jax.device_put(tree, NamedSharding(self.mesh, P()))
+    """Copies a pytree of arrays, the same in all processes, to every device."""
+    return self.place(tree, jax.tree.map(lambda _: P(), tree))
+
+  def place(self, tree: Any, specs: Any) -> Any:
+    """Puts a pytree of arrays where a pytree of specs says.
+
+    Args:
+      tree: arrays, whole and the same in all processes.
+      specs: for every array P(), on all devices, or P(AXIS), its rows split
+        over them, with rows of zeros added if they do not divide.
+
+    Returns:
+      The placed arrays.
+    """
+
+    def put(x, spec):
+      sharding = NamedSharding(self.mesh, spec)
+      if spec != P():
+        rows = -x.shape[0] % self.mesh.devices.size
+        x = jnp.pad(x, [(0, rows), *[(0, 0)] * (x.ndim - 1)])
+      return put_whole(x, sharding)
+
+    return jax.tree.map(put, tree, specs)
 
   def shard(self, xs: Any) -> Any:
-    """Places [k, B, ...] host leaves with B spread over the devices."""
+    """Places this process's [k, B, ...] leaves with B spread over devices."""
     sharding = NamedSharding(self.mesh, P(None, AXIS))
 
     def place(x):
+      if jax.process_count() > 1:
+        x = np.asarray(x)
       if isinstance(x, jax.Array):
         return jax.device_put(x, sharding)
       return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(place, xs)
 
+  def count(self, *flags: bool) -> jax.Array:
+    """In how many processes each flag is set; does not wait for them.
+
+    The sum is queued behind the work that the devices have, and is there for
+    who fetches it later.
+    """
+    mine = self.mesh.local_mesh.devices.size
+    rows = np.zeros((mine, len(flags)), np.int32)
+    rows[0] = flags
+    sharding = NamedSharding(self.mesh, P(AXIS))
+    return self._sum(jax.make_array_from_process_local_data(sharding, rows))
+
+  @functools.cached_property
+  def _sum(self):
+    return jax.jit(
+      lambda x: jnp.sum(x, axis=0),
+      out_shardings=NamedSharding(self.mesh, P()),
+    )
+
   def map_chunk(
-    self, fn: Callable[..., Any], *, donate: bool = False
+    self,
+    fn: Callable[..., Any],
+    *,
+    donate: bool = False,
+    carry_specs: Any = None,
   ) -> Callable[..., Any]:
     """Compiles `fn(carry, constants, resident, xs)` over the devices.
 
@@ -89,23 +154,26 @@ class Devices:
     Args:
       fn: the per-replica function.
       donate: whether `carry`'s memory may be reused for the result.
+      carry_specs: how `carry` is placed, if not all of it is replicated; `fn`
+        then returns (carry, what is replicated). Not for "pmap".
 
     Returns:
       The compiled function, with the arguments of `fn`.
     """
     if self.mapping == "pmap":
       return self._pmap(fn)
+    carry = P() if carry_specs is None else carry_specs
     mapped = jax.shard_map(
       fn,
       mesh=self.mesh,
-      in_specs=(P(), P(), P(), P(None, AXIS)),
-      out_specs=P(),
+      in_specs=(carry, P(), P(), P(None, AXIS)),
+      out_specs=P() if carry_specs is None else (carry, P()),
       check_vma=False,
     )
     return jax.jit(mapped, donate_argnums=(0,) if donate else ())
 
   def _pmap(self, fn):
-    size = self.mesh.devices.size
+    mine = self.mesh.local_mesh.devices
     mapped = jax.pmap(
       fn,
       axis_name=AXIS,
@@ -114,13 +182,36 @@ class Devices:
       devices=list(self.mesh.devices.flat),
     )
 
-    def call(carry, constants, resident, xs):
-      def split(x):
-        return x.reshape(x.shape[0], size, x.shape[1] // size, *x.shape[2:])
+    def split(x):
+      if not x.is_fully_addressable:
+        shards = sorted(x.addressable_shards, key=lambda s: s.index[1].start)
+        x = np.concatenate([np.asarray(s.data) for s in shards], axis=1)
+      size = mine.size
+      return x.reshape(x.shape[0], size, x.shape[1] // size, *x.shape[2:])
 
-      return mapped(carry, constants, resident, jax.tree.map(split, xs))
+    def call(carry, constants, resident, xs):
+      if jax.process_count() == 1:
+        return mapped(carry, constants, resident, jax.tree.map(split, xs))
+      # Of other processes' devices pmap wants to know nothing.
+      whole = jax.tree.map(_local_copy, (carry, constants, resident))
+      result = mapped(*whole, jax.tree.map(split, xs))
+      return self.replicate(jax.tree.map(_local_copy, result))
 
     return call
+
+
+def _local_copy(x):
+  return x if x.is_fully_addressable else x.addressable_data(0)
+
+
+def put_whole(x: Any, sharding: NamedSharding) -> jax.Array:
+  """Places a whole array, the same in all processes, as a sharding says."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(x, sharding)
+  host = np.asarray(x)
+  return jax.make_array_from_callback(
+    host.shape, sharding, lambda index: host[index]
+  )
 
 
 def make_devices(
@@ -138,17 +229,28 @@ def make_devices(
   Raises:
     ValueError: if there are fewer devices, or for an unknown mapping.
   """
-  available = jax.devices()
+  available, processes = jax.devices(), jax.process_count()
   if not 0 <= num_devices <= len(available):
     raise ValueError(
       f"config.parallel.num_devices: expected 0 (all) to {len(available)}"
       f" ({available[0].platform} devices seen), got {num_devices}"
+    )
+  if num_devices % processes:
+    raise ValueError(
+      "config.parallel.num_devices: expected 0 (all) or a multiple of the"
+      f" {processes} processes, got {num_devices}"
     )
   if mapping not in ("shard_map", "pmap"):
     raise ValueError(
       "config.parallel.mapping: expected 'shard_map' or 'pmap', got"
       f" {mapping!r}"
     )
-  chosen = available[: num_devices or len(available)]
+  # Equally many of each process, side by side, as the pipelines share out.
+  each = (num_devices or len(available)) // processes
+  chosen = [
+    device
+    for process in range(processes)
+    for device in [d for d in available if d.process_index == process][:each]
+  ]
   mesh = jax.sharding.Mesh(np.asarray(chosen), (AXIS,))
   return Devices(mesh=mesh, mapping=mapping)

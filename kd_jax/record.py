@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import checkpoint
+from kd_jax import checkpoint, processes
 
 # What may differ when a run goes on: where things are and how often they are
 # written, but nothing that a result depends on.
@@ -102,7 +102,12 @@ def finished(
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Makes the workdir and says whose it is, unless that is there already."""
+  """Makes the workdir and says whose it is, unless that is there already.
+
+  The first process does.
+  """
+  if not processes.is_first():
+    return
   workdir.mkdir(parents=True, exist_ok=True)
   if not (workdir / "config.json").exists():
     checkpoint.write_json(workdir / "environment.json", environment())
@@ -111,13 +116,21 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Waits until no other process of this machine holds this workdir."""
+  """Waits until no other run of this machine holds this workdir."""
   digest = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
   # Not in the workdir, which may be on a file system without locks.
   path = pathlib.Path(tempfile.gettempdir()) / f"kd_jax-{digest}.lock"
   with path.open("w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+
+    def try_lock() -> bool:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+      return True
+
+    with processes.holding(try_lock):
+      yield
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any] | None:

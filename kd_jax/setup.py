@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax import data, optim, record
+from kd_jax import data, optim, processes, record
 
 _log = logging.getLogger(__name__)
 
@@ -163,9 +163,19 @@ def teacher_workdir(
 def configure_logging() -> None:
   """Shows this package's log; of its libraries' only errors."""
   logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-  logging.getLogger("kd_jax").setLevel(logging.INFO)
-  # Orbax tells every file that it touches through absl's logger.
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  level = logging.INFO if processes.is_first() else logging.ERROR
+  logging.getLogger("kd_jax").setLevel(level)
+  # Orbax tells every file that it touches through absl's logger, and what
+  # `checkpoint` tells of a failed save in a line on many pages.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  before = threading.excepthook
+
+  def excepthook(arguments):
+    thread = arguments.thread
+    if thread is None or thread.name not in ("async_save", "save_finalize"):
+      before(arguments)
+
+  threading.excepthook = excepthook
   # A damaged checkpoint is one line of ours, and of its tasks many pages.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
@@ -203,6 +213,25 @@ def parameter_overview(params: dict[str, Any]) -> str:
   width = max(len(name) for name, _ in rows)
   lines = [f"{name:<{width}} {number:>12,}" for name, number in rows]
   return "parameters\n" + "\n".join(lines)
+
+
+def memory_overview(memory: dict[str, jax.Array]) -> str:
+  """What a method remembers, and how much of each device that takes.
+
+  Args:
+    memory: the collection, placed.
+
+  Returns:
+    One line.
+  """
+  sizes = []
+  for x in memory.values():
+    shard = x.addressable_shards[0].data
+    sizes.append((shard.nbytes, x.nbytes))
+  each, whole = (sum(column) / 1e6 for column in zip(*sizes))
+  return (
+    f"memory of the method: {each:.3g} MB per device, {whole:.3g} MB in all"
+  )
 
 
 class StopSignals:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from kd_jax import (
@@ -32,6 +33,7 @@ from kd_jax import (
   models,
   optim,
   parallel,
+  processes,
   record,
   setup,
   teachers,
@@ -51,6 +53,10 @@ class PreemptedError(RuntimeError):
   """The run was asked to stop, and has saved what it needs to go on."""
 
 
+# What ends a run in all processes, at the same step.
+AGREED = (NonFiniteLossError, PreemptedError, checkpoint.UnsavedError)
+
+
 def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
   """Trains what a config says, or goes on with it.
 
@@ -67,10 +73,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
   """
   path = pathlib.Path(workdir).absolute()
-  run = prepare(config, path)
-  if isinstance(run, dict):
+  run = processes.together(lambda: prepare(config, path))
+  processes.require_shared(path)
+  finished = processes.from_first(run if isinstance(run, dict) else None)
+  if finished is not None:
     _log.info("%s is finished: nothing to do", path)
-    return run
+    return finished
+  assert isinstance(run, Run)
   record.claim(path, run.config)
   setup.compilation_cache(run.config.parallel.compilation_cache, path)
   return run.train()
@@ -151,6 +160,8 @@ class Run:
       train_source,
       batch_size=config.batch_size,
       seed=config.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     self.steps_per_epoch = self.pipeline.steps_per_epoch
     self.steps_per_dispatch = setup.steps_per_dispatch(
@@ -326,18 +337,28 @@ class Run:
     student, distilled = initialize(
       jax.random.key(self.config.seed), self.teacher_variables
     )
-    state = self.devices.replicate(
-      state_lib.create(student, distilled, self.optimizer)
-    )
-    self._compile_functions()
+    state = state_lib.create(student, distilled, self.optimizer)
+    specs = state_specs(state, self.distiller)
+    if self.config.parallel.mapping == "pmap":  # has no other way
+      specs = jax.tree.map(lambda _: P(), state)
+    state = self.devices.place(state, specs)
+    self._compile_functions(specs)
     _log.info("%s", setup.parameter_overview(state.params))
+    if memory := state.collections["distiller"].get("memory"):
+      _log.info("%s", setup.memory_overview(memory))
     loop = Loop(self, state)
     try:
-      return loop.run()
-    finally:
+      result = loop.run()
+    except AGREED:
       loop.close()
+      raise
+    except BaseException:
+      loop.abandon()
+      raise
+    loop.close()
+    return result
 
-  def _compile_functions(self):
+  def _compile_functions(self, specs):
     step = train_step.make_train_step(
       optimizer=self.optimizer,
       axis_name=parallel.AXIS,
@@ -345,7 +366,9 @@ class Run:
       **self._loss_arguments(),
     )
     chunk = train_step.make_train_chunk(step, self.pipeline.load)
-    self.train_chunk = self.devices.map_chunk(chunk, donate=True)
+    self.train_chunk = self.devices.map_chunk(
+      chunk, donate=True, carry_specs=specs
+    )
     self.resident = self.devices.replicate(self.pipeline.resident)
     self.evaluate = self._evaluator(
       self.student, self.teacher_model, self.distiller
@@ -355,7 +378,12 @@ class Run:
     """A function from variables to mean metrics over the whole test set."""
     batch_size = self.config.eval.batch_size
     batch_size = math.ceil(batch_size / self.num_devices) * self.num_devices
-    xs = data.eval_batches(self.test_source, batch_size=batch_size)
+    xs = data.eval_batches(
+      self.test_source,
+      batch_size=batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
     count = len(xs["label"])
     size = 1 if jax.default_backend() == "cpu" else count
     chunks = [
@@ -374,8 +402,10 @@ class Run:
     def evaluate(variables, teacher_variables):
       sums = [mapped(variables, teacher_variables, {}, c) for c in chunks]
       sums = jax.device_get(sums)
-      return metrics.means(
-        {name: np.stack([s[name] for s in sums]) for name in sums[0]}
+      return processes.from_first(
+        metrics.means(
+          {name: np.stack([s[name] for s in sums]) for name in sums[0]}
+        )
       )
 
     return evaluate
@@ -387,18 +417,20 @@ class Run:
       What the result says of them: a dict, a list of several, {} of none.
     """
     path = self.workdir / "teacher.json"
-    kept = record.read_json(path)
+    kept = processes.from_first(record.read_json(path))
     known = kept if isinstance(kept, list) else [kept] * len(self.teachers)
     abouts = []
     for i, spec in enumerate(self.teacher_specs):
       if not spec.checkpoint:
         spec = dataclasses.replace(spec, checkpoint=self._train_teacher(spec))
-        self.teachers[i] = self._find_teacher(spec)
+        self.teachers[i] = processes.together(
+          functools.partial(self._find_teacher, spec)
+        )
       about = self._place_teacher(i, spec, known[i])
       _say(f"teacher {spec.name}: {_scores(about)} ({spec.checkpoint})")
       abouts.append(about)
     about = _as_one(abouts, {})
-    if abouts and kept is None:
+    if abouts and kept is None and processes.is_first():
       checkpoint.write_json(path, about)
     return about
 
@@ -409,7 +441,7 @@ class Run:
     )
     # Runs beside each other, started at once, train it once.
     with record.locked(folder):
-      if record.result(folder) is None:
+      if processes.from_first(record.result(folder)) is None:
         _say(
           f"no {spec.where}.checkpoint: training {spec.name} first in {folder}"
         )
@@ -452,6 +484,28 @@ def _as_one(items, nothing):
   return items[0] if len(items) == 1 else tuple(items)
 
 
+def state_specs(
+  state: state_lib.TrainState, distiller: distillers.Distiller
+) -> state_lib.TrainState:
+  """Which arrays of a state are split over the devices, for `place`.
+
+  Args:
+    state: of arrays.
+    distiller: whose `memory_rows` they are.
+
+  Returns:
+    The state with a spec for every array.
+  """
+
+  def spec(path, _):
+    place = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    memory = place[:3] == ["collections", "distiller", "memory"]
+    split = memory and place[-1] in distiller.memory_rows
+    return P(parallel.AXIS) if split else P()
+
+  return jax.tree_util.tree_map_with_path(spec, state)
+
+
 def _abstract_batch(size, shape):
   struct = jax.ShapeDtypeStruct
   return {
@@ -490,7 +544,8 @@ def _no_distiller():
 
 
 def _say(text: str) -> None:
-  print(text, flush=True)
+  if processes.is_first():
+    print(text, flush=True)
 
 
 def _scores(values) -> str:
@@ -512,6 +567,7 @@ class Loop:
     self.best_checkpoint = checkpoint.Checkpointer(run.workdir / "best", keep=1)
     self.state, self.step = state, 0
     self.best: dict[str, Any] = {}
+    self.best_before: dict[str, Any] = {}
     self.last_eval: dict[str, Any] = {}
     self.seconds, self.started = 0.0, time.monotonic()
     self.totals: dict[str, float] = {}
@@ -524,15 +580,19 @@ class Loop:
       self.seconds = restored.meta["seconds"]
       self.totals = restored.meta["totals"]
       _say(f"going on from step {self.step} of {run.total_steps}")
-    self.saved_step, self.saved_time = self.step, time.monotonic()
-    self.writer = metrics.Writer(run.workdir, resume_step=self.step)
+    self.tried_step, self.tried_time = self.step, time.monotonic()
+    self.writer = metrics.Writer(
+      run.workdir, resume_step=self.step, enabled=processes.is_first()
+    )
     self.progress = metrics.Progress(
       total=run.total_steps,
       initial=self.step,
       title=f"{run.config.distiller.name}:{run.config.student.name}",
-      enabled=jax.process_index() == 0,
+      enabled=processes.is_first(),
     )
-    self.pending: list[tuple[int, Any]] = []
+    self.pending: list[tuple[int, Any, Any]] = []
+    # In how many processes a signal has come, and the clock says save.
+    self.wishes = np.zeros(2, int)
 
   def close(self) -> None:
     """Releases files and waits for what is being saved."""
@@ -541,33 +601,69 @@ class Loop:
     self.checkpoints.close()
     self.best_checkpoint.close()
 
+  def abandon(self) -> None:
+    """As `close` after an error, when other processes may not come along."""
+    if jax.process_count() == 1:
+      return self.close()
+    self.progress.close()
+    self.writer.close()
+
   def run(self) -> dict[str, Any]:
     """Trains to the last step."""
     run = self.run_
     with setup.StopSignals() as stop:
       while self.step < run.total_steps:
-        self._dispatch()
+        self._dispatch(stop)
+        stopping, due = self._agree(stop)
         epoch, within = divmod(self.step, run.steps_per_epoch)
         last = self.step == run.total_steps
         if last or (within == 0 and epoch % self.config.eval.every_epochs == 0):
           self._evaluate(epoch)
-        if last or stop.received or self._checkpoint_is_due():
+        if last or stopping or due:
           self._save()
-        if stop.received and not last:
-          self.checkpoints.wait()
-          raise PreemptedError(
-            f"stopped by {stop.received} at step {self.step}, saved in"
-            f" {run.workdir}: the same command goes on from there"
-          )
+        if stopping and not last:
+          raise PreemptedError(self._stopped(stop))
     return self._finish()
 
-  def _dispatch(self):
+  def _agree(self, stop: setup.StopSignals) -> tuple[bool, bool]:
+    """Whether to stop, and whether to save: the same in all processes."""
+    every = self.config.checkpoint.every_steps
+    due = bool(every) and self.step - self.tried_step >= every
+    if jax.process_count() == 1:
+      return stop.received is not None, due or self._clock_is_due()
+    signalled, clocks = self.wishes > 0
+    return bool(signalled), bool(due or clocks)
+
+  def _clock_is_due(self) -> bool:
+    minutes = self.config.checkpoint.every_minutes
+    return time.monotonic() - self.tried_time >= 60 * minutes
+
+  def _stopped(self, stop: setup.StopSignals) -> str:
+    self.checkpoints.wait()
+    saved, where = self.checkpoints.newest, self.run_.workdir
+    text = (
+      f"stopped by {stop.received or 'a signal to another process'} at step"
+      f" {self.step}"
+    )
+    if saved == self.step:
+      return f"{text}, saved in {where}: the same command goes on from there"
+    return (
+      f"{text}, which could not be saved in {where}: the same command goes on"
+      f" from step {saved or 0}"
+    )
+
+  def _dispatch(self, stop: setup.StopSignals):
     run, size = self.run_, self.run_.steps_per_dispatch
     xs = run.devices.shard(run.pipeline.next_chunk(size))
     self.state, sums = run.train_chunk(
       self.state, run.teacher_variables, run.resident, xs
     )
-    self.pending.append((self.step, sums))
+    wishes: Any = np.zeros(2, int)
+    if jax.process_count() > 1:
+      wishes = run.devices.count(
+        stop.received is not None, self._clock_is_due()
+      )
+    self.pending.append((self.step, sums, wishes))
     self.step += size
     self.progress.advance(size)
     # One dispatch late: the device already has its next work.
@@ -577,8 +673,9 @@ class Loop:
     """Fetches metrics, writes those that are due."""
     run = self.run_
     while len(self.pending) > leave:
-      first, sums = self.pending.pop(0)
-      sums = jax.device_get(sums)
+      first, sums, wishes = self.pending.pop(0)
+      sums, wishes = jax.device_get((sums, wishes))
+      self.wishes += wishes
       self._require_finite(first, sums)
       for name, value in sums.items():
         total = self.totals.get(name, 0.0)
@@ -603,9 +700,10 @@ class Loop:
     offset, names = found
     terms = [n for n in names if n in self.config.loss_weights] or names
     kept = "No checkpoint had been written"
-    if self.saved_step:
+    if self.checkpoints.newest:
       kept = (
-        f"The last checkpoint, of step {self.saved_step}, is from before it"
+        f"The last checkpoint, of step {self.checkpoints.newest}, is from"
+        " before it"
       )
     raise NonFiniteLossError(
       f"step {first + offset + 1}: the loss is not finite (terms:"
@@ -617,19 +715,32 @@ class Loop:
   def _evaluate(self, epoch: int):
     self._collect(leave=0)
     run = self.run_
+    self._keep_best()
+    # Memories are of training alone, and may be split over the devices.
     variables = {
-      name: self.state.variables(name) for name in ("student", "distiller")
+      name: {
+        collection: value
+        for collection, value in self.state.variables(name).items()
+        if collection != "memory"
+      }
+      for name in ("student", "distiller")
     }
     scores = run.evaluate(variables, run.teacher_variables)
     self.writer.write(self.step, "eval", {**scores, "epoch": epoch})
     self.last_eval = {**scores, "epoch": epoch}
     self.progress.line(f"epoch {epoch}/{self.config.epochs}: {_scores(scores)}")
     if not self.best or scores["top1"] > self.best["top1"]:
-      self.best = self.last_eval
+      self.best_before, self.best = self.best, self.last_eval
       tree = export.inference_variables(self.state, run.distiller, run.teachers)
-      self.best_checkpoint.save(
+      if not self.best_checkpoint.save(
         self.step, tree, position={}, meta={"card": self._card()}
-      )
+      ):
+        self.best = self.best_before
+
+  def _keep_best(self):
+    """The best is what is on disk: one that could not be written is none."""
+    if not self.best_checkpoint.wait():
+      self.best = self.best_before
 
   def _card(self):
     run = self.run_
@@ -641,20 +752,15 @@ class Loop:
       scores=self.last_eval,
     )
 
-  def _checkpoint_is_due(self) -> bool:
-    settings = self.config.checkpoint
-    steps = self.step - self.saved_step
-    if settings.every_steps and steps >= settings.every_steps:
-      return True
-    return time.monotonic() - self.saved_time >= 60 * settings.every_minutes
-
   def _elapsed(self) -> float:
     return self.seconds + time.monotonic() - self.started
 
   def _save(self):
     # What has not been looked at may not be finite, and must not be kept.
     self._collect(leave=0)
-    if self.step == self.saved_step:
+    self.wishes[:] = 0
+    self._keep_best()
+    if self.step == self.checkpoints.newest:
       return
     self.checkpoints.save(
       self.step,
@@ -668,12 +774,27 @@ class Loop:
         "card": self._card(),
       },
     )
-    self.saved_step, self.saved_time = self.step, time.monotonic()
+    self.tried_step, self.tried_time = self.step, time.monotonic()
 
   def _finish(self) -> dict[str, Any]:
     run = self.run_
     self.checkpoints.wait()
-    self.best_checkpoint.wait()
+    if self.checkpoints.newest != self.step or not self.best:
+      raise checkpoint.UnsavedError(
+        f"step {self.step}, the last, could not be saved in {run.workdir}. Make"
+        " room; the same command goes on from step"
+        f" {self.checkpoints.newest or 0}"
+      )
+    result = None
+    if processes.is_first():
+      result = self._conclude()
+    result = processes.from_first(result)
+    _say(f"{run.workdir}: last epoch {_scores(self.last_eval)}")
+    return result
+
+  def _conclude(self) -> dict[str, Any]:
+    """Exports, and writes the result: the first process does."""
+    run = self.run_
     export.export_run(run.workdir, run.workdir / "export")
     seconds = self._elapsed()
     result = {
@@ -695,5 +816,4 @@ class Loop:
     if run.config.verify_export:
       _predict_in_fresh_process(run.workdir, run.test_source)
     checkpoint.write_json(run.workdir / "result.json", result)
-    _say(f"{run.workdir}: last epoch {_scores(self.last_eval)}")
     return result

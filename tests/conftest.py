@@ -144,7 +144,10 @@ def parse_launch(monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     forget_overrides()
     flags.FLAGS.unparse_flags()
-    for name in ("config", "workdir"):
+    for name in (
+      *("config", "workdir", "coordinator_address", "num_processes"),
+      *("process_id", "local_processes"),
+    ):
       flags.FLAGS[name].unparse()
     with warnings.catch_warnings():
       # How ml_collections loads a file.

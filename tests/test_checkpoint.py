@@ -2,6 +2,7 @@
 
 import gc
 import json
+import resource
 import shutil
 
 import jax
@@ -270,6 +271,83 @@ def test_the_fingerprint_does_not_depend_on_the_devices():
       checkpoint.fingerprint({"a": x, "b": 2 * x})
     )
   assert checkpoint.fingerprint({}) == []
+
+
+def test_rows_of_zeros_fit_any_number_of_devices(tmp_path):
+  """What 4 devices filled up, 3, 1 and the host read."""
+  bank = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+  specs = {"bank": P(parallel.AXIS), "n": P()}
+
+  def placed(num_devices, values):
+    devices = parallel.make_devices(num_devices=num_devices)
+    return devices.place({"bank": values, "n": np.int32(1)}, specs)
+
+  saver = checkpoint.Checkpointer(tmp_path)
+  saver.save(1, placed(4, bank), position={}, meta={})
+  saver.close()
+  for num_devices, rows in ((4, 12), (3, 12), (2, 10), (1, 10)):
+    like = placed(num_devices, np.zeros_like(bank))
+    read = restore(tmp_path, like).state["bank"]
+    assert read.shape == (rows, 3) and read.sharding == like["bank"].sharding
+    np.testing.assert_array_equal(read[:10], bank)
+    assert not np.asarray(read[10:]).any()
+  with pytest.raises(ValueError, match="none of the 1 checkpoints"):
+    restore(tmp_path, placed(1, bank[:9]))
+
+
+class _FullDisk:
+  """No file may grow beyond some bytes, as long as the context lasts."""
+
+  def __init__(self, limit):
+    self.limit = limit
+
+  def __enter__(self):
+    self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.before[1]))
+
+  def __exit__(self, *exception):
+    resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@damaging
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+@pytest.mark.usefixtures("collect_garbage")
+@pytest.mark.parametrize("limit", [0, 4096])  # seen before, and while writing
+def test_a_full_disk_is_told_once_and_tried_again(tmp_path, limit, caplog):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal(20000), jnp.float32)
+  saver = checkpoint.Checkpointer(tmp_path, keep=1)
+  assert saver.save(1, {"x": x}, position={}, meta={})
+  assert saver.wait() and saver.newest == 1
+  with _FullDisk(limit):
+    started = saver.save(2, {"x": 2 * x}, position={}, meta={})
+    assert started == (limit > 0)
+    assert saver.wait() != started
+  assert saver.newest == 1 and saver.wait()
+  (record,) = [r for r in caplog.records if r.name == "kd_jax.checkpoint"]
+  assert f"the checkpoint of step 2 could not be written to {tmp_path}" in (
+    record.getMessage()
+  )
+  assert "File too large" in record.getMessage()
+  assert "The one of step 1 is kept; training goes on" in record.getMessage()
+  assert [p.name for p in tmp_path.iterdir()] == ["1"]
+  assert saver.save(3, {"x": 3 * x}, position={}, meta={})
+  saver.close()
+  assert [p.name for p in tmp_path.iterdir()] == ["3"]
+  np.testing.assert_array_equal(restore(tmp_path, None).state["x"], 3 * x)
+
+
+def test_a_disk_with_too_little_room(tmp_path, monkeypatch, caplog):
+  saver = checkpoint.Checkpointer(tmp_path)
+  usage = shutil.disk_usage(tmp_path)._replace(free=7999)
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+  state = {"x": jnp.zeros(2000)}
+  assert not saver.save(1, state, position={}, meta={})
+  assert "8,000 bytes are needed and 7,999 are free" in caplog.text
+  assert "There is none before it" in caplog.text
+  saver.close()
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from kd_jax import grid, train
+from kd_jax import grid, processes, train
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 KD = f"{REPO}/configs/kd_cifar.py"
@@ -93,6 +93,14 @@ FLAGS = {
   "type": (
     (*SMOKE, "--config.epochs=many"),
     "flag --config.epochs=many: invalid literal for int() with base 10: 'many'",
+  ),
+  "some of three": (
+    (*SMOKE, "--num_processes=2"),
+    "--num_processes without --coordinator_address, --process_id: expected all",
+  ),
+  "both kinds": (
+    (*SMOKE, "--local_processes=2", "--process_id=0"),
+    "--local_processes starts all processes itself: leave out --process_id",
   ),
   "positional": ((*SMOKE, "x", "y"), "unexpected arguments: x y"),
 }
@@ -445,6 +453,26 @@ def test_a_stopped_run_may_be_requeued(launch, monkeypatch, capsys):
   monkeypatch.setattr(train, "train_and_evaluate", stop)
   assert launch(*SMOKE) == 75
   assert "stopped by SIGTERM at step 3" in capsys.readouterr().err
+
+
+def test_local_processes_get_the_other_flags(launch, monkeypatch):
+  calls = []
+  monkeypatch.setattr(
+    processes, "start_local", lambda *a: calls.append(a) or 75
+  )
+  assert launch(*SMOKE, "--local_processes", "2", "--workdir=x") == 75
+  ((count, command),) = calls
+  assert count == 2
+  assert command[0] == sys.executable and command[1].endswith("launch.py")
+  assert command[2:] == [*SMOKE, "--workdir=x"]
+
+
+def test_devices_that_cannot_be_shared_out(launch, monkeypatch, capsys):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
+  assert launch(*SMOKE, "--local_processes=2") == 2
+  error = capsys.readouterr().err
+  assert error.startswith("launch.py: --local_processes: expected a divisor of")
 
 
 def test_real_process(tmp_path):

@@ -1,6 +1,7 @@
 """Hits, means, non-finite values, and the files that keep them."""
 
 import json
+import resource
 import sys
 
 import jax.numpy as jnp
@@ -216,3 +217,32 @@ def test_calibration_error_of_three_bins():
   got = metrics.calibration_error(confidence, correct, bins=3)
   assert got == pytest.approx(first + last)
   assert metrics.calibration_error(np.ones(4), np.ones(4, bool)) == 0
+
+
+def test_a_full_disk_loses_no_line(tmp_path, caplog):
+  writer = metrics.Writer(tmp_path, resume_step=0)
+  writer.write(1, "train", {"loss": 1.0})
+  path = tmp_path / "metrics.jsonl"
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # Room for half a line.
+  limit = path.stat().st_size + 20
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+  try:
+    for step in (2, 3):
+      writer.write(step, "train", {"loss": 1.0})
+      assert len(path.read_text().splitlines()) == 1
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert caplog.text.count("its lines are kept and written when there is") == 1
+  writer.write(4, "train", {"loss": 1.0})
+  writer.close()
+  assert [r["step"] for r in metrics.read(path)] == [1, 2, 3, 4]
+  steps = {step for _, step, _ in events(tmp_path / "tensorboard")}
+  assert {2, 3, 4} <= steps
+
+
+def test_a_writer_that_is_off_writes_nothing(tmp_path):
+  writer = metrics.Writer(tmp_path, resume_step=0, enabled=False)
+  writer.write(1, "train", {"loss": 1.0})
+  writer.close()
+  assert list(tmp_path.iterdir()) == []

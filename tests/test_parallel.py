@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from kd_jax import parallel
 
@@ -16,6 +17,7 @@ def test_without_an_axis_nothing_happens():
     parallel.axis_mean,
     parallel.axis_sum,
     parallel.axis_gather,
+    parallel.axis_sum_rows,
   ):
     assert collective(x, None) is x
   assert parallel.axis_size(None) == 1
@@ -72,6 +74,46 @@ def test_shard_and_replicate_place_what_they_say():
   assert len(copies) == 4
   for copy in copies:
     np.testing.assert_array_equal(copy.data, x)
+
+
+def test_rows_are_split_and_filled_up():
+  devices = parallel.make_devices(num_devices=4)
+  x = np.arange(1, 13, dtype=np.float32).reshape(6, 2)
+  placed = devices.place({"x": x, "y": x}, {"x": P(AXIS), "y": P()})
+  assert placed["x"].shape == (8, 2) and placed["y"].shape == (6, 2)
+  np.testing.assert_array_equal(placed["x"][:6], x)
+  np.testing.assert_array_equal(placed["x"][6:], 0)
+  assert {s.data.shape for s in placed["x"].addressable_shards} == {(2, 2)}
+
+  def add(carry, constants, resident, xs):
+    rows = parallel.axis_index(AXIS) * 10 + jnp.zeros((2, 2))
+    return {"x": carry["x"] + rows, "y": carry["y"]}, carry["y"][0]
+
+  specs = {"x": P(AXIS), "y": P()}
+  carry, first = devices.map_chunk(add, carry_specs=specs)(
+    placed, {}, {}, devices.shard({"x": np.zeros((1, 4), np.float32)})
+  )
+  np.testing.assert_array_equal(carry["x"][4:6], x[4:6] + 20)
+  np.testing.assert_array_equal(first, x[0])
+
+
+def test_sums_of_rows_come_back_to_their_device():
+  devices = parallel.make_devices(num_devices=2)
+
+  def fn(carry, constants, resident, xs):
+    own = 1.0 + parallel.axis_index(AXIS)
+    rows = parallel.axis_sum_rows(own * jnp.arange(4.0), AXIS)
+    return parallel.axis_gather(rows, AXIS)
+
+  xs = devices.shard({"x": np.zeros((1, 2), np.float32)})
+  np.testing.assert_array_equal(
+    devices.map_chunk(fn)({}, {}, {}, xs), 3 * np.arange(4.0)
+  )
+
+
+def test_flags_are_counted():
+  devices = parallel.make_devices(num_devices=2)
+  assert list(devices.count(True, False)) == [1, 0]
 
 
 def test_donation_gives_up_the_carry_alone():

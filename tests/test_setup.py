@@ -11,9 +11,10 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from configs import base
-from kd_jax import data, record, setup
+from kd_jax import data, parallel, record, setup
 
 SOURCE = data.load(
   "synthetic", split="train", image_size=8, num_examples=64, num_classes=5
@@ -342,3 +343,14 @@ def test_stop_signals_do_nothing_in_another_thread():
   thread.start()
   thread.join()
   assert seen == [(None, before)]
+
+
+def test_the_memory_of_a_method_is_told():
+  devices = parallel.make_devices(num_devices=4)
+  memory = devices.place(
+    {"bank": np.zeros((1000, 250), np.float32), "z": np.float32(0)},
+    {"bank": P(parallel.AXIS), "z": P()},
+  )
+  assert setup.memory_overview(memory) == (
+    "memory of the method: 0.25 MB per device, 1 MB in all"
+  )

@@ -11,7 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import distillers, losses, models, optim, parallel, train_step
+from kd_jax import (
+  distillers,
+  losses,
+  models,
+  optim,
+  parallel,
+  train,
+  train_step,
+)
 from kd_jax import state as state_lib
 from kd_jax.distillers import base
 from kd_jax.models.base import Classifier
@@ -165,22 +173,34 @@ class Method:
       self.student_variables, self.distiller_variables, optimizer
     )
 
-  def train(self, devices, *, steps=5, sync=True, **step_options):
-    """`steps` steps on the same global batches, one to a dispatch."""
+  def train(
+    self, devices, *, steps=5, sync=True, split=False, size=8, **step_options
+  ):
+    """`steps` steps on the same global batches, one to a dispatch.
+
+    With `split`, every device holds its share of the rows of the memory.
+    """
     optimizer = self.optimizer()
     step = train_step.make_train_step(
       optimizer=optimizer,
       **{"axis_name": parallel.AXIS, **step_options},
       **self.loss_arguments(parallel.AXIS, sync),
     )
+    state, specs = self.state(optimizer), None
+    if split:
+      specs = train.state_specs(state, self.distiller())
+      state = devices.place(state, specs)
+    else:
+      state = devices.replicate(state)
     chunk = devices.map_chunk(
-      train_step.make_train_chunk(step, lambda resident, x: x), donate=True
+      train_step.make_train_chunk(step, lambda resident, x: x),
+      donate=True,
+      carry_specs=specs,
     )
-    state = devices.replicate(self.state(optimizer))
     teacher = devices.replicate(self.teacher_variables)
     metrics = []
     for i in range(steps):
-      batch = make_batch(8, seed=i)
+      batch = make_batch(size, seed=i)
       xs = devices.shard({k: v[None] for k, v in batch.items()})
       state, sums = chunk(state, teacher, {}, xs)
       metrics.append(jax.device_get(sums))
@@ -265,6 +285,25 @@ def test_equal_on_any_devices(method):
   other = local.train(make_devices(2), sync=False)
   assert_equal_on_all_devices(other[0])
   assert worst_difference(of_student(one), of_student(other))[0] > 1e-2
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_split_memory_is_the_whole_one(num_devices, sync):
+  """32 rows over 3 devices: one has 10, and one of zeros."""
+  parts = Method("crd", init_size=6) if num_devices == 3 else made("crd")
+  options = {"steps": 3, "sync": sync, "size": 6 if num_devices == 3 else 8}
+  whole = parts.train(make_devices(num_devices), **options)
+  split = parts.train(make_devices(num_devices), split=True, **options)
+  for bank in parts.distiller().memory_rows:
+    memory = split[0].collections["distiller"]["memory"]
+    rows = -(-EXAMPLES // num_devices)
+    for shard in memory[bank].addressable_shards:
+      assert shard.data.shape == (rows, 8)
+    assert not np.asarray(memory[bank])[EXAMPLES:].any()
+    memory[bank] = np.asarray(memory[bank])[:EXAMPLES]
+  worst = worst_difference(whole, split)
+  assert worst[0] < 1e-4, worst
 
 
 @pytest.mark.parametrize("wrong", ["gradients", "tracked"])

@@ -53,6 +53,9 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
 
   # Whether the mean of the losses over several teachers makes sense.
   takes_several_teachers: ClassVar[bool] = False
+  # Arrays of "memory" with a row for every training example. On several
+  # devices each may be given its share of the rows; see `crd`.
+  memory_rows: ClassVar[tuple[str, ...]] = ()
 
   @property
   def predicts_with_teacher_head(self) -> bool:

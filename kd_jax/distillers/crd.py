@@ -22,8 +22,16 @@ class CRD(base.Distiller):
   `class_count`), from which negatives are drawn on the device. `init` reads
   the set's classes from `batch["train_labels"]` [N].
 
+  On several devices a bank may be whole on each, or each may hold its share
+  of the rows (ImageNet's two banks are 1.3 GB), which the step sees from the
+  shape. Then the embeddings of all devices' batches, [B, D], and their
+  indices, [B, 1 + k], are gathered; every device scores the indices that it
+  owns, and the sum over the devices, of which one term is not 0, gives each
+  its own examples' scores. Moving the drawn vectors instead would cost D times
+  as much. An update goes to the row's owner; no two are of one row.
+
   Every device applies the updates of all devices' batches, with or without
-  `sync`: otherwise its copy of the banks would drift. A step needs the random
+  `sync`: otherwise copies of the banks would drift. A step needs the random
   stream "distiller" (one key for all devices), unless the batch brings
   `negatives` [B, k], as a replay of another toolbox's run does.
 
@@ -35,6 +43,8 @@ class CRD(base.Distiller):
     mode: "exact", where the positive is the image itself, or "relax", where it
       is a random image of its class.
   """
+
+  memory_rows = ("bank_s", "bank_t")
 
   k: int = 16384
   nce_temperature: float = 0.07
@@ -127,24 +137,47 @@ class CRD(base.Distiller):
     indices = self._indices(batch)
     bank_s: nn.Variable[jax.Array] = self.variable("memory", "bank_s")
     bank_t: nn.Variable[jax.Array] = self.variable("memory", "bank_t")
-    num_examples = bank_s.value.shape[0]
-    scores_s = losses.crd_scores(
-      v_s, bank_t.value, indices, temperature=self.nce_temperature
-    )
-    scores_t = losses.crd_scores(
-      v_t, bank_s.value, indices, temperature=self.nce_temperature
-    )
+    num_examples: int = self.get_variable("memory", "order").shape[0]
+    scores_s = self._scores(v_s, bank_t.value, indices, num_examples)
+    scores_t = self._scores(v_t, bank_s.value, indices, num_examples)
     z_s = self._normalizer("z_s", scores_s, num_examples)
     z_t = self._normalizer("z_t", scores_t, num_examples)
     index = parallel.axis_gather(batch["index"], self.axis_name)
     for bank, v in ((bank_s, v_s), (bank_t, v_t)):
       v = parallel.axis_gather(jax.lax.stop_gradient(v), self.axis_name)
       bank.value = losses.crd_update(
-        bank.value, v, index, momentum=self.momentum
+        bank.value,
+        v,
+        index,
+        momentum=self.momentum,
+        first_row=self._first_row(bank.value, num_examples),
       )
     return losses.crd_loss(
       scores_s, scores_t, z_s, z_t, num_examples=num_examples
     )
+
+  def _first_row(self, bank: jax.Array, num_examples: int) -> jax.Array | int:
+    """Where this device's rows begin."""
+    rows = bank.shape[0]
+    if rows >= num_examples:
+      return 0
+    return rows * parallel.axis_index(self.axis_name)
+
+  def _scores(
+    self, v: jax.Array, bank: jax.Array, indices: jax.Array, num_examples: int
+  ) -> jax.Array:
+    if bank.shape[0] >= num_examples:
+      return losses.crd_scores(
+        v, bank, indices, temperature=self.nce_temperature
+      )
+    scores = losses.crd_scores(
+      parallel.axis_gather(v, self.axis_name),
+      bank,
+      parallel.axis_gather(indices, self.axis_name),
+      temperature=self.nce_temperature,
+      first_row=self._first_row(bank, num_examples),
+    )
+    return parallel.axis_sum_rows(scores, self.axis_name)
 
   def _normalizer(
     self, name: str, scores: jax.Array, num_examples: int

@@ -143,6 +143,7 @@ def crd_scores(
   indices: jax.Array,
   *,
   temperature: float,
+  first_row: jax.Array | int | None = None,
 ) -> jax.Array:
   """Log of the unnormalised critic: <bank[indices_bk], embedding_b> / t.
 
@@ -151,6 +152,9 @@ def crd_scores(
     bank: [N, D], unit rows of the other network.
     indices: [B, 1 + k] integers in [0, N); column 0 is the positive.
     temperature: t, above 0.
+    first_row: if `bank` is a part of a larger one, the position at which it
+      begins there. Scores of positions outside of it are 0, so that the sum
+      over all parts is the whole bank's scores.
 
   Returns:
     [B, 1 + k] float32.
@@ -168,6 +172,10 @@ def crd_scores(
       "embedding and bank: expected one width, got "
       f"{embedding.shape[1]} and {bank.shape[1]}"
     )
+  owned = None
+  if first_row is not None:
+    indices, owned = _within(bank, indices - first_row)
+    indices = jnp.where(owned, indices, 0)
   if bank.shape[0] <= indices.shape[1] * bank.shape[1]:
     # Products with the whole bank are smaller than the gathered vectors: for
     # CIFAR at k = 16384, 13 MB instead of 537 MB per 64 examples.
@@ -177,7 +185,16 @@ def crd_scores(
     products = jnp.einsum(
       "bd,bkd->bk", embedding, bank[indices], precision=spatial.HIGHEST
     )
+  if owned is not None:
+    products = jnp.where(owned, products, 0.0)
   return products / temperature
+
+
+def _within(bank: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Rows, those outside of the bank one past its end; and which are inside."""
+  size = bank.shape[0]
+  owned = (rows >= 0) & (rows < size)
+  return jnp.where(owned, rows, size), owned
 
 
 def crd_normalizer(scores: jax.Array, num_examples: int) -> jax.Array:
@@ -256,7 +273,12 @@ def crd_loss(
 
 
 def crd_update(
-  bank: jax.Array, embedding: jax.Array, index: jax.Array, *, momentum: float
+  bank: jax.Array,
+  embedding: jax.Array,
+  index: jax.Array,
+  *,
+  momentum: float,
+  first_row: jax.Array | int = 0,
 ) -> jax.Array:
   """Moves the bank's rows of a batch towards its embeddings.
 
@@ -267,6 +289,8 @@ def crd_update(
     embedding: v, [B, D].
     index: [B] distinct integers in [0, N).
     momentum: m, in [0, 1].
+    first_row: if `bank` is a part of a larger one, the position at which it
+      begins there. Positions outside of it change nothing.
 
   Returns:
     The new bank, [N, D].
@@ -277,5 +301,7 @@ def crd_update(
   embedding = checks.float_array("embedding", embedding, rank=2)
   index = checks.integer_array("index", index, rank=1)
   checks.same_batch("embedding", embedding, "index", index)
-  rows = momentum * bank[index] + (1 - momentum) * embedding
-  return bank.at[index].set(spatial.l2_normalize(rows))
+  index, _ = _within(bank, index - first_row)
+  rows = bank.at[index].get(mode="clip")
+  rows = momentum * rows + (1 - momentum) * embedding
+  return bank.at[index].set(spatial.l2_normalize(rows), mode="drop")

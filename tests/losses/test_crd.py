@@ -34,6 +34,33 @@ def test_class_table_refuses_labels():
     losses.class_table(jnp.ones((6, 1)), 5)
 
 
+def test_parts_of_a_bank_add_up():
+  rng = np.random.default_rng(0)
+  bank, v = (
+    jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    for shape in ((12, 4), (3, 4))
+  )
+  for k in (2, 40):  # by gathering, and by products with the whole bank
+    indices = rng.integers(0, 12, (3, k))
+    whole = losses.crd_scores(v, bank, indices, temperature=0.5)
+    parts = [
+      losses.crd_scores(
+        v, bank[i : i + 5], indices, temperature=0.5, first_row=i
+      )
+      for i in (0, 5, 10)
+    ]
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-5, atol=1e-6)
+  index = np.array([11, 0, 6])
+  moved = losses.crd_update(bank, v, index, momentum=0.5)
+  parts = [
+    losses.crd_update(bank[i : i + 5], v, index, momentum=0.5, first_row=i)
+    for i in (0, 5, 10)
+  ]
+  np.testing.assert_array_equal(np.concatenate(parts), moved)
+  changed = np.any(np.asarray(moved) != bank, axis=1)
+  assert list(np.flatnonzero(changed)) == [0, 6, 11]
+
+
 def chi_square(counts, expected):
   return np.sum((counts - expected) ** 2 / expected)
 

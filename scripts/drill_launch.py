@@ -1,0 +1,48 @@
+"""launch.py with a fault to come, for `drills.py`.
+
+--data_file=FILE: with every batch, process 1 opens FILE, as a pipeline that
+reads its images from files does. --apart: every process has a workdir of its
+own, as on machines without a common file system.
+"""
+
+import pathlib
+import sys
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from absl import app, flags
+
+import launch
+
+_DATA_FILE = flags.DEFINE_string("data_file", None, "Read with every batch.")
+_APART = flags.DEFINE_bool("apart", False, "Other workdirs for all.")
+
+
+def main(argv: list[str]) -> None:
+  """Arms what the flags say, and runs launch.py."""
+  import jax
+
+  from kd_jax import processes, train
+  from kd_jax.data import grain_pipeline
+
+  if _DATA_FILE.value is not None:
+    next_chunk = grain_pipeline.GrainPipeline.next_chunk
+
+    def read(self, k):
+      if jax.process_index() == 1:
+        pathlib.Path(_DATA_FILE.value).read_bytes()
+      return next_chunk(self, k)
+
+    grain_pipeline.GrainPipeline.next_chunk = read
+  if _APART.value:
+    processes._VISIBLE = 1.0
+    whole = train.train_and_evaluate
+    train.train_and_evaluate = lambda config, workdir: whole(
+      config, f"{workdir}/{jax.process_index()}"
+    )
+  launch.main(argv)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=launch.parse)

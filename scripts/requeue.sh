@@ -1,0 +1,32 @@
+# Sourced by the sbatch files, with the arguments of launch.py: runs it in all
+# tasks, and puts the job back into the queue if it was stopped with its
+# progress saved (exit code 75): by the time limit, a preemption or
+# `scancel --signal=TERM --batch`.
+
+cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
+
+# bash runs a trap only between commands: srun goes to the background, and
+# `wait` ends when the signal comes. A SIGTERM to srun itself would have it kill
+# the tasks; scancel sends it to them.
+trap 'echo "asking all tasks to save and stop"
+  scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+
+# When a task has failed, the others end by themselves, with a reason; 60 s
+# after the first they are ended. Not at once: that would spoil the code 75.
+srun --kill-on-bad-exit=0 --wait=60 --unbuffered --label \
+  "${PYTHON:-python}" launch.py "$@" &
+task=$!
+
+# A trapped signal ends the first wait with a code above 128, srun still there.
+wait "$task"
+code=$?
+while kill -0 "$task" 2>/dev/null; do
+  wait "$task"
+  code=$?
+done
+
+if [[ $code -eq 75 ]]; then
+  echo "stopped with its progress saved (restart ${SLURM_RESTART_COUNT:-0})"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
