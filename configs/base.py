@@ -92,6 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # Folder that holds the publisher's files, train and val, or TFDS's data.
   config.data.dir = "../data"
   # "device": the data set stays on the device. "grain": read by the host.
+  # "dali": image files, by NVIDIA DALI.
   config.data.pipeline = "device"
   # Pixels of zero padding around an image before its random crop; 0: no crop.
   config.data.crop_padding = 4
@@ -114,9 +115,11 @@ def get_config(arg: str = "") -> ConfigDict:
   # from least to largest. SimKD's DALI pipeline: (0.1, 1.0) and (0.8, 1.25).
   config.data.crop_area = (0.08, 1.0)
   config.data.crop_aspect = (3 / 4, 4 / 3)
-  # "grain" with image files: processes that decode ahead; 0: as many as there
-  # are cores.
+  # Of image files with "grain": processes that decode ahead; 0: this process's
+  # own threads, one for each core.
   config.data.num_workers = 0
+  # Of image files with "dali": "cpu", or "gpu" to decode on the GPUs.
+  config.data.decoder = "cpu"
   # Images of a split, and classes; "synthetic" only (None: 1024 and 10).
   config.data.num_examples = placeholder(int)
   config.data.num_classes = placeholder(int)

@@ -39,6 +39,9 @@ FORMAT = "kd_jax export 2"
 CARD = "model.json"
 WEIGHTS = "checkpoint"
 STABLEHLO = ".stablehlo"
+# Fields of `config.data` that `data.load` is given beside the name, and that
+# what a model sees depends on.
+DATA_OPTIONS = ("image_size", "resize", "num_examples", "num_classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def inference_variables(
 def model_card(
   config: ConfigDict,
   *,
-  source: data.Source,
+  source: data.Source | data.EncodedSource,
   distiller: base.Distiller,
   teachers: Sequence[Teacher],
   scores: dict[str, float],
@@ -129,7 +132,7 @@ def model_card(
     # What `data.load` was given beside the name.
     "data_options": {
       name: config.data[name]
-      for name in ("image_size", "num_examples", "num_classes")
+      for name in DATA_OPTIONS
       if config.data[name] is not None
     },
     "method": config.distiller.name,

@@ -106,6 +106,8 @@ def mean_classifier(
   Returns:
     kernel [sum of C, K] and bias [K].
   """
+  if len(classifiers) == 1:
+    return dict(classifiers[0])
   kernels = [w * c["kernel"] for w, c in zip(weights, classifiers, strict=True)]
   biases = [w * c["bias"] for w, c in zip(weights, classifiers, strict=True)]
   return {

@@ -78,6 +78,11 @@ class Devices:
   mesh: jax.sharding.Mesh
   mapping: str = "shard_map"
 
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    """Of leaves [k, B, ...]: B spread over the devices."""
+    return NamedSharding(self.mesh, P(None, AXIS))
+
   def replicate(self, tree: Any) -> Any:
     """Copies a pytree of arrays, the same in all processes, to every device."""
     return self.place(tree, jax.tree.map(lambda _: P(), tree))
@@ -105,9 +110,11 @@ class Devices:
 
   def shard(self, xs: Any) -> Any:
     """Places this process's [k, B, ...] leaves with B spread over devices."""
-    sharding = NamedSharding(self.mesh, P(None, AXIS))
+    sharding = self.batch_sharding
 
     def place(x):
+      if isinstance(x, jax.Array) and x.sharding == sharding:
+        return x
       if jax.process_count() > 1:
         x = np.asarray(x)
       if isinstance(x, jax.Array):

@@ -18,7 +18,9 @@ from kd_jax import data, optim, processes, record
 _log = logging.getLogger(__name__)
 
 
-def settle(config: ConfigDict, source: data.Source) -> ConfigDict:
+def settle(
+  config: ConfigDict, source: data.Source | data.EncodedSource
+) -> ConfigDict:
   """Fills the fields that were left open, and says so.
 
   Args:
@@ -42,7 +44,12 @@ def settle(config: ConfigDict, source: data.Source) -> ConfigDict:
   return config
 
 
-def check(config: ConfigDict, source: data.Source, *, num_devices: int) -> None:
+def check(
+  config: ConfigDict,
+  source: data.Source | data.EncodedSource,
+  *,
+  num_devices: int,
+) -> None:
   """Refuses what cannot run.
 
   Args:
@@ -151,7 +158,9 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def teacher_workdir(
-  workdir: pathlib.Path, config: ConfigDict, source: data.Source
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  source: data.Source | data.EncodedSource,
 ) -> pathlib.Path:
   """Where the teacher of a config is kept for all runs beside `workdir`."""
   text = json.dumps(record.identity(config), sort_keys=True)

@@ -127,7 +127,9 @@ def create(spec: Spec, *, num_classes: int, dtype: Any) -> Teacher:
   return Teacher(spec.name, network, None, spec.weight)
 
 
-def load(spec: Spec, source: data.Source, *, dtype: str) -> Teacher:
+def load(
+  spec: Spec, source: data.Source | data.EncodedSource, *, dtype: str
+) -> Teacher:
   """A teacher with its weights, as numpy arrays.
 
   Args:
@@ -166,7 +168,9 @@ def load(spec: Spec, source: data.Source, *, dtype: str) -> Teacher:
   return Teacher(spec.name, inference.build(card), model.variables, spec.weight)
 
 
-def _check(card: Mapping[str, Any], spec: Spec, source: data.Source) -> None:
+def _check(
+  card: Mapping[str, Any], spec: Spec, source: data.Source | data.EncodedSource
+) -> None:
   where, path = spec.where, spec.checkpoint
   if card["architecture"] != spec.name:
     raise ValueError(

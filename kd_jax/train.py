@@ -109,14 +109,15 @@ def prepare(
 
 
 def _sources(config):
-  settings = {
-    "dir": config.data.dir,
-    "image_size": config.data.image_size,
-    "num_examples": config.data.num_examples,
-    "num_classes": config.data.num_classes,
-  }
+  settings = {name: config.data[name] for name in export.DATA_OPTIONS}
   return tuple(
-    data.load(config.data.name, split=split, **settings)
+    data.load(
+      config.data.name,
+      split=split,
+      dir=config.data.dir,
+      on_bad_image=config.data.on_bad_image,
+      **settings,
+    )
     for split in ("train", "test")
   )
 
@@ -128,8 +129,8 @@ class Run:
     self,
     config: ConfigDict,
     workdir: pathlib.Path,
-    train_source: data.Source,
-    test_source: data.Source,
+    train_source: data.Source | data.EncodedSource,
+    test_source: data.Source | data.EncodedSource,
   ):
     """Builds everything but the teacher's weights, which may take hours.
 
@@ -162,6 +163,8 @@ class Run:
       seed=config.seed,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
+      sharding=self.devices.batch_sharding,
+      **self._decoding(),
     )
     self.steps_per_epoch = self.pipeline.steps_per_epoch
     self.steps_per_dispatch = setup.steps_per_dispatch(
@@ -177,6 +180,16 @@ class Run:
       dtype=jnp.dtype(config.dtype),
     )
     self.optimizer = self._optimizer()
+
+  def _decoding(self):
+    """How image files are read, as `data.create` takes it."""
+    settings = self.config.data
+    return {
+      "crop_area": tuple(settings.crop_area),
+      "crop_aspect": tuple(settings.crop_aspect),
+      "num_workers": settings.num_workers,
+      "device": settings.decoder,
+    }
 
   def _find_teacher(self, spec):
     """A teacher, without weights if it is to be trained first."""
@@ -205,6 +218,7 @@ class Run:
       axis_name=axis_name,
       sync=self.config.sync_batch_stats,
       dtype=jnp.dtype(self.config.dtype),
+      label_smoothing=self.config.label_smoothing,
     )
 
   def _transform(self, key, batch):
@@ -216,6 +230,10 @@ class Run:
       flip=self.config.data.flip,
     )
     return self.normalize(images)
+
+  def _mixing(self):
+    alphas = {name: self.config.data[name] for name in ("mixup", "cutmix")}
+    return alphas if any(alphas.values()) else None
 
   def _loss_arguments(self):
     ramps = self.config.loss_ramp_epochs.to_dict()
@@ -229,6 +247,7 @@ class Run:
         for name, epochs in ramps.items()
       },
       "transform": self._transform,
+      "mixing": self._mixing(),
       "seed": self.config.seed,
     }
 
@@ -239,7 +258,7 @@ class Run:
     layers that do not exist, a weight for an unknown term) is an error here.
     """
     image = jax.ShapeDtypeStruct(
-      (1, *self.train_source.images.shape[1:]), jnp.float32
+      (1, *self.train_source.image_shape), jnp.float32
     )
     abstract_teacher = _as_one(
       [
@@ -269,12 +288,16 @@ class Run:
       {"student": student_params, "distiller": distiller_params},
       {"student": student_rest, "distiller": distiller_rest},
       abstract_teacher,
-      _abstract_batch(local, self.train_source.images.shape[1:]),
+      _abstract_batch(local, self.train_source.image_shape),
       jax.ShapeDtypeStruct((), jnp.int32),
     )
     settings = self.config.optim
     schedule = optim.learning_rate_schedule(
-      settings.learning_rate,
+      optim.scaled_learning_rate(
+        settings.learning_rate,
+        batch_size=self.config.batch_size,
+        reference_batch_size=settings.reference_batch_size,
+      ),
       schedule=settings.schedule,
       epochs=self.config.epochs,
       steps_per_epoch=self.steps_per_epoch,
@@ -298,7 +321,7 @@ class Run:
     size = self.config.batch_size // self.config.accumulate_steps
     if not self.config.sync_batch_stats:
       size //= self.num_devices
-    shape = (size, *self.train_source.images.shape[1:])
+    shape = (size, *self.train_source.image_shape)
     batch = {
       "image": jnp.zeros(shape, jnp.uint8),
       "label": jnp.zeros(size, jnp.int32),
@@ -376,20 +399,7 @@ class Run:
 
   def _evaluator(self, student, teacher, distiller):
     """A function from variables to mean metrics over the whole test set."""
-    batch_size = self.config.eval.batch_size
-    batch_size = math.ceil(batch_size / self.num_devices) * self.num_devices
-    xs = data.eval_batches(
-      self.test_source,
-      batch_size=batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    count = len(xs["label"])
-    size = 1 if jax.default_backend() == "cpu" else count
-    chunks = [
-      self.devices.shard({k: v[i : i + size] for k, v in xs.items()})
-      for i in range(0, count, size)
-    ]
+    chunks = self._eval_chunks()
     step = train_step.make_eval_step(
       student=student,
       teacher=teacher,
@@ -400,7 +410,11 @@ class Run:
     mapped = self.devices.map_chunk(train_step.make_eval_chunk(step))
 
     def evaluate(variables, teacher_variables):
-      sums = [mapped(variables, teacher_variables, {}, c) for c in chunks]
+      sums: list[dict[str, Any]] = []
+      for chunk in chunks():
+        sums.append(mapped(variables, teacher_variables, {}, chunk))
+        if len(sums) > 1:  # one late: batches do not pile up on the device
+          sums[-2] = jax.device_get(sums[-2])
       sums = jax.device_get(sums)
       return processes.from_first(
         metrics.means(
@@ -409,6 +423,36 @@ class Run:
       )
 
     return evaluate
+
+  def _eval_chunks(self):
+    """A function that gives the test set, on the devices, in parts."""
+    batch_size = self.config.eval.batch_size
+    batch_size = math.ceil(batch_size / self.num_devices) * self.num_devices
+    share = {
+      "process_index": jax.process_index(),
+      "process_count": jax.process_count(),
+    }
+    if isinstance(self.test_source, data.EncodedSource):
+      stream = data.eval_stream(
+        self.test_source,
+        batch_size,
+        pipeline=self.config.data.pipeline,
+        **share,
+        **self._decoding(),
+      )
+      self.test_skipped = stream.skipped
+      return lambda: (
+        self.devices.shard({k: v[None] for k, v in batch.items()})
+        for batch in stream
+      )
+    xs = data.eval_batches(self.test_source, batch_size, **share)
+    count = len(xs["label"])
+    size = 1 if jax.default_backend() == "cpu" else count
+    chunks = [
+      self.devices.shard({k: v[i : i + size] for k, v in xs.items()})
+      for i in range(0, count, size)
+    ]
+    return lambda: chunks
 
   def _obtain_teachers(self):
     """Trains those without weights, puts all on the devices, scores them.
