@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from kd_jax import data
 
@@ -18,10 +19,43 @@ each_pipeline = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module")
-def source():
+def in_memory():
   return data.load(
     "synthetic", split="train", num_examples=COUNT, image_size=4, num_classes=7
   )
+
+
+@pytest.fixture(scope="module")
+def in_files(in_memory, tmp_path_factory):
+  """The same set, as files, with its `images` to compare with."""
+  folder = tmp_path_factory.mktemp("files")
+  paths = [str(folder / f"{i}.png") for i in range(COUNT)]
+  for image, path in zip(in_memory.images, paths):
+    Image.fromarray(image).save(path)
+  source = data.FolderSource(
+    paths=tuple(paths),
+    labels=in_memory.labels,
+    num_classes=in_memory.num_classes,
+    class_names=in_memory.class_names,
+    name="files",
+    image_size=4,
+  )
+  object.__setattr__(source, "images", in_memory.images)
+  return source
+
+
+@pytest.fixture
+def source(request, in_memory, in_files):
+  callspec = getattr(request.node, "callspec", None)
+  dali = callspec is not None and callspec.params.get("name") == "dali"
+  return in_files if dali else in_memory
+
+
+def create(name, source, **options):
+  """The pipeline; where it crops images, the crop is the whole image."""
+  if name == "dali":
+    options = {"crop_area": (1, 1), "crop_aspect": (1, 1), **options}
+  return data.create(name, source, **options)
 
 
 def batches(pipeline, chunks):
@@ -51,7 +85,7 @@ def assert_equal(got, expected):
 
 @each_pipeline
 def test_batches_keep_the_contract(name, source):
-  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
+  pipeline = create(name, source, batch_size=BATCH, seed=0)
   assert pipeline.steps_per_epoch == STEPS
   for batch in batches(pipeline, [1, 3, 1, 2]):
     assert {key: value.dtype for key, value in batch.items()} == {
@@ -72,7 +106,7 @@ def test_batches_keep_the_contract(name, source):
 
 @each_pipeline
 def test_epochs_are_different_and_hold_no_example_twice(name, source):
-  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
+  pipeline = create(name, source, batch_size=BATCH, seed=0)
   epochs = [indices(pipeline, [STEPS]).ravel() for _ in range(4)]
   for epoch in epochs:
     assert len(np.unique(epoch)) == STEPS * BATCH
@@ -87,7 +121,7 @@ def test_epochs_are_different_and_hold_no_example_twice(name, source):
 @each_pipeline
 def test_the_seed_decides_the_order(name, source):
   def order(seed):
-    pipeline = data.create(name, source, batch_size=BATCH, seed=seed)
+    pipeline = create(name, source, batch_size=BATCH, seed=seed)
     return indices(pipeline, [STEPS, STEPS])
 
   np.testing.assert_array_equal(order(3), order(3))
@@ -98,7 +132,7 @@ def test_the_seed_decides_the_order(name, source):
 def test_an_epochs_order_does_not_depend_on_the_batch_size(name, source):
   orders = []
   for batch_size in (8, 5):
-    pipeline = data.create(name, source, batch_size=batch_size, seed=1)
+    pipeline = create(name, source, batch_size=batch_size, seed=1)
     pipeline.next_chunk(pipeline.steps_per_epoch)
     orders.append(indices(pipeline, [pipeline.steps_per_epoch]).ravel())
   np.testing.assert_array_equal(orders[0], orders[1][: STEPS * BATCH])
@@ -106,7 +140,7 @@ def test_an_epochs_order_does_not_depend_on_the_batch_size(name, source):
 
 @each_pipeline
 def test_without_shuffling_the_sets_order_is_kept(name, source):
-  pipeline = data.create(name, source, batch_size=BATCH, seed=0, shuffle=False)
+  pipeline = create(name, source, batch_size=BATCH, seed=0, shuffle=False)
   for _ in range(2):
     np.testing.assert_array_equal(
       indices(pipeline, [2, 3]).ravel(), np.arange(STEPS * BATCH)
@@ -117,10 +151,10 @@ def test_without_shuffling_the_sets_order_is_kept(name, source):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_processes_shares_make_up_the_batch(name, processes, source):
   chunks = [2, 3, 4]
-  alone = batches(data.create(name, source, batch_size=BATCH, seed=5), chunks)
+  alone = batches(create(name, source, batch_size=BATCH, seed=5), chunks)
   shares = [
     batches(
-      data.create(
+      create(
         name,
         source,
         batch_size=BATCH,
@@ -143,7 +177,7 @@ def test_the_processes_shares_make_up_the_batch(name, processes, source):
 @each_pipeline
 def test_chunks_of_any_size_give_the_same_batches(name, source):
   def run(chunks):
-    return batches(data.create(name, source, batch_size=BATCH, seed=2), chunks)
+    return batches(create(name, source, batch_size=BATCH, seed=2), chunks)
 
   singles = run([1] * 2 * STEPS)
   assert_equal(run([STEPS, STEPS]), singles)
@@ -154,7 +188,7 @@ def test_chunks_of_any_size_give_the_same_batches(name, source):
 @pytest.mark.parametrize("position", [0, 1, 3, STEPS, STEPS + 2, 3 * STEPS])
 def test_a_position_is_restored_exactly(name, position, source):
   def fresh():
-    return data.create(name, source, batch_size=BATCH, seed=9)
+    return create(name, source, batch_size=BATCH, seed=9)
 
   pipeline = fresh()
   batches(pipeline, [1] * position)
@@ -176,7 +210,7 @@ def test_a_position_is_restored_exactly(name, position, source):
 @each_pipeline
 def test_a_position_holds_for_another_number_of_processes(name, source):
   def make(process, processes):
-    return data.create(
+    return create(
       name,
       source,
       batch_size=BATCH,
@@ -205,7 +239,7 @@ def test_a_position_holds_for_another_number_of_processes(name, source):
   ],
 )
 def test_a_position_of_another_order_is_refused(name, field, value, source):
-  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
+  pipeline = create(name, source, batch_size=BATCH, seed=0)
   state = {**pipeline.get_state(), field: value}
   with pytest.raises(
     ValueError,
@@ -216,7 +250,7 @@ def test_a_position_of_another_order_is_refused(name, field, value, source):
 
 @each_pipeline
 def test_a_chunk_must_not_cross_an_epochs_end(name, source):
-  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
+  pipeline = create(name, source, batch_size=BATCH, seed=0)
   pipeline.next_chunk(3)
   for k in (0, 3, STEPS):
     with pytest.raises(
@@ -224,7 +258,7 @@ def test_a_chunk_must_not_cross_an_epochs_end(name, source):
     ):
       pipeline.next_chunk(k)
   assert pipeline.step == 3
-  expected = data.create(name, source, batch_size=BATCH, seed=0)
+  expected = create(name, source, batch_size=BATCH, seed=0)
   assert_equal(batches(pipeline, [2]), batches(expected, [3, 2])[3:])
 
 
@@ -241,14 +275,14 @@ def test_a_chunk_must_not_cross_an_epochs_end(name, source):
 )
 def test_wrong_options_are_refused(name, options, words, source):
   with pytest.raises(ValueError, match=words):
-    data.create(name, source, **{"batch_size": BATCH, "seed": 0, **options})
+    create(name, source, **{"batch_size": BATCH, "seed": 0, **options})
 
 
 @each_pipeline
 def test_load_works_inside_a_compiled_scan(name, source):
-  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
+  pipeline = create(name, source, batch_size=BATCH, seed=0)
   expected = batches(
-    data.create(name, source, batch_size=BATCH, seed=0), [STEPS, STEPS]
+    create(name, source, batch_size=BATCH, seed=0), [STEPS, STEPS]
   )
   traces = []
 
@@ -302,7 +336,9 @@ def test_grains_threads_change_nothing(num_threads, source):
 
 
 def test_grain_refuses_a_negative_number_of_threads(source):
-  with pytest.raises(ValueError, match=r"num_threads and num_workers must be 0 or more .* -1"):
+  with pytest.raises(
+    ValueError, match=r"num_threads and num_workers must be 0 or more .* -1"
+  ):
     data.create("grain", source, batch_size=BATCH, seed=0, num_threads=-1)
   with pytest.raises(ValueError, match="prefetch 1 or more, got 1, 0 and 0"):
     data.create(
@@ -313,7 +349,7 @@ def test_grain_refuses_a_negative_number_of_threads(source):
 def test_an_unknown_pipeline_names_the_nearest(source):
   with pytest.raises(
     ValueError,
-    match=r"Unknown pipeline 'grian'. Did you mean grain.*: device, grain",
+    match=r"Unknown pipeline 'grian'. Did you mean grain.*: dali, device, gra",
   ):
     data.create("grian", source, batch_size=BATCH, seed=0)
 
@@ -331,7 +367,7 @@ def test_without_grain_the_error_says_what_to_do(monkeypatch, source):
 def test_importing_the_package_imports_no_optional_one(repo):
   code = (
     "import sys, kd_jax.data, kd_jax.data.device_pipeline;"
-    "print(sorted({'grain', 'sklearn', 'tensorflow', 'torch',"
+    "print(sorted({'grain', 'nvidia.dali', 'sklearn', 'tensorflow', 'torch',"
     " 'tensorflow_datasets'} & set(sys.modules)))"
   )
   result = subprocess.run(
