@@ -44,6 +44,9 @@ class RecordSource(folder.EncodedSource):
     """
     try:
       record = self.records[i]
+      # What the reader makes of a file that is cut short.
+      if record["image"] is None or record["label"] is None:
+        raise EOFError("the record is empty")
     # The record reader raises errors of its own.
     except Exception as error:
       raise images.BadImageError(

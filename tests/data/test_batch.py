@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from kd_jax.data import batch, sources
+from kd_jax.data import batch, images, sources
 
 
 def source(count):
@@ -51,6 +52,123 @@ def test_the_source_stays_as_it_was():
   np.testing.assert_array_equal(test.images, before)
 
 
+@pytest.fixture
+def files(tmp_path):
+  """37 pictures of many sizes, in class folders."""
+  rng = np.random.default_rng(0)
+  for i in range(37):
+    folder = tmp_path / "val" / f"{i % 3}"
+    folder.mkdir(parents=True, exist_ok=True)
+    image = rng.integers(0, 256, (9 + i % 4, 12 - i % 5, 3), np.uint8)
+    Image.fromarray(image).save(folder / f"{i:02d}.png")
+
+  def load(**options):
+    return sources.load(
+      "folder", split="test", dir=tmp_path, image_size=4, **options
+    )
+
+  return load
+
+
+def stack(batches):
+  return {
+    name: np.stack([batch[name] for batch in batches]) for name in batches[0]
+  }
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_stream_has_the_batches_that_eval_batches_has(processes):
+  test = source(37)
+  for process in range(processes):
+    stream = batch.eval_stream(test, 8, process, processes)
+    got = list(stream)
+    assert len(got) == len(stream) == 5
+    expected = batch.eval_batches(test, 8, process, processes)
+    for name, value in stack(got).items():
+      np.testing.assert_array_equal(value, expected[name])
+      assert value.dtype == expected[name].dtype
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_a_stream_of_files_counts_every_one_once(files, processes):
+  test = files()
+  shares = [
+    stack(list(batch.eval_stream(test, 8, process, processes)))
+    for process in range(processes)
+  ]
+  whole = {
+    name: np.concatenate([share[name] for share in shares], axis=1)
+    for name in shares[0]
+  }
+  assert {name: value.dtype for name, value in whole.items()} == {
+    "image": np.uint8,
+    "label": np.int32,
+    "index": np.int32,
+    "mask": np.bool_,
+  }
+  assert whole["image"].shape == (5, 8, 4, 4, 3)
+  mask = whole["mask"]
+  np.testing.assert_array_equal(whole["index"][mask], np.arange(37))
+  np.testing.assert_array_equal(whole["label"][mask], test.labels)
+  for i, image in enumerate(whole["image"][mask]):
+    expected = images.evaluate_crop(
+      images.decode(test.read_bytes(i), "x"), size=4, resize=5
+    )
+    np.testing.assert_array_equal(image, expected)
+  for name in ("image", "label", "index"):
+    assert not whole[name][~mask].any()
+
+
+def test_an_unreadable_file_ends_the_stream_with_its_name(files, tmp_path):
+  test = files()
+  (tmp_path / "val" / "1" / "10.png").write_bytes(b"")
+  with pytest.raises(images.BadImageError, match=r"val/1/10\.png: .*0 bytes"):
+    list(batch.eval_stream(test, 8))
+
+
+def test_an_unreadable_file_is_left_out_and_listed(files, tmp_path, caplog):
+  test = files(on_bad_image="skip")
+  expected = stack(list(batch.eval_stream(test, 8)))
+  (tmp_path / "val" / "1" / "10.png").write_bytes(b"")
+  (tmp_path / "val" / "0" / "33.png").unlink()
+  stream = batch.eval_stream(test, 8)
+  for _ in range(2):  # a second evaluation finds them again, counts them once
+    caplog.clear()
+    got = stack(list(stream))
+    bad = [
+      i for i, p in enumerate(test.paths) if p.endswith(("10.png", "33.png"))
+    ]
+    rows = np.isin(expected["index"], bad) & expected["mask"]
+    np.testing.assert_array_equal(got["mask"], expected["mask"] & ~rows)
+    for name in ("image", "label", "index"):
+      assert not got[name][rows].any()
+      np.testing.assert_array_equal(got[name][~rows], expected[name][~rows])
+    assert len(stream.skipped) == 2
+  first, second = stream.skipped.reasons()
+  assert first.endswith("33.png does not exist: expected an image file")
+  assert "10.png: expected an image file, got one that cannot be de" in second
+  assert not caplog.records  # logged in the first round
+
+
+def test_a_stream_reads_only_a_little_ahead(files, monkeypatch):
+  test = files()
+  read = []
+  real = images.read_file
+  monkeypatch.setattr(
+    images, "read_file", lambda path: read.append(path) or real(path)
+  )
+  stream = iter(batch.eval_stream(test, 4))
+  next(stream)
+  assert 4 <= len(read) <= 12
+  stream.close()
+  assert len(read) <= 12
+
+
+def test_a_negative_number_of_threads_is_refused():
+  with pytest.raises(ValueError, match="num_threads must be 0 or more, got -1"):
+    batch.EvalStream(source(9), 4, num_threads=-1)
+
+
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
@@ -62,3 +180,5 @@ def test_the_source_stays_as_it_was():
 def test_wrong_sizes_are_refused(arguments, words):
   with pytest.raises(ValueError, match=words):
     batch.eval_batches(source(9), *arguments)
+  with pytest.raises(ValueError, match=words):
+    batch.eval_stream(source(9), *arguments)

@@ -1,6 +1,11 @@
 """One battery for every pipeline that `create` knows."""
 
+import dataclasses
 import json
+import multiprocessing
+import os
+import pathlib
+import signal
 import subprocess
 import sys
 
@@ -11,51 +16,61 @@ import pytest
 from PIL import Image
 
 from kd_jax import data
+from kd_jax.data import fetch, images
 
 COUNT, BATCH, STEPS = 45, 8, 5
 
-NAMES = data.names()
-each_pipeline = pytest.mark.parametrize("name", NAMES)
+# A pipeline, and what its images lie in: the parameter of `source`.
+CASES = [
+  ("dali", "files"),
+  ("device", "memory"),
+  ("grain", "memory"),
+  ("grain", "files"),
+]
+each_pipeline = pytest.mark.parametrize(("name", "kind"), CASES)
 
 
 @pytest.fixture(scope="module")
-def in_memory():
-  return data.load(
+def sources(tmp_path_factory):
+  memory = data.load(
     "synthetic", split="train", num_examples=COUNT, image_size=4, num_classes=7
   )
-
-
-@pytest.fixture(scope="module")
-def in_files(in_memory, tmp_path_factory):
-  """The same set, as files, with its `images` to compare with."""
-  folder = tmp_path_factory.mktemp("files")
-  paths = [str(folder / f"{i}.png") for i in range(COUNT)]
-  for image, path in zip(in_memory.images, paths):
-    Image.fromarray(image).save(path)
-  source = data.FolderSource(
-    paths=tuple(paths),
-    labels=in_memory.labels,
-    num_classes=in_memory.num_classes,
-    class_names=in_memory.class_names,
-    name="files",
-    image_size=4,
-  )
-  object.__setattr__(source, "images", in_memory.images)
-  return source
+  root = tmp_path_factory.mktemp("images")
+  rng = np.random.default_rng(0)
+  for i in range(COUNT):
+    folder = root / "train" / f"class {i // 7}"
+    folder.mkdir(parents=True, exist_ok=True)
+    image = rng.integers(0, 256, (9 + i % 4, 12 - i % 5, 3), np.uint8)
+    Image.fromarray(image).save(folder / f"{i:02d}.png")
+  files = data.load("folder", split="train", dir=root, image_size=4)
+  return {"memory": memory, "files": files}
 
 
 @pytest.fixture
-def source(request, in_memory, in_files):
-  callspec = getattr(request.node, "callspec", None)
-  dali = callspec is not None and callspec.params.get("name") == "dali"
-  return in_files if dali else in_memory
+def kind():
+  return "memory"
 
 
-def create(name, source, **options):
-  """The pipeline; where it crops images, the crop is the whole image."""
-  if name == "dali":
-    options = {"crop_area": (1, 1), "crop_aspect": (1, 1), **options}
-  return data.create(name, source, **options)
+@pytest.fixture
+def source(sources, kind):
+  return sources[kind]
+
+
+def expected_images(source, seed, epoch, index, **settings):
+  if not isinstance(source, data.FolderSource):
+    return source.images[index]
+  # By way of whole pictures, which the pipeline does not make.
+  return np.stack(
+    [
+      images.random_resized_crop(
+        images.decode(source.read_bytes(i), "x"),
+        np.random.default_rng((seed, epoch, i, 1)),
+        size=4,
+        **settings,
+      )
+      for i in index.tolist()
+    ]
+  )
 
 
 def batches(pipeline, chunks):
@@ -83,11 +98,15 @@ def assert_equal(got, expected):
       np.testing.assert_array_equal(one[key], other[key])
 
 
+def test_the_battery_is_of_every_pipeline():
+  assert {name for name, _ in CASES} == set(data.names())
+
+
 @each_pipeline
 def test_batches_keep_the_contract(name, source):
-  pipeline = create(name, source, batch_size=BATCH, seed=0)
+  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
   assert pipeline.steps_per_epoch == STEPS
-  for batch in batches(pipeline, [1, 3, 1, 2]):
+  for step, batch in enumerate(batches(pipeline, [1, 3, 1, 2])):
     assert {key: value.dtype for key, value in batch.items()} == {
       "image": np.uint8,
       "label": np.int32,
@@ -100,13 +119,16 @@ def test_batches_keep_the_contract(name, source):
     assert batch["mask"].all()
     index = batch["index"]
     assert index.min() >= 0 and index.max() < COUNT
-    np.testing.assert_array_equal(batch["image"], source.images[index])
+    if name != "dali":  # not Pillow's pixels; see test_dali_pipeline.py
+      np.testing.assert_array_equal(
+        batch["image"], expected_images(source, 0, step // STEPS, index)
+      )
     np.testing.assert_array_equal(batch["label"], source.labels[index])
 
 
 @each_pipeline
 def test_epochs_are_different_and_hold_no_example_twice(name, source):
-  pipeline = create(name, source, batch_size=BATCH, seed=0)
+  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
   epochs = [indices(pipeline, [STEPS]).ravel() for _ in range(4)]
   for epoch in epochs:
     assert len(np.unique(epoch)) == STEPS * BATCH
@@ -121,7 +143,7 @@ def test_epochs_are_different_and_hold_no_example_twice(name, source):
 @each_pipeline
 def test_the_seed_decides_the_order(name, source):
   def order(seed):
-    pipeline = create(name, source, batch_size=BATCH, seed=seed)
+    pipeline = data.create(name, source, batch_size=BATCH, seed=seed)
     return indices(pipeline, [STEPS, STEPS])
 
   np.testing.assert_array_equal(order(3), order(3))
@@ -132,7 +154,7 @@ def test_the_seed_decides_the_order(name, source):
 def test_an_epochs_order_does_not_depend_on_the_batch_size(name, source):
   orders = []
   for batch_size in (8, 5):
-    pipeline = create(name, source, batch_size=batch_size, seed=1)
+    pipeline = data.create(name, source, batch_size=batch_size, seed=1)
     pipeline.next_chunk(pipeline.steps_per_epoch)
     orders.append(indices(pipeline, [pipeline.steps_per_epoch]).ravel())
   np.testing.assert_array_equal(orders[0], orders[1][: STEPS * BATCH])
@@ -140,7 +162,7 @@ def test_an_epochs_order_does_not_depend_on_the_batch_size(name, source):
 
 @each_pipeline
 def test_without_shuffling_the_sets_order_is_kept(name, source):
-  pipeline = create(name, source, batch_size=BATCH, seed=0, shuffle=False)
+  pipeline = data.create(name, source, batch_size=BATCH, seed=0, shuffle=False)
   for _ in range(2):
     np.testing.assert_array_equal(
       indices(pipeline, [2, 3]).ravel(), np.arange(STEPS * BATCH)
@@ -151,10 +173,10 @@ def test_without_shuffling_the_sets_order_is_kept(name, source):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_processes_shares_make_up_the_batch(name, processes, source):
   chunks = [2, 3, 4]
-  alone = batches(create(name, source, batch_size=BATCH, seed=5), chunks)
+  alone = batches(data.create(name, source, batch_size=BATCH, seed=5), chunks)
   shares = [
     batches(
-      create(
+      data.create(
         name,
         source,
         batch_size=BATCH,
@@ -177,7 +199,7 @@ def test_the_processes_shares_make_up_the_batch(name, processes, source):
 @each_pipeline
 def test_chunks_of_any_size_give_the_same_batches(name, source):
   def run(chunks):
-    return batches(create(name, source, batch_size=BATCH, seed=2), chunks)
+    return batches(data.create(name, source, batch_size=BATCH, seed=2), chunks)
 
   singles = run([1] * 2 * STEPS)
   assert_equal(run([STEPS, STEPS]), singles)
@@ -188,7 +210,7 @@ def test_chunks_of_any_size_give_the_same_batches(name, source):
 @pytest.mark.parametrize("position", [0, 1, 3, STEPS, STEPS + 2, 3 * STEPS])
 def test_a_position_is_restored_exactly(name, position, source):
   def fresh():
-    return create(name, source, batch_size=BATCH, seed=9)
+    return data.create(name, source, batch_size=BATCH, seed=9)
 
   pipeline = fresh()
   batches(pipeline, [1] * position)
@@ -210,7 +232,7 @@ def test_a_position_is_restored_exactly(name, position, source):
 @each_pipeline
 def test_a_position_holds_for_another_number_of_processes(name, source):
   def make(process, processes):
-    return create(
+    return data.create(
       name,
       source,
       batch_size=BATCH,
@@ -239,7 +261,7 @@ def test_a_position_holds_for_another_number_of_processes(name, source):
   ],
 )
 def test_a_position_of_another_order_is_refused(name, field, value, source):
-  pipeline = create(name, source, batch_size=BATCH, seed=0)
+  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
   state = {**pipeline.get_state(), field: value}
   with pytest.raises(
     ValueError,
@@ -250,7 +272,7 @@ def test_a_position_of_another_order_is_refused(name, field, value, source):
 
 @each_pipeline
 def test_a_chunk_must_not_cross_an_epochs_end(name, source):
-  pipeline = create(name, source, batch_size=BATCH, seed=0)
+  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
   pipeline.next_chunk(3)
   for k in (0, 3, STEPS):
     with pytest.raises(
@@ -258,7 +280,7 @@ def test_a_chunk_must_not_cross_an_epochs_end(name, source):
     ):
       pipeline.next_chunk(k)
   assert pipeline.step == 3
-  expected = create(name, source, batch_size=BATCH, seed=0)
+  expected = data.create(name, source, batch_size=BATCH, seed=0)
   assert_equal(batches(pipeline, [2]), batches(expected, [3, 2])[3:])
 
 
@@ -275,14 +297,14 @@ def test_a_chunk_must_not_cross_an_epochs_end(name, source):
 )
 def test_wrong_options_are_refused(name, options, words, source):
   with pytest.raises(ValueError, match=words):
-    create(name, source, **{"batch_size": BATCH, "seed": 0, **options})
+    data.create(name, source, **{"batch_size": BATCH, "seed": 0, **options})
 
 
 @each_pipeline
 def test_load_works_inside_a_compiled_scan(name, source):
-  pipeline = create(name, source, batch_size=BATCH, seed=0)
+  pipeline = data.create(name, source, batch_size=BATCH, seed=0)
   expected = batches(
-    create(name, source, batch_size=BATCH, seed=0), [STEPS, STEPS]
+    data.create(name, source, batch_size=BATCH, seed=0), [STEPS, STEPS]
   )
   traces = []
 
@@ -318,8 +340,9 @@ def test_what_each_pipeline_keeps_on_the_device(source):
   assert data.create("grain", source, batch_size=BATCH, seed=0).resident == {}
 
 
+@pytest.mark.parametrize("kind", ["memory", "files"])
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_grains_threads_change_nothing(num_threads, source):
+def test_grains_threads_change_nothing(num_threads, kind, source):
   def make(**options):
     return data.create("grain", source, batch_size=BATCH, seed=4, **options)
 
@@ -344,6 +367,189 @@ def test_grain_refuses_a_negative_number_of_threads(source):
     data.create(
       "grain", source, batch_size=BATCH, seed=0, num_threads=1, prefetch=0
     )
+
+
+def test_another_epoch_and_another_seed_have_other_crops(sources):
+  def image(seed, steps):
+    pipeline = data.create(
+      "grain", sources["files"], batch_size=1, seed=seed, shuffle=False
+    )
+    for _ in range(steps):
+      pipeline.next_chunk(1)
+    return pipeline.next_chunk(1)["image"]
+
+  first = image(0, 0)
+  np.testing.assert_array_equal(image(0, 0), first)
+  assert (image(0, COUNT) != first).mean() > 0.5  # an epoch later
+  assert (image(1, 0) != first).mean() > 0.5
+
+
+def test_the_crops_settings_are_obeyed(sources):
+  source = sources["files"]
+  pipeline = data.create(
+    "grain",
+    source,
+    batch_size=BATCH,
+    seed=0,
+    shuffle=False,
+    crop_area=(0.9, 1),
+    crop_aspect=(0.5, 2),
+  )
+  got = pipeline.next_chunk(1)["image"][0]
+  settings = {"area": (0.9, 1), "aspect": (0.5, 2)}
+  expected = expected_images(source, 0, 0, np.arange(BATCH), **settings)
+  np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"num_workers": -1}, "num_workers must be 0 or more .*got 0, -1 and 4"),
+    ({"crop_area": (0.5, 0.2)}, r"crop_area must be .*largest <= 1, got \(0.5"),
+    ({"crop_area": (0, 1)}, "crop_area must be .*0 < least"),
+    ({"crop_area": (0.5, 1.5)}, "crop_area must be"),
+    ({"crop_aspect": (-1, 1)}, "crop_aspect must be"),
+  ],
+)
+def test_wrong_options_of_image_files_are_refused(options, words, sources):
+  with pytest.raises(ValueError, match=words):
+    data.create("grain", sources["files"], batch_size=8, seed=0, **options)
+
+
+def test_where_image_files_do_not_fit(sources):
+  with pytest.raises(
+    ValueError, match=r"'device' keeps .*folder is image files.*'grain'"
+  ):
+    data.create("device", sources["files"], batch_size=BATCH, seed=0)
+  with pytest.raises(
+    ValueError, match=r"num_workers is of image files; synthetic is in memory"
+  ):
+    data.create(
+      "grain", sources["memory"], batch_size=BATCH, seed=0, num_workers=2
+    )
+
+
+def damaged(source, positions, on_bad_image):
+  """The same set with files of zero bytes at these positions."""
+  paths = list(source.paths)
+  for i in positions:
+    paths[i] += ".gone"
+  return dataclasses.replace(
+    source, paths=tuple(paths), on_bad_image=on_bad_image
+  )
+
+
+def test_the_next_image_stands_in_for_one_that_cannot_be_read(sources):
+  source = damaged(sources["files"], [3, 4, 44], "skip")
+  options = {"batch_size": 9, "seed": 0}
+  good = data.create("grain", sources["files"], **options)
+  pipeline = data.create("grain", source, **options)
+  for epoch in range(2):
+    expected = indices(good, [5])
+    stand_in = {3: 5, 4: 5, 44: 0}
+    for batch, wanted in zip(batches(pipeline, [5]), expected, strict=True):
+      index = np.array([stand_in.get(i, i) for i in wanted.tolist()])
+      np.testing.assert_array_equal(batch["index"], index)
+      np.testing.assert_array_equal(batch["label"], source.labels[index])
+      np.testing.assert_array_equal(
+        batch["image"], expected_images(source, 0, epoch, index)
+      )
+      assert batch["mask"].all()
+    # Counted once, however often they come up.
+    assert len(pipeline.skipped) == 3
+  reasons = pipeline.skipped.reasons()
+  assert [reason.split(" does not exist")[0] for reason in reasons] == [
+    source.paths[i] for i in (3, 4, 44)
+  ]
+
+
+def test_an_image_that_cannot_be_read_is_an_error(sources):
+  source = damaged(sources["files"], [17], "error")
+  pipeline = data.create(
+    "grain", source, batch_size=BATCH, seed=0, shuffle=False
+  )
+  pipeline.next_chunk(2)
+  with pytest.raises(data.BadImageError, match=r"17\.png\.gone does not exist"):
+    pipeline.next_chunk(3)
+  # The position stays: the file may come back.
+  assert pipeline.step == 2
+  expected = data.create(
+    "grain", sources["files"], batch_size=BATCH, seed=0, shuffle=False
+  )
+  expected.next_chunk(2)
+  pathlib.Path(source.paths[17]).write_bytes(sources["files"].read_bytes(17))
+  try:
+    assert_equal(batches(pipeline, [3]), batches(expected, [3]))
+  finally:
+    pathlib.Path(source.paths[17]).unlink()
+
+
+def test_data_that_are_gone_are_not_skipped_forever(sources, monkeypatch):
+  monkeypatch.setattr(fetch, "_MOST_SKIPPED", 6)
+  source = damaged(sources["files"], range(10, 20), "skip")
+  pipeline = data.create(
+    "grain", source, batch_size=BATCH, seed=0, shuffle=False
+  )
+  pipeline.next_chunk(1)
+  with pytest.raises(
+    data.BadImageError, match=r"^6 images in a row .* the last: .*/1\d\.png"
+  ):
+    pipeline.next_chunk(1)
+
+
+def test_worker_processes_change_nothing(sources):
+  """Order, crops, resume, skips; an error; a signal; a death."""
+  source = damaged(sources["files"], [3], "skip")
+
+  def make(source=source, **options):
+    return data.create("grain", source, batch_size=BATCH, seed=4, **options)
+
+  alone = make()
+  expected = batches(alone, [STEPS, 3, 2, STEPS])
+  workers = make(num_workers=2, prefetch=3)
+  try:
+    assert_equal(batches(workers, [STEPS, 1, 2]), expected[:8])
+    state = json.loads(json.dumps(workers.get_state()))
+    assert state == {**state, "step": 8}
+    children = [
+      child
+      for child in multiprocessing.active_children()
+      if "grain" in child.name
+    ]
+    assert len(children) == 2
+    # Sent to all processes of a job, to be answered by the training process.
+    for child in children:
+      os.kill(child.pid, signal.SIGINT)
+      os.kill(child.pid, signal.SIGTERM)
+    assert_equal(batches(workers, [2, STEPS]), expected[8:])
+    assert workers.skipped.reasons() == alone.skipped.reasons() != []
+    assert all(child.is_alive() for child in children)
+    restored = make()
+    restored.set_state(state)
+    assert_equal(batches(restored, [2, STEPS]), expected[8:])
+    os.kill(children[0].pid, signal.SIGKILL)
+    step = workers.step
+    with pytest.raises(
+      RuntimeError, match=r"worker process .*died: .*code -9.*/dev/shm.*num_thr"
+    ):
+      while True:
+        workers.next_chunk(1)
+    assert workers.step >= step
+    workers.set_state(state)  # starts others
+    assert_equal(batches(workers, [2]), expected[8:10])
+  finally:
+    workers.close()
+  assert not any(child.is_alive() for child in children)
+
+  source = damaged(sources["files"], [9], "error")
+  broken = make(source, num_workers=1, shuffle=False)
+  try:
+    broken.next_chunk(1)
+    with pytest.raises(data.BadImageError, match=r"/09\.png\.gone does not ex"):
+      broken.next_chunk(1)
+    assert broken.step == 1
+  finally:
+    broken.close()
 
 
 def test_an_unknown_pipeline_names_the_nearest(source):

@@ -299,20 +299,6 @@ def test_a_malicious_file_is_refused_and_not_run(tmp_path, packed):
 # TensorFlow Datasets, prepared without TensorFlow.
 
 
-@pytest.fixture
-def tfds(monkeypatch, tmp_path):
-  """TFDS whose own default folder is empty, whatever this machine holds."""
-  import tensorflow_datasets as tfds
-
-  real = tfds.builder
-
-  def builder(name, *, data_dir=None, **options):
-    return real(name, data_dir=data_dir or tmp_path / "default", **options)
-
-  monkeypatch.setattr(tfds, "builder", builder)
-  return tfds
-
-
 def prepare(folder, dataset, split, count, file_format="array_record"):
   """Writes what TFDS's `download_and_prepare` writes; returns the content."""
   import tensorflow_datasets as tfds
