@@ -53,12 +53,13 @@ def create(
   """Builds the training pipeline of that name.
 
   Args:
-    name: "device" (the set stays on the device) or "grain" (host memory or
-      image files).
+    name: "device" (the set stays on the device), "grain" (host memory or
+      image files) or "dali" (image files).
     source: the training set.
     **options: batch_size (global), seed, process_index=0, process_count=1,
-      shuffle=True; grain also num_threads=0, num_workers=0, prefetch=4,
-      crop_area=(0.08, 1) and crop_aspect=(3/4, 4/3).
+      shuffle=True; grain and dali also num_threads=0, prefetch, crop_area=
+      (0.08, 1) and crop_aspect=(3/4, 4/3); grain num_workers=0; dali device=
+      "cpu" and sharding=None.
 
   Returns:
     The pipeline; see `kd_jax.data.batch.Pipeline`.

@@ -226,6 +226,7 @@ class _Stream:
     self._iterators: list[DALIGenericIterator] = []
     self._ahead: dict[int, concurrent.futures.Future[_Work]] = {}
     self._careful: set[int] = set()
+    self._error: images.BadImageError | None = None
 
     def build(part: int, device_id: int | None) -> DALIGenericIterator:
       pipeline = _graph(
@@ -259,6 +260,7 @@ class _Stream:
     self._readers.shutdown(cancel_futures=True)
     self._ahead.clear()
     self._iterators.clear()
+    self._error = None
 
   def _work(self, step: int) -> concurrent.futures.Future[_Work]:
     """A step's work; that of the following ones is begun."""
@@ -277,7 +279,12 @@ class _Stream:
     step = self._fed[part]
     if step == self._stop:
       raise StopIteration
-    work = self._work(step).result()
+    try:
+      work = self._work(step).result()
+    except images.BadImageError as error:
+      # The steps before it are whole: it is raised when its own is due.
+      self._error = error
+      raise StopIteration from None
     self._fed[part] += 1
     rows = slice(part * self._rows, (part + 1) * self._rows)
     corner, shape = np.split(work.windows[rows], 2, axis=1)
@@ -295,13 +302,17 @@ class _Stream:
 
     Raises:
       StopIteration: there are no more steps.
-      BadImageError: in this step or in one that is read ahead.
+      BadImageError: an image of this step cannot be read.
     """
     while True:
       try:
         parts = [next(iterator)["image"] for iterator in self._iterators]
         break
-      except (StopIteration, MemoryError, images.BadImageError):
+      except StopIteration:
+        if self._error is not None:
+          raise self._error from None
+        raise
+      except MemoryError:
         raise
       except Exception:
         # A file that DALI cannot decode ends its pipeline, without its name:
@@ -511,9 +522,8 @@ class DaliPipeline:
 
     Raises:
       ValueError: `k` steps would cross the end of the epoch.
-      BadImageError: an image of these steps, or of those read ahead, cannot be
-        read, and the source says "error", or too many in a row cannot. The
-        position stays.
+      BadImageError: an image cannot be read, and the source says "error", or
+        too many in a row cannot. The position stays.
     """
     self._plan.check_chunk(self._step, k)
     if self._stream is None:

@@ -345,6 +345,19 @@ def test_a_bad_file_is_named(name, make):
     assert pipeline.step == 0
 
 
+@pytest.mark.parametrize("name", ["cut", "bad table"])
+def test_a_bad_file_is_an_error_when_its_batch_is_due(name, make):
+  files = {f"{i}": encode(picture(30, 40, i)) for i in range(12)}
+  good = batches(create(make(files), shuffle=False), [3])
+  pipeline = create(make(files | {"9": BAD[name]}), shuffle=False, prefetch=3)
+  assert_equal(batches(pipeline, [1, 1]), good[:2])
+  with pytest.raises(data.BadImageError, match=r"/9.JPEG: expected"):
+    pipeline.next_chunk(1)
+  assert pipeline.step == 2
+  make(files)  # the file comes back
+  assert_equal(batches(pipeline, [1]), good[2:])
+
+
 def test_bad_files_are_left_out_counted_and_listed(make):
   good = {f"good {i}": encode(picture(40, 50, i)) for i in range(3)}
   files = {**dict(itertools.islice(BAD.items(), 3)), "good": JPEG}
