@@ -26,10 +26,20 @@ __all__ = [
   "names",
 ]
 
-# Name: module, class, and the package that it needs beyond JAX and numpy.
-_PIPELINES = {
+# Name: module, class, and the package that it needs beyond JAX and numpy, if
+# any: its import name, its name for pip, and the pipeline to use without it.
+_PIPELINES: dict[str, tuple[str, str, tuple[str, str, str] | None]] = {
+  "dali": (
+    "kd_jax.data.dali_pipeline",
+    "DaliPipeline",
+    ("nvidia", "nvidia-dali-cuda120", "grain"),
+  ),
   "device": ("kd_jax.data.device_pipeline", "DevicePipeline", None),
-  "grain": ("kd_jax.data.grain_pipeline", "GrainPipeline", "grain"),
+  "grain": (
+    "kd_jax.data.grain_pipeline",
+    "GrainPipeline",
+    ("grain", "grain", "device"),
+  ),
 }
 
 
@@ -44,12 +54,13 @@ def create(
   """Builds the training pipeline of that name.
 
   Args:
-    name: "device" (the set stays on the device) or "grain" (host memory or
-      image files).
+    name: "device" (the set stays on the device), "grain" (host memory or
+      image files) or "dali" (image files).
     source: the training set.
     **options: batch_size (global), seed, process_index=0, process_count=1,
-      shuffle=True; grain also num_threads=0, num_workers=0, prefetch=4,
-      crop_area=(0.08, 1) and crop_aspect=(3/4, 4/3).
+      shuffle=True; grain and dali also num_threads=0, prefetch, crop_area=
+      (0.08, 1) and crop_aspect=(3/4, 4/3); grain num_workers=0; dali device=
+      "cpu" and sharding=None.
 
   Returns:
     The pipeline; see `kd_jax.data.batch.Pipeline`.
@@ -60,16 +71,16 @@ def create(
   """
   if name not in _PIPELINES:
     raise unknown_name("pipeline", name, _PIPELINES)
-  module, attribute, package = _PIPELINES[name]
+  module, attribute, needs = _PIPELINES[name]
   try:
     pipeline = getattr(importlib.import_module(module), attribute)
   except ModuleNotFoundError as error:
-    if package is None or (error.name or "").split(".")[0] != package:
+    if needs is None or (error.name or "").split(".")[0] != needs[0]:
       raise
-    others = " or ".join(repr(other) for other in names() if other != name)
+    _, package, other = needs
     raise ImportError(
       f"The pipeline {name!r} needs the package {package}, which is not"
       f" installed. Install it (pip install {package}), or use the pipeline"
-      f" {others}, which needs nothing more."
+      f" {other!r}, which does without it."
     ) from error
   return pipeline(source, **options)

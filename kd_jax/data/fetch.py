@@ -6,6 +6,7 @@ any process or thread can make any batch.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,46 @@ def positions(plan: BatchPlan, step: int) -> np.ndarray:
   if not plan.shuffle:
     return np.arange(start, stop, dtype=np.int32)
   return _epoch_order(plan.seed, epoch, plan.num_examples)[start:stop].copy()
+
+
+def crop_generator(seed: int, epoch: int, i: int) -> np.random.Generator:
+  """What the crop of image `i` is drawn from in an epoch."""
+  return np.random.default_rng((seed, epoch, i, _CROP))
+
+
+def first_readable(
+  source: EncodedSource,
+  i: int,
+  read: Callable[[int], Any],
+  skipped: list[tuple[int, str]],
+) -> tuple[int, Any]:
+  """Reads image `i`, or the next of the set that can be read.
+
+  Args:
+    source: the set.
+    i: position in it.
+    read: of a position; raises BadImageError.
+    skipped: takes up a (position, reason) for each that cannot be read.
+
+  Returns:
+    The position of what was read, and what `read` returned.
+
+  Raises:
+    BadImageError: `i` cannot be read and the source says "error", or too many
+      in a row cannot.
+  """
+  count = len(source)
+  for j in range(i, i + min(count, _MOST_SKIPPED)):
+    try:
+      return j % count, read(j % count)
+    except images.BadImageError as error:
+      if source.on_bad_image != "skip":
+        raise
+      skipped.append((j % count, str(error)))
+  raise images.BadImageError(
+    f"{min(count, _MOST_SKIPPED)} images in a row cannot be read; the last:"
+    f" {skipped[-1][1]}. Check that the data are still there."
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,25 +144,15 @@ class FromFiles:
     self, epoch: int, i: int, out: np.ndarray, skipped: list[tuple[int, str]]
   ) -> int:
     """Fills `out` from image `i` or the next that can be read; its position."""
-    count = len(self.source)
-    for j in range(i, i + min(count, _MOST_SKIPPED)):
-      j %= count
-      rng = np.random.default_rng((self.plan.seed, epoch, j, _CROP))
-      try:
-        out[:] = images.load_random_resized_crop(
-          self.source.read_bytes(j),
-          self.source.describe(j),
-          rng,
-          size=self.source.image_size,
-          area=self.area,
-          aspect=self.aspect,
-        )
-        return j
-      except images.BadImageError as error:
-        if self.source.on_bad_image != "skip":
-          raise
-        skipped.append((j, str(error)))
-    raise images.BadImageError(
-      f"{min(count, _MOST_SKIPPED)} images in a row cannot be read; the last:"
-      f" {skipped[-1][1]}. Check that the data are still there."
-    )
+
+    def read(j: int) -> None:
+      out[:] = images.load_random_resized_crop(
+        self.source.read_bytes(j),
+        self.source.describe(j),
+        crop_generator(self.plan.seed, epoch, j),
+        size=self.source.image_size,
+        area=self.area,
+        aspect=self.aspect,
+      )
+
+    return first_readable(self.source, i, read, skipped)[0]

@@ -173,6 +173,32 @@ def _resize(image: Image.Image, size: int, box: Box) -> np.ndarray:
   )
 
 
+def evaluate_box(width: int, height: int, *, size: int, resize: int) -> Box:
+  """What `evaluate_crop` takes of a picture of these pixels.
+
+  Args:
+    width: of the picture, in pixels.
+    height: of the picture, in pixels.
+    size: height and width of the crop, in pixels.
+    resize: the shorter side before the crop; at least `size`.
+
+  Returns:
+    left, top, right, bottom, in the picture's pixels.
+
+  Raises:
+    ValueError: resize is less than size.
+  """
+  if resize < size:
+    raise ValueError(
+      f"resize must be at least the {size} pixels of the crop, got {resize}."
+    )
+  shorter = min(width, height)
+  new = [int(resize * side / shorter) for side in (width, height)]
+  left, top = (round((side - size) / 2) for side in new)
+  x, y = width / new[0], height / new[1]
+  return left * x, top * y, (left + size) * x, (top + size) * y
+
+
 def evaluate_crop(
   image: Image.Image | np.ndarray, *, size: int, resize: int
 ) -> np.ndarray:
@@ -192,24 +218,9 @@ def evaluate_crop(
   Raises:
     ValueError: resize is less than size.
   """
-  if resize < size:
-    raise ValueError(
-      f"resize must be at least the {size} pixels of the crop, got {resize}."
-    )
   image = _picture(image)
-  shorter = min(image.size)
-  width, height = (int(resize * side / shorter) for side in image.size)
-  left, top = (round((side - size) / 2) for side in (width, height))
-  return _resize(
-    image,
-    size,
-    (
-      left * image.width / width,
-      top * image.height / height,
-      (left + size) * image.width / width,
-      (top + size) * image.height / height,
-    ),
-  )
+  box = evaluate_box(image.width, image.height, size=size, resize=resize)
+  return _resize(image, size, box)
 
 
 def crop_box(

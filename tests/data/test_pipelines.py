@@ -21,7 +21,12 @@ from kd_jax.data import fetch, images
 COUNT, BATCH, STEPS = 45, 8, 5
 
 # A pipeline, and what its images lie in: the parameter of `source`.
-CASES = [("device", "memory"), ("grain", "memory"), ("grain", "files")]
+CASES = [
+  ("dali", "files"),
+  ("device", "memory"),
+  ("grain", "memory"),
+  ("grain", "files"),
+]
 each_pipeline = pytest.mark.parametrize(("name", "kind"), CASES)
 
 
@@ -114,9 +119,10 @@ def test_batches_keep_the_contract(name, source):
     assert batch["mask"].all()
     index = batch["index"]
     assert index.min() >= 0 and index.max() < COUNT
-    np.testing.assert_array_equal(
-      batch["image"], expected_images(source, 0, step // STEPS, index)
-    )
+    if name != "dali":  # not Pillow's pixels; see test_dali_pipeline.py
+      np.testing.assert_array_equal(
+        batch["image"], expected_images(source, 0, step // STEPS, index)
+      )
     np.testing.assert_array_equal(batch["label"], source.labels[index])
 
 
@@ -549,7 +555,7 @@ def test_worker_processes_change_nothing(sources):
 def test_an_unknown_pipeline_names_the_nearest(source):
   with pytest.raises(
     ValueError,
-    match=r"Unknown pipeline 'grian'. Did you mean grain.*: device, grain",
+    match=r"Unknown pipeline 'grian'. Did you mean grain.*: dali, device, gra",
   ):
     data.create("grian", source, batch_size=BATCH, seed=0)
 
@@ -567,7 +573,7 @@ def test_without_grain_the_error_says_what_to_do(monkeypatch, source):
 def test_importing_the_package_imports_no_optional_one(repo):
   code = (
     "import sys, kd_jax.data, kd_jax.data.device_pipeline;"
-    "print(sorted({'grain', 'sklearn', 'tensorflow', 'torch',"
+    "print(sorted({'grain', 'nvidia.dali', 'sklearn', 'tensorflow', 'torch',"
     " 'tensorflow_datasets'} & set(sys.modules)))"
   )
   result = subprocess.run(

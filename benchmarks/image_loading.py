@@ -1,0 +1,237 @@
+"""Images per second of loading photographs, side by side in one run.
+
+    python -m benchmarks.image_loading --data_dir DIR [--workers 2]
+
+Decodes the photographs below DIR over and over, cuts a random crop of each
+(area 0.08-1, aspect 3/4-4/3) and hands over batches of 224 x 224 pixels:
+
+  grain                 kd_jax's pipeline, uint8; the flip is the device's
+  PyTorch, uint8        DataLoader, Pillow: open, convert, crop, resize, flip
+  PyTorch, float        ... and to float32, normalised, as its examples do
+  DALI                  kd_jax's pipeline on the CPU, if it is installed
+
+PyTorch's rows do what torchvision's pil_loader and RandomResizedCrop do, with
+the same draws. Grain's decodes a JPEG at half its size or less where the crop
+has more than twice the pixels that are asked for, which changes no picture
+noticeably (`kd_jax.data.images`) and no photograph of ImageNet's usual size at
+all.
+
+The rows run in turns, --repeats times, and the fastest turn counts. Each turn
+starts its workers, discards the first batches and ends while the workers are
+still ahead. The second column divides by the CPU seconds that all processes
+spent, which other programs on the machine disturb less. Prints a table and
+writes a JSON file.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from benchmarks.input_pipeline import SEED, processor
+from kd_jax import data
+from kd_jax.data import images
+
+SIZE = 224
+WARM = 4
+SUFFIXES = {".jpeg", ".jpg", ".png"}
+
+
+def photographs(folder: str, count: int) -> data.FolderSource:
+  """The folder's photographs, repeated until there are `count`."""
+  found = sorted(
+    str(path.resolve())
+    for path in pathlib.Path(folder).rglob("*")
+    if path.suffix.lower() in SUFFIXES
+  )
+  if not found:
+    raise SystemExit(
+      f"No photographs below {folder}: expected files that end in"
+      f" {', '.join(sorted(SUFFIXES))}."
+    )
+  paths = (found * -(-count // len(found)))[:count]
+  return data.FolderSource(
+    paths=tuple(paths),
+    labels=np.zeros(count, np.int32),
+    num_classes=1,
+    class_names=("photograph",),
+    name=folder,
+    image_size=SIZE,
+  )
+
+
+def kd_jax_batches(
+  name: str, source: data.FolderSource, batch_size: int, **options: Any
+) -> Iterator[Any]:
+  """Batches of one of kd_jax's pipelines."""
+  pipeline = data.create(
+    name, source, batch_size=batch_size, seed=SEED, **options
+  )
+  try:
+    while True:
+      yield pipeline.next_chunk(1)
+  finally:
+    close = getattr(pipeline, "close", None)
+    if close is not None:
+      close()
+
+
+class TorchImages:
+  """PyTorch's map-style data set of the same photographs and crops."""
+
+  def __init__(self, paths: tuple[str, ...], to_float: bool):
+    self._paths = paths
+    self._to_float = to_float
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def __getitem__(self, i: int) -> tuple[Any, int]:
+    import torch
+    from PIL import Image
+
+    rng = np.random.default_rng((SEED, 0, i))
+    with open(self._paths[i], "rb") as file:
+      image = Image.open(file).convert("RGB")
+    box = images.crop_box(image.width, image.height, rng)
+    image = image.crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    if rng.random() < 0.5:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    if self._to_float:
+      pixels = pixels.float().div(255)
+      mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+      std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+      pixels = (pixels - mean) / std
+    return pixels, 0
+
+
+def torch_batches(
+  source: data.FolderSource, batch_size: int, workers: int, *, to_float: bool
+) -> Iterator[Any]:
+  """Batches of PyTorch's DataLoader, shuffled."""
+  import torch
+
+  yield from torch.utils.data.DataLoader(
+    TorchImages(source.paths, to_float),
+    batch_size=batch_size,
+    shuffle=True,
+    num_workers=workers,
+    drop_last=True,
+  )
+
+
+def dali_is_installed() -> bool:
+  """Without importing it."""
+  try:
+    return importlib.util.find_spec("nvidia.dali") is not None
+  except ModuleNotFoundError:
+    return False
+
+
+def cpu_seconds() -> float:
+  """CPU time of this process and of its living children."""
+  ticks = 0
+  pids = [child.pid for child in multiprocessing.active_children()]
+  for pid in [os.getpid(), *pids]:
+    # The fields behind the name, which may hold blanks: utime and stime are
+    # the 14th and the 15th of all.
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1]
+    ticks += sum(map(int, fields.split()[11:13]))
+  return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def rates(batches: Iterator[Any], count: int, size: int) -> tuple[float, float]:
+  """Images per second, and per CPU second, of `count` batches of `size`."""
+  for _ in range(WARM):
+    next(batches)
+  begin, begin_cpu = time.perf_counter(), cpu_seconds()
+  for _ in range(count):
+    next(batches)
+  seconds = time.perf_counter() - begin
+  used = cpu_seconds() - begin_cpu
+  batches.close()
+  return count * size / seconds, count * size / used
+
+
+def main() -> None:
+  """Measures, prints and writes."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--data_dir", required=True, help="of photographs")
+  parser.add_argument("--batch_size", type=int, default=64)
+  parser.add_argument("--batches", type=int, default=40, help="timed, a turn")
+  parser.add_argument("--workers", type=int, default=os.cpu_count())
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--out", default="runs/benchmarks/image_loading.json")
+  args = parser.parse_args()
+
+  # More than is timed: all end while their workers are ahead.
+  total = (args.batches + 2 * WARM + 4 * args.workers) * args.batch_size
+  source = photographs(args.data_dir, total)
+  rows: dict[str, Callable[[], Iterator[Any]]] = {
+    "grain": lambda: kd_jax_batches(
+      "grain", source, args.batch_size, num_workers=args.workers
+    ),
+    "PyTorch, uint8": lambda: torch_batches(
+      source, args.batch_size, args.workers, to_float=False
+    ),
+    "PyTorch, float": lambda: torch_batches(
+      source, args.batch_size, args.workers, to_float=True
+    ),
+  }
+  if "dali" in data.names() and dali_is_installed():
+    rows["DALI"] = lambda: kd_jax_batches(
+      "dali", source, args.batch_size, num_threads=args.workers
+    )
+  found: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+  for _ in range(args.repeats):
+    for name, start in rows.items():
+      found[name].append(rates(start(), args.batches, args.batch_size))
+  best = {name: tuple(map(max, zip(*turns))) for name, turns in found.items()}
+
+  packages = ("jax", "numpy", "grain", "pillow", "torch")
+  result = {
+    "images_per_second": {n: round(rate) for n, (rate, _) in best.items()},
+    "images_per_cpu_second": {n: round(core) for n, (_, core) in best.items()},
+    "data": args.data_dir,
+    "batch_size": args.batch_size,
+    "batches": args.batches,
+    "workers": args.workers,
+    "repeats": args.repeats,
+    "hardware": {
+      "cpu": processor(),
+      "cores": os.cpu_count(),
+      "load_average_after": os.getloadavg(),
+    },
+    "versions": {
+      "python": platform.python_version(),
+      **{name: importlib.metadata.version(name) for name in packages},
+    },
+  }
+  print(
+    f"{args.data_dir}, batch {args.batch_size}, {args.workers} workers;"
+    f" {processor()}, {os.cpu_count()} cores"
+  )
+  width = max(map(len, rows))
+  print(f"{'loader':<{width}}  {'images/s':>9}  {'images/CPU s':>12}")
+  for name, (rate, core) in best.items():
+    print(f"{name:<{width}}  {rate:>9,.0f}  {core:>12,.0f}")
+  out = pathlib.Path(args.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  out.write_text(json.dumps(result, indent=2) + "\n")
+  print(f"written: {out}")
+
+
+if __name__ == "__main__":
+  main()
