@@ -163,8 +163,14 @@ class Run:
       seed=config.seed,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
-      sharding=self.devices.batch_sharding,
-      **self._decoding(),
+      settings={
+        "crop_area": tuple(config.data.crop_area),
+        "crop_aspect": tuple(config.data.crop_aspect),
+        "device": config.data.decoder,
+        "num_threads": self._threads(),
+        "num_workers": config.data.num_workers,
+        "sharding": self.devices.batch_sharding,
+      },
     )
     self.steps_per_epoch = self.pipeline.steps_per_epoch
     self.steps_per_dispatch = setup.steps_per_dispatch(
@@ -181,15 +187,12 @@ class Run:
     )
     self.optimizer = self._optimizer()
 
-  def _decoding(self):
-    """How image files are read, as `data.create` takes it."""
-    settings = self.config.data
-    return {
-      "crop_area": tuple(settings.crop_area),
-      "crop_aspect": tuple(settings.crop_aspect),
-      "num_workers": settings.num_workers,
-      "device": settings.decoder,
-    }
+  def _threads(self):
+    """Threads of this process that decode image files."""
+    in_memory = isinstance(self.train_source, data.Source)
+    if in_memory or self.config.data.num_workers:
+      return 0
+    return len(os.sched_getaffinity(0))
 
   def _find_teacher(self, spec):
     """A teacher, without weights if it is to be trained first."""
@@ -437,8 +440,8 @@ class Run:
         self.test_source,
         batch_size,
         pipeline=self.config.data.pipeline,
+        device=self.config.data.decoder,
         **share,
-        **self._decoding(),
       )
       self.test_skipped = stream.skipped
       return lambda: (

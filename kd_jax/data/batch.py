@@ -344,13 +344,3 @@ class EvalStream:
         mask[row], index[row], image[row] = False, 0, 0
     label = np.where(mask, source.labels[index], 0).astype(np.int32)
     return {"image": image, "label": label, "index": index, "mask": mask}
-
-
-def eval_stream(
-  source: Source | EncodedSource,
-  batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> EvalStream:
-  """The padded batches of a set, one at a time; see `EvalStream`."""
-  return EvalStream(source, batch_size, process_index, process_count)

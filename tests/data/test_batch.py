@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kd_jax import data
 from kd_jax.data import batch, images, sources
 
 
@@ -80,7 +81,7 @@ def stack(batches):
 def test_a_stream_has_the_batches_that_eval_batches_has(processes):
   test = source(37)
   for process in range(processes):
-    stream = batch.eval_stream(test, 8, process, processes)
+    stream = data.eval_stream(test, 8, process, processes)
     got = list(stream)
     assert len(got) == len(stream) == 5
     expected = batch.eval_batches(test, 8, process, processes)
@@ -93,7 +94,7 @@ def test_a_stream_has_the_batches_that_eval_batches_has(processes):
 def test_a_stream_of_files_counts_every_one_once(files, processes):
   test = files()
   shares = [
-    stack(list(batch.eval_stream(test, 8, process, processes)))
+    stack(list(data.eval_stream(test, 8, process, processes)))
     for process in range(processes)
   ]
   whole = {
@@ -123,15 +124,15 @@ def test_an_unreadable_file_ends_the_stream_with_its_name(files, tmp_path):
   test = files()
   (tmp_path / "val" / "1" / "10.png").write_bytes(b"")
   with pytest.raises(images.BadImageError, match=r"val/1/10\.png: .*0 bytes"):
-    list(batch.eval_stream(test, 8))
+    list(data.eval_stream(test, 8))
 
 
 def test_an_unreadable_file_is_left_out_and_listed(files, tmp_path, caplog):
   test = files(on_bad_image="skip")
-  expected = stack(list(batch.eval_stream(test, 8)))
+  expected = stack(list(data.eval_stream(test, 8)))
   (tmp_path / "val" / "1" / "10.png").write_bytes(b"")
   (tmp_path / "val" / "0" / "33.png").unlink()
-  stream = batch.eval_stream(test, 8)
+  stream = data.eval_stream(test, 8)
   for _ in range(2):  # a second evaluation finds them again, counts them once
     caplog.clear()
     got = stack(list(stream))
@@ -157,7 +158,7 @@ def test_a_stream_reads_only_a_little_ahead(files, monkeypatch):
   monkeypatch.setattr(
     images, "read_file", lambda path: read.append(path) or real(path)
   )
-  stream = iter(batch.eval_stream(test, 4))
+  stream = iter(data.eval_stream(test, 4))
   next(stream)
   assert 4 <= len(read) <= 12
   stream.close()
@@ -181,4 +182,4 @@ def test_wrong_sizes_are_refused(arguments, words):
   with pytest.raises(ValueError, match=words):
     batch.eval_batches(source(9), *arguments)
   with pytest.raises(ValueError, match=words):
-    batch.eval_stream(source(9), *arguments)
+    data.eval_stream(source(9), *arguments)
