@@ -1,0 +1,23 @@
+"""KD (Hinton et al., 2015): ResNet-50 teaches ResNet-18 on ImageNet.
+
+Published: no figure with this pair and recipe. Here: not run.
+
+    python launch.py --config configs/kd_imagenet.py \\
+        --config.teacher.checkpoint=resnet50.pth
+
+Loss: CE + KD, temperature 4.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  """The run; `:smoke` makes it one of seconds."""
+  config = base.distillation(
+    "kd",
+    student="ResNet18",
+    teacher="ResNet50",
+    weights={"ce": 1.0, "kd": 1.0},
+    temperature=4.0,
+  )
+  return base.finish(base.imagenet(config), arg)

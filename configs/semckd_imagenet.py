@@ -1,0 +1,24 @@
+"""SemCKD (Chen et al., AAAI 2021): ResNet-50 teaches ResNet-18 on ImageNet.
+
+Published: no figure with this pair and recipe. Here: not run.
+
+    python launch.py --config configs/semckd_imagenet.py \\
+        --config.teacher.checkpoint=resnet50.pth
+
+Loss: CE + KD + 50 SemCKD, temperature 4.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  """The run; `:smoke` makes it one of seconds."""
+  config = base.distillation(
+    "semckd",
+    student="ResNet18",
+    teacher="ResNet50",
+    weights={"ce": 1.0, "kd": 1.0, "semckd": 50.0},
+    temperature=4.0,
+    soft=1.0,
+  )
+  return base.finish(base.imagenet(config), arg)

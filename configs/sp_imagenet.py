@@ -1,0 +1,23 @@
+"""SP (Tung, Mori, ICCV 2019): ResNet-50 teaches ResNet-18 on ImageNet.
+
+Published: no figure with this pair and recipe. Here: not run.
+
+    python launch.py --config configs/sp_imagenet.py \\
+        --config.teacher.checkpoint=resnet50.pth
+
+Loss: CE + KD + 3000 SP, temperature 4.
+"""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+  """The run; `:smoke` makes it one of seconds."""
+  config = base.distillation(
+    "sp",
+    student="ResNet18",
+    teacher="ResNet50",
+    weights={"ce": 1.0, "kd": 1.0, "sp": 3000.0},
+    temperature=4.0,
+  )
+  return base.finish(base.imagenet(config), arg)
