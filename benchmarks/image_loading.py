@@ -9,6 +9,8 @@ Decodes the photographs below DIR over and over, cuts a random crop of each
   PyTorch, uint8        DataLoader, Pillow: open, convert, crop, resize, flip
   PyTorch, float        ... and to float32, normalised, as its examples do
   DALI                  kd_jax's pipeline on the CPU, if it is installed
+  DALI's own example    file reader, random crop decoder, resize, DALI's
+                        iterator for JAX, and nothing else
 
 PyTorch's rows do what torchvision's pil_loader and RandomResizedCrop do, with
 the same draws. Grain's decodes a JPEG at half its size or less where the crop
@@ -130,6 +132,32 @@ def torch_batches(
   )
 
 
+def dali_example_batches(
+  source: data.FolderSource, batch_size: int, threads: int
+) -> Iterator[Any]:
+  """Batches as DALI's examples make them, in the order of its reader."""
+  from nvidia.dali import fn, pipeline_def, types
+  from nvidia.dali.plugin.jax import DALIGenericIterator
+
+  @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None)
+  def graph():
+    encoded, label = fn.readers.file(
+      files=list(source.paths),
+      labels=source.labels.tolist(),
+      random_shuffle=True,
+    )
+    crop = fn.decoders.image_random_crop(
+      encoded,
+      random_area=[0.08, 1.0],
+      random_aspect_ratio=[3 / 4, 4 / 3],
+      num_attempts=10,
+      output_type=types.DALIImageType.RGB,
+    )
+    return fn.resize(crop, size=[SIZE, SIZE]), label
+
+  yield from DALIGenericIterator([graph()], ["image", "label"])
+
+
 def dali_is_installed() -> bool:
   """Without importing it."""
   try:
@@ -190,9 +218,12 @@ def main() -> None:
       source, args.batch_size, args.workers, to_float=True
     ),
   }
-  if "dali" in data.names() and dali_is_installed():
+  if dali_is_installed():
     rows["DALI"] = lambda: kd_jax_batches(
       "dali", source, args.batch_size, num_threads=args.workers
+    )
+    rows["DALI's own example"] = lambda: dali_example_batches(
+      source, args.batch_size, args.workers
     )
   found: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
   for _ in range(args.repeats):
@@ -200,7 +231,9 @@ def main() -> None:
       found[name].append(rates(start(), args.batches, args.batch_size))
   best = {name: tuple(map(max, zip(*turns))) for name, turns in found.items()}
 
-  packages = ("jax", "numpy", "grain", "pillow", "torch")
+  packages = ["jax", "numpy", "grain", "pillow", "torch"]
+  if "DALI" in rows:
+    packages.append("nvidia-dali-cuda120")
   result = {
     "images_per_second": {n: round(rate) for n, (rate, _) in best.items()},
     "images_per_cpu_second": {n: round(core) for n, (_, core) in best.items()},

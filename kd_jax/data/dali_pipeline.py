@@ -216,44 +216,41 @@ class _Stream:
       num_threads: of DALI, and as many that read files; 0: one per core.
       prefetch: steps decoded ahead.
     """
-    num_threads = num_threads or len(os.sched_getaffinity(0))
-    self._num_threads = num_threads
     self._prepare = prepare
     self._stop = stop
-    self._rows = batch_size // max(len(gpus), 1)
+    self._image_size = image_size
+    self._devices: list[int | None] = [*gpus] or [None]
+    self._rows = batch_size // len(self._devices)
+    self._num_threads = num_threads or len(os.sched_getaffinity(0))
     self._prefetch = prefetch
-    self._readers = concurrent.futures.ThreadPoolExecutor(num_threads)
+    self._readers = concurrent.futures.ThreadPoolExecutor(self._num_threads)
     self._iterators: list[DALIGenericIterator] = []
     self._ahead: dict[int, concurrent.futures.Future[_Work]] = {}
     self._careful: set[int] = set()
     self._error: images.BadImageError | None = None
-
-    def build(part: int, device_id: int | None) -> DALIGenericIterator:
-      pipeline = _graph(
-        lambda: self._feed(part),
-        image_size,
-        "cpu" if device_id is None else "mixed",
-        batch_size=self._rows,
-        num_threads=num_threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-      )
-      return DALIGenericIterator(
-        [pipeline], ["image"], prepare_first_batch=False
-      )
-
-    self._build = lambda: [
-      build(part, gpu) for part, gpu in enumerate(gpus or [None])
-    ]
     self._start(first)
+
+  def _build(self, part: int) -> DALIGenericIterator:
+    """The DALI pipeline of a part of the rows."""
+    device = self._devices[part]
+    pipeline = _graph(
+      lambda: self._feed(part),
+      self._image_size,
+      "cpu" if device is None else "mixed",
+      batch_size=self._rows,
+      num_threads=self._num_threads,
+      device_id=device,
+      prefetch_queue_depth=self._prefetch,
+    )
+    return DALIGenericIterator([pipeline], ["image"], prepare_first_batch=False)
 
   def _start(self, step: int) -> None:
     """Goes to a step, with new pipelines."""
     self.close()
     self._readers = concurrent.futures.ThreadPoolExecutor(self._num_threads)
     self._step = step
-    self._iterators = self._build()
-    self._fed = [step] * len(self._iterators)
+    self._fed = [step] * len(self._devices)
+    self._iterators = [self._build(part) for part in range(len(self._devices))]
 
   def close(self) -> None:
     """Ends the threads, and forgets what they did ahead."""
@@ -385,7 +382,8 @@ class DaliPipeline:
   `resident` is {}, a chunk is the stacked batches, and `load` hands its row
   through. The order of epoch e is numpy's permutation under a generator seeded
   with (seed, e), and an example's crop is a function of (seed, e, position):
-  both are grain's, for any number of processes, devices and threads.
+  both are grain's, for any number of processes, devices and threads. Beyond a
+  crop's border the resizing repeats its last pixel; grain's sees the picture.
 
   An image that cannot be read is an error, or, where the source says "skip",
   is listed in `skipped`, and the next of the set that can be read stands in.
@@ -418,7 +416,8 @@ class DaliPipeline:
       shuffle: false keeps the set's order in every epoch.
       crop_area: least and largest share of a picture that a crop takes.
       crop_aspect: least and largest width / height of a crop.
-      device: "cpu", or "gpu" to decode and resize on this process's GPUs.
+      device: "cpu", or "gpu" to decode and resize on this process's GPUs
+        (written after DALI's documentation, not yet run on one).
       num_threads: of DALI, and as many that read files; 0: one per core.
       prefetch: batches decoded ahead.
       sharding: of a chunk's leaves [k, B, ...] over the devices of all
