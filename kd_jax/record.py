@@ -2,8 +2,9 @@
 
 `config.json` (as settled), `environment.json` (versions, devices, commit,
 command), `checkpoints/` (to go on from), `best/` (highest top-1), `export/`,
-`metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy)
-and, at the end, `result.json`. Accuracies are percentages, cross-entropies
+`metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy),
+`skipped_images_*.json` (those that each process could not read) and, at the
+end, `result.json`. Accuracies are percentages, cross-entropies
 nats, times seconds.
 """
 
@@ -29,7 +30,7 @@ from kd_jax import checkpoint, processes
 # What may differ when a run goes on: where things are and how often they are
 # written, but nothing that a result depends on.
 _FREE = re.compile(
-  r"(checkpoint|log|parallel)\..*|data\.dir|verify_export"
+  r"(checkpoint|log|parallel)\..*|data\.(dir|num_workers)|verify_export"
   r"|(teacher|teachers\.\d+)\.checkpoint"
 )
 

@@ -172,6 +172,7 @@ class Run:
         "sharding": self.devices.batch_sharding,
       },
     )
+    self.skipped = {"train": self.pipeline.skipped}
     self.steps_per_epoch = self.pipeline.steps_per_epoch
     self.steps_per_dispatch = setup.steps_per_dispatch(
       config.steps_per_dispatch,
@@ -381,6 +382,8 @@ class Run:
     except BaseException:
       loop.abandon()
       raise
+    finally:
+      self.pipeline.close()
     loop.close()
     return result
 
@@ -443,7 +446,7 @@ class Run:
         device=self.config.data.decoder,
         **share,
       )
-      self.test_skipped = stream.skipped
+      self.skipped["test"] = stream.skipped
       return lambda: (
         self.devices.shard({k: v[None] for k, v in batch.items()})
         for batch in stream
@@ -832,14 +835,25 @@ class Loop:
         " room; the same command goes on from step"
         f" {self.checkpoints.newest or 0}"
       )
-    result = None
+    result, skipped = None, self._list_skipped()
     if processes.is_first():
-      result = self._conclude()
+      result = self._conclude(skipped)
     result = processes.from_first(result)
     _say(f"{run.workdir}: last epoch {_scores(self.last_eval)}")
     return result
 
-  def _conclude(self) -> dict[str, Any]:
+  def _list_skipped(self) -> dict[str, int]:
+    """Writes down the images that could not be read; how many, in all."""
+    run, process = self.run_, jax.process_index()
+    listed = {name: list(s.reasons()) for name, s in run.skipped.items()}
+    if any(listed.values()):
+      path = run.workdir / f"skipped_images_{process}.json"
+      checkpoint.write_json(path, listed)
+    counts = [len(reasons) for reasons in listed.values()]
+    total = parallel.gather_processes(np.array(counts, np.int32)).sum(axis=0)
+    return {name: int(n) for name, n in zip(listed, total, strict=True)}
+
+  def _conclude(self, skipped: dict[str, int]) -> dict[str, Any]:
     """Exports, and writes the result: the first process does."""
     run = self.run_
     export.export_run(run.workdir, run.workdir / "export")
@@ -859,6 +873,7 @@ class Loop:
         self.step * run.config.batch_size / seconds, 1
       ),
       "hardware": record.hardware(),
+      "skipped_images": skipped,
     }
     if run.config.verify_export:
       _predict_in_fresh_process(run.workdir, run.test_source)

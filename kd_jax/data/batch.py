@@ -77,6 +77,15 @@ class Pipeline(Protocol):
     """
     ...
 
+  @property
+  def skipped(self) -> "Skipped":
+    """The images that this process could not read."""
+    ...
+
+  def close(self) -> None:
+    """Ends threads and processes; the next chunk would start them again."""
+    ...
+
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
   if batch_size < 1 or batch_size % process_count:
@@ -173,7 +182,7 @@ class BatchPlan:
 
 
 class Skipped:
-  """The images that were left out as unreadable, each once."""
+  """The images that one process left out as unreadable, each once."""
 
   def __init__(self):
     self._found: dict[int, str] = {}

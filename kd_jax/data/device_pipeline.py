@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax.data.batch import Batch, BatchPlan
+from kd_jax.data.batch import Batch, BatchPlan, Skipped
 from kd_jax.data.sources import Source
 
 # Sets the orders' keys apart from others folded from the same seed.
@@ -90,6 +90,7 @@ class DevicePipeline:
       "image": jnp.asarray(source.images),
       "label": jnp.asarray(source.labels),
     }
+    self.skipped = Skipped()  # a set in memory has been read
     self._step = 0
     self._order: tuple[int, jax.Array] | None = None
 
@@ -160,3 +161,6 @@ class DevicePipeline:
     """
     self._plan.check_identity(state)
     self._step = int(state["step"])
+
+  def close(self) -> None:
+    """Does nothing: there are no threads."""

@@ -62,6 +62,57 @@ def uniform_bias_init(fan_in: int) -> Initializer:
   return init
 
 
+def _convolve(
+  x: jax.Array,
+  kernel: jax.Array,
+  strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+  *,
+  feature_group_count: int,
+  **options: Any,
+) -> jax.Array:
+  """`lax.conv_general_dilated` of `nn.Conv`, for small maps by other means.
+
+  On maps smaller than the kernel XLA's convolutions for the CPU, and those for
+  their gradients, take hundreds of times as long as on larger ones (a 3x3 of
+  512 channels on 32 maps of 2x2: 1.4 s instead of 4 ms). There a window is
+  gathered for each of the few pixels, and it is one matrix product, or, in a
+  depthwise convolution, a sum.
+  """
+  height, width, inputs, outputs = kernel.shape
+  rows, columns = (
+    (x.shape[1 + i] + sum(padding[i]) - kernel.shape[i]) // strides[i] + 1
+    for i in (0, 1)
+  )
+  depthwise = inputs == 1 and feature_group_count == outputs
+  is_small = 0 < min(rows, columns) < max(height, width)
+  if not is_small or not (feature_group_count == 1 or depthwise):
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      strides,
+      padding,
+      feature_group_count=feature_group_count,
+      **options,
+    )
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  windows = [
+    x[
+      :,
+      i : i + (rows - 1) * strides[0] + 1 : strides[0],
+      j : j + (columns - 1) * strides[1] + 1 : strides[1],
+    ]
+    for i in range(height)
+    for j in range(width)
+  ]
+  if depthwise:
+    weights = kernel.reshape(-1, outputs)
+    return sum(w * k for w, k in zip(windows[1:], weights[1:])) + (
+      windows[0] * weights[0]
+    )
+  return jnp.dot(jnp.concatenate(windows, -1), kernel.reshape(-1, outputs))
+
+
 def conv(
   x: jax.Array,
   features: int,
@@ -91,6 +142,7 @@ def conv(
     kernel_init=kernel_init,
     bias_init=bias_init or uniform_bias_init(fan_in),
     dtype=dtype,
+    conv_general_dilated=_convolve,
     name=name,
   )(x)
 

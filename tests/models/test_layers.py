@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -141,3 +143,49 @@ def test_stages_stop_at_the_last():
   output = layers.ModelOutput(None, maps)
   assert output.stages() == [1, 2]
   assert output.stages(stem=True) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("groups", [1, 6, 2])
+def test_convolutions_of_small_maps_are_those_of_large_ones(
+  size, strides, groups
+):
+  """Values and gradients against XLA's convolution, wherever ours differs."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((3, size, size, 6), np.float32)
+  kernel = rng.standard_normal((3, 3, 6 // groups, 6), np.float32)
+  arguments = ((strides, strides), ((1, 1), (1, 1)))
+  options = {
+    "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+    "feature_group_count": groups,
+  }
+
+  def run(convolve):
+    def loss(x, kernel):
+      y = convolve(x, kernel, *arguments, **options)
+      return jnp.sum(jnp.sin(y)), y
+
+    grads, y = jax.grad(loss, (0, 1), has_aux=True)(x, kernel)
+    return y, *grads
+
+  ours, xla = run(layers._convolve), run(jax.lax.conv_general_dilated)
+  for got, expected in zip(ours, xla, strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_small_maps_need_no_convolution():
+  def primitives(size, groups):
+    x = jnp.zeros((1, size, size, 4))
+    apply = functools.partial(
+      layers._convolve,
+      strides=(1, 1),
+      padding=((1, 1), (1, 1)),
+      feature_group_count=groups,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    jaxpr = jax.make_jaxpr(apply)(x, jnp.zeros((3, 3, 4 // groups, 4)))
+    return "conv_general_dilated" in str(jaxpr)
+
+  assert [primitives(size, 1) for size in (2, 3)] == [False, True]
+  assert [primitives(size, 4) for size in (2, 3)] == [False, True]
