@@ -283,7 +283,7 @@ def test_one_result(folder):
   assert "training" not in drills.train_in(folder, 1, 1, jobs)
   for method in drills.METHODS:
     ours, theirs = folder / f"{method}-2x2", folder / f"{method}-1x1"
-    worst = drills.worst_difference(ours, theirs)
+    worst = drills.worst_difference(ours, theirs, "/params")
     assert worst[0] < 1e-5, (method, worst)
     ours, theirs = (
       json.loads((path / "result.json").read_text()) for path in (ours, theirs)
@@ -302,7 +302,9 @@ def test_one_result(folder):
   assert step < then < 8
   said = drills.train_in(folder, 1, 1, [["crd", "crd-n", 0, {}]])
   assert f"going on from step {then} of 8" in said
-  worst = drills.worst_difference(folder / "crd-n", folder / "crd-1x1")
+  worst = drills.worst_difference(
+    folder / "crd-n", folder / "crd-1x1", "/params"
+  )
   assert worst[0] < 1e-5, worst
 
 
