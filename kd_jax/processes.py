@@ -305,7 +305,10 @@ class Barrier:
     self._uses: collections.Counter[str] = collections.Counter()
 
   def begin(self) -> None:
-    """Begins with another save; no thread of this process may be waiting."""
+    """Begins with another save; no thread of any process may be waiting."""
+    if self._round and jax.process_count() > 1 and is_first():
+      client: Any = distributed.global_state.client
+      client.key_value_delete(f"{self._root()}/")
     self._round += 1
     self._uses.clear()
 
@@ -321,7 +324,7 @@ class Barrier:
     # The key-value store that Orbax uses too; it has no public name.
     client: Any = distributed.global_state.client
     self._uses[key] += 1
-    root = f"kd_jax{self._name}/{self._round}"
+    root = self._root()
     place = f"{root}/{key}/{self._uses[key]}"
     own = str(jax.process_index())
     if key.endswith("set_value_start") and self._uses[key] == 2:
@@ -341,6 +344,9 @@ class Barrier:
           f" {timeout_ms / 1000:g} s"
         )
       time.sleep(0.02)
+
+  def _root(self) -> str:
+    return f"kd_jax{self._name}/{self._round}"
 
 
 # How the failure of a process begins that only followed another's.

@@ -478,14 +478,15 @@ def equal(folder: pathlib.Path) -> Iterator[str]:
   for count, devices in ((1, 1), (2, 1), (4, 1), (2, 2)):
     size = f"{count}x{devices}"
     jobs = [[method, f"{method}-{size}", 0, {}] for method in METHODS]
+    if devices > 1:
+      jobs.append(["crd", f"pmap-{size}", 0, {"parallel.mapping": "pmap"}])
     train_in(folder, count, devices, jobs)
-    for method in METHODS if count > 1 else ():
-      runs = folder / f"{method}-{size}", folder / f"{method}-1x1"
+    for method, name, *_ in jobs if count > 1 else ():
+      runs = folder / name, folder / f"{method}-1x1"
       worst = worst_difference(*runs, "/params")
       whole = worst_difference(*runs)
       yield (
-        f"{method}, {count} processes x {devices}: parameters {worst[0]:.1e},"
-        f" all that is saved {whole[0]:.1e}"
+        f"{name}: parameters {worst[0]:.1e}, all that is saved {whole[0]:.1e}"
       )
       expect(worst[0] < 1e-5, f"differs: {worst}")
 
