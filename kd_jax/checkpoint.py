@@ -14,6 +14,7 @@ give up or go back to the same checkpoint.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -91,24 +92,37 @@ def fingerprint(tree: Any) -> list[int]:
 
 
 _MASK = 2**64 - 1
-_BLOCK = 1 << 20
+_BLOCK = 1 << 16
 
 
 def _weighted_sum(x: np.ndarray, first_row: int = 0) -> int:
   """Sum of words times odd weights; `x` begins at that row of its array."""
   start = first_row * math.prod(x.shape[1:])
   flat = np.ascontiguousarray(x).reshape(-1)
-  words, total = flat.view(f"u{x.dtype.itemsize}"), 0
-  for i in range(0, words.size, _BLOCK):
-    block = words[i : i + _BLOCK].astype(np.uint64)
-    weights = np.arange(start + i, start + i + block.size, dtype=np.uint64)
-    # Scrambled, so that no two changes that are alike cancel out.
-    weights = (weights + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    weights ^= weights >> np.uint64(29)
-    weights *= np.uint64(0xBF58476D1CE4E5B9)
-    weights ^= weights >> np.uint64(32)
-    total += int(np.sum(block * (weights | np.uint64(1)), dtype=np.uint64))
+  words = flat.view(f"u{x.dtype.itemsize}")
+  weights, total, done = _weights(), 0, 0
+  while done < words.size:
+    number, place = divmod(start + done, _BLOCK)
+    block = words[done : done + _BLOCK - place].astype(np.uint64)
+    part = int(block.dot(weights[place : place + block.size]))
+    total += part * int(_scramble(np.array([number], np.uint64))[0])
+    done += block.size
   return total & _MASK
+
+
+@functools.cache
+def _weights() -> np.ndarray:
+  """Of the places in a block."""
+  return _scramble(np.arange(_BLOCK, 2 * _BLOCK, dtype=np.uint64))
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+  """Odd numbers, so that no change is lost; and no two changes cancel out."""
+  x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+  x ^= x >> np.uint64(29)
+  x *= np.uint64(0xBF58476D1CE4E5B9)
+  x ^= x >> np.uint64(32)
+  return x | np.uint64(1)
 
 
 def _as_bits(x):

@@ -76,8 +76,10 @@ def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
   for name, cell in made.items():  # a mistake in the last one is found now
     try:
       processes.together(functools.partial(train.prepare, cell, folder / name))
+    except processes.RefusedError as error:
+      raise processes.RefusedError(f"config.grid.{name}: {error}") from error
     except ValueError as error:
-      raise type(error)(f"config.grid.{name}: {error}") from error
+      raise ValueError(f"config.grid.{name}: {error}") from error
   for number, (name, cell) in enumerate(made.items(), 1):
     if processes.is_first():
       print(f"\n[{number}/{len(made)}] {name}", flush=True)

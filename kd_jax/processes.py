@@ -250,10 +250,11 @@ def require_shared(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     token = folder / f".shared-{os.getpid()}-{time.time_ns()}"
     token.touch()
-    return [str(token), [str(p) for p in made]]
+    return [token.name, [str(p) for p in made]]
 
   name, made = from_first(together(make))
-  token, deadline = pathlib.Path(name), time.monotonic() + _VISIBLE
+  # In this process's own folder, which may have the same name elsewhere.
+  token, deadline = folder / name, time.monotonic() + _VISIBLE
   while not token.exists() and time.monotonic() < deadline:
     if token.parent.exists():
       os.listdir(token.parent)  # refreshes what a network file system cached
@@ -304,7 +305,10 @@ class Barrier:
     self._uses: collections.Counter[str] = collections.Counter()
 
   def begin(self) -> None:
-    """Begins with another save; no thread of this process may be waiting."""
+    """Begins with another save; no thread of any process may be waiting."""
+    if self._round and jax.process_count() > 1 and is_first():
+      client: Any = distributed.global_state.client
+      client.key_value_delete(f"{self._root()}/")
     self._round += 1
     self._uses.clear()
 
@@ -320,7 +324,7 @@ class Barrier:
     # The key-value store that Orbax uses too; it has no public name.
     client: Any = distributed.global_state.client
     self._uses[key] += 1
-    root = f"kd_jax{self._name}/{self._round}"
+    root = self._root()
     place = f"{root}/{key}/{self._uses[key]}"
     own = str(jax.process_index())
     if key.endswith("set_value_start") and self._uses[key] == 2:
@@ -340,6 +344,9 @@ class Barrier:
           f" {timeout_ms / 1000:g} s"
         )
       time.sleep(0.02)
+
+  def _root(self) -> str:
+    return f"kd_jax{self._name}/{self._round}"
 
 
 # How the failure of a process begins that only followed another's.
@@ -479,26 +486,24 @@ def _pump(index, child):
 
 def _wait(children) -> int:
   code, deadline = 0, None
-  while any(child.poll() is None for child in children):
-    for index, child in enumerate(children):
-      if code == 0 and child.poll():
-        code = child.returncode
-        deadline = time.monotonic() + GRACE
-        if code < 0:
-          name = signal.Signals(-code).name
-          code = 128 - code
-          _complain(f"process {index} was ended by {name}")
+  while True:
+    left = [i for i, child in enumerate(children) if child.poll() is None]
+    failed = [i for i, child in enumerate(children) if child.returncode]
+    if failed and not code:
+      code = children[failed[0]].returncode
+      deadline = time.monotonic() + GRACE
+      if code < 0:
+        name = signal.Signals(-code).name
+        code = 128 - code
+        _complain(f"process {failed[0]} was ended by {name}")
+    if not left:
+      return code
     if deadline is not None and time.monotonic() > deadline:
-      left = [i for i, child in enumerate(children) if child.poll() is None]
       _complain(f"ending process {', '.join(map(str, left))}, which waited")
       for index in left:
         children[index].kill()
       deadline = None
     time.sleep(0.05)
-  if code == 0:
-    code = next((c.returncode for c in children if c.returncode), 0)
-    code = 128 - code if code < 0 else code
-  return code
 
 
 def _complain(text: str) -> None:

@@ -641,6 +641,7 @@ class Loop:
       enabled=processes.is_first(),
     )
     self.pending: list[tuple[int, Any, Any]] = []
+    self.stop = setup.StopSignals()
     # In how many processes a signal has come, and the clock says save.
     self.wishes = np.zeros(2, int)
 
@@ -661,10 +662,10 @@ class Loop:
   def run(self) -> dict[str, Any]:
     """Trains to the last step."""
     run = self.run_
-    with setup.StopSignals() as stop:
+    with self.stop:
       while self.step < run.total_steps:
-        self._dispatch(stop)
-        stopping, due = self._agree(stop)
+        self._dispatch()
+        stopping, due = self._agree()
         epoch, within = divmod(self.step, run.steps_per_epoch)
         last = self.step == run.total_steps
         if last or (within == 0 and epoch % self.config.eval.every_epochs == 0):
@@ -672,15 +673,15 @@ class Loop:
         if last or stopping or due:
           self._save()
         if stopping and not last:
-          raise PreemptedError(self._stopped(stop))
+          raise PreemptedError(self._stopped())
     return self._finish()
 
-  def _agree(self, stop: setup.StopSignals) -> tuple[bool, bool]:
+  def _agree(self) -> tuple[bool, bool]:
     """Whether to stop, and whether to save: the same in all processes."""
     every = self.config.checkpoint.every_steps
     due = bool(every) and self.step - self.tried_step >= every
     if jax.process_count() == 1:
-      return stop.received is not None, due or self._clock_is_due()
+      return self.stop.received is not None, due or self._clock_is_due()
     signalled, clocks = self.wishes > 0
     return bool(signalled), bool(due or clocks)
 
@@ -688,12 +689,12 @@ class Loop:
     minutes = self.config.checkpoint.every_minutes
     return time.monotonic() - self.tried_time >= 60 * minutes
 
-  def _stopped(self, stop: setup.StopSignals) -> str:
+  def _stopped(self) -> str:
     self.checkpoints.wait()
     saved, where = self.checkpoints.newest, self.run_.workdir
     text = (
-      f"stopped by {stop.received or 'a signal to another process'} at step"
-      f" {self.step}"
+      f"stopped by {self.stop.received or 'a signal to another process'} at"
+      f" step {self.step}"
     )
     if saved == self.step:
       return f"{text}, saved in {where}: the same command goes on from there"
@@ -702,7 +703,7 @@ class Loop:
       f" from step {saved or 0}"
     )
 
-  def _dispatch(self, stop: setup.StopSignals):
+  def _dispatch(self):
     run, size = self.run_, self.run_.steps_per_dispatch
     xs = run.devices.shard(run.pipeline.next_chunk(size))
     self.state, sums = run.train_chunk(
@@ -711,7 +712,7 @@ class Loop:
     wishes: Any = np.zeros(2, int)
     if jax.process_count() > 1:
       wishes = run.devices.count(
-        stop.received is not None, self._clock_is_due()
+        self.stop.received is not None, self._clock_is_due()
       )
     self.pending.append((self.step, sums, wishes))
     self.step += size

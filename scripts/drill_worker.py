@@ -60,10 +60,10 @@ def main(address: str, count: str, index: str, folder: str, jobs: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   dispatch, stop_at = train.Loop._dispatch, 0
 
-  def signalled(self, stop):
+  def signalled(self):
     if self.step == stop_at and int(index) == int(count) - 1:
       os.kill(os.getpid(), signal.SIGTERM)
-    dispatch(self, stop)
+    dispatch(self)
 
   train.Loop._dispatch = signalled
   for method, name, step, changes in json.loads(jobs):

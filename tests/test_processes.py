@@ -209,6 +209,52 @@ time.sleep(60)
   assert process.returncode == 75 and out == "out 0\n"
 
 
+JOIN = """
+import jax
+from kd_jax import processes
+processes.initialize(heartbeat_seconds=10)
+print(processes.from_first(f"{jax.process_index()} of {jax.process_count()}"))
+"""
+
+
+def slurm(index):
+  return {
+    # JAX makes the port of it.
+    "SLURM_JOB_ID": str(os.getpid()),
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": str(index),
+    "SLURM_LOCALID": str(index),
+  }
+
+
+def mpi(index):
+  return {
+    "OMPI_MCA_orte_hnp_uri": f"{os.getpid() << 12}.0;tcp://127.0.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": str(index),
+    "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+  }
+
+
+@pytest.mark.parametrize("launcher", [slurm, mpi])
+def test_processes_find_each_other(launcher):
+  """In the environment of the launcher's tasks."""
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", JOIN],
+      cwd=REPO,
+      env={**drills.environment(1), **launcher(index)},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  said = [child.communicate(timeout=120)[0] for child in children]
+  assert [text.splitlines()[-1] for text in said] == ["0 of 2"] * 2
+
+
 COMMANDS = {
   "srun": """
 while [[ $1 == --* ]]; do shift; done
@@ -283,7 +329,7 @@ def test_one_result(folder):
   assert "training" not in drills.train_in(folder, 1, 1, jobs)
   for method in drills.METHODS:
     ours, theirs = folder / f"{method}-2x2", folder / f"{method}-1x1"
-    worst = drills.worst_difference(ours, theirs)
+    worst = drills.worst_difference(ours, theirs, "/params")
     assert worst[0] < 1e-5, (method, worst)
     ours, theirs = (
       json.loads((path / "result.json").read_text()) for path in (ours, theirs)
@@ -302,7 +348,9 @@ def test_one_result(folder):
   assert step < then < 8
   said = drills.train_in(folder, 1, 1, [["crd", "crd-n", 0, {}]])
   assert f"going on from step {then} of 8" in said
-  worst = drills.worst_difference(folder / "crd-n", folder / "crd-1x1")
+  worst = drills.worst_difference(
+    folder / "crd-n", folder / "crd-1x1", "/params"
+  )
   assert worst[0] < 1e-5, worst
 
 
