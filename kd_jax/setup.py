@@ -83,6 +83,7 @@ def check(
       f"config.batch_size: expected at most the {len(source.labels)} images"
       f" of {source.name}, got {size}"
     )
+  _check_mixing(config, parts)
   if config.dtype not in ("float32", "bfloat16"):
     raise ValueError(
       f"config.dtype: expected 'float32' or 'bfloat16', got {config.dtype!r}"
@@ -93,6 +94,26 @@ def check(
         f"config.loss_ramp_epochs: expected terms of config.loss_weights"
         f" ({', '.join(config.loss_weights)}), got {name!r}. Give it a weight"
         " or leave it out"
+      )
+
+
+def _check_mixing(config: ConfigDict, parts: int) -> None:
+  """Refuses mixing and smoothing that make no sense; `parts` of a batch."""
+  if not 0 <= config.label_smoothing < 1:
+    raise ValueError(
+      "config.label_smoothing: expected a share from 0 to below 1, got"
+      f" {config.label_smoothing}"
+    )
+  for name in ("mixup", "cutmix"):
+    alpha = config.data[name]
+    if alpha < 0:
+      raise ValueError(f"config.data.{name}: expected 0 or more, got {alpha}")
+    if alpha and config.batch_size // parts % 2:
+      raise ValueError(
+        f"config.data.{name} mixes pairs: expected an even number of images"
+        f" for each device and accumulate_step, got"
+        f" {config.batch_size // parts}. Set config.batch_size to a multiple"
+        f" of {2 * parts}"
       )
 
 

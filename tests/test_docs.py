@@ -1,5 +1,6 @@
 """The documents under docs/: their commands parse, their scripts run."""
 
+import ast
 import pathlib
 import re
 import shutil
@@ -7,12 +8,13 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from kd_jax import convert, export, inference
+from kd_jax import convert, export, models
+from kd_jax.interop import files, pytorch
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 MODELS = (REPO / "docs" / "models.md").read_text(encoding="utf-8")
@@ -47,10 +49,11 @@ def run(script, *arguments, folder):
 
 def test_scripts_are_short():
   assert set(SCRIPTS) == {"predict.py", "arrays.py", "torch_predict.py"}
-  for text in SCRIPTS.values():
-    code = [line for line in text.splitlines() if line.strip()]
-    imports = [line for line in code if re.match(r"(import|from) ", line)]
-    assert len(code) - len(imports) <= 10
+  for name, text in SCRIPTS.items():
+    code = ast.parse(text).body
+    imports = [s for s in code if isinstance(s, ast.Import | ast.ImportFrom)]
+    # One of them has to write a whole network down.
+    assert len(code) - len(imports) <= (13 if "torch" in name else 10)
 
 
 @pytest.fixture
@@ -86,27 +89,22 @@ def test_arrays(smoke_run, tmp_path):
 
 
 def test_state_dicts(tmp_path, pictures):
-  import torchvision
-
-  torch.manual_seed(0)
-  network = torchvision.models.resnet18(num_classes=10)
-  torch.save(network.state_dict(), tmp_path / "theirs.pth")
-  model = convert.open_model(
-    tmp_path / "theirs.pth",
-    model_name="ResNet18",
-    origin=convert.Origin("cifar10"),
-  )
-  convert.convert(
-    tmp_path / "theirs.pth", tmp_path / "ours.pth", model_name="ResNet18"
-  )
-  for path in pictures:
-    Image.open(path).resize((224, 224)).save(path)
-  card = {
-    **model.card,
-    "normalization": export.normalization(
-      (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  network = models.create("vgg8", 100)
+  image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), image)
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: (
+      rng.uniform(0.1, 1, x.shape).astype(np.float32) - (x.ndim > 1) / 2
     ),
-  }
-  printed = run("torch_predict.py", "ours.pth", *pictures, folder=tmp_path)
-  model = inference.Model(card, jax.tree.map(np.asarray, model.variables))
+    shapes,
+  )
+  tensors = pytorch.to_state_dict("vgg8", variables)
+  files.write(tmp_path / "theirs.npz", {"model": tensors})
+  for path in pictures:
+    Image.open(path).resize((32, 32)).save(path)
+  convert.convert(tmp_path / "theirs.npz", tmp_path / "vgg8.pth")
+  model = convert.open_model(tmp_path / "vgg8.pth")
+  assert model.card["normalization"]["mean"] == [0.5071, 0.4867, 0.4408]
+  printed = run("torch_predict.py", "vgg8.pth", *pictures, folder=tmp_path)
   assert printed == classes(model, pictures)

@@ -360,46 +360,6 @@ def test_pytorch_predicts_the_same_from_folded_weights(
   )
 
 
-@pytest.mark.parametrize(
-  "name, theirs",
-  [
-    ("ResNet18", "resnet18"),
-    ("ResNet50", "resnet50"),
-    ("MobileNetV2_Imagenet", "mobilenet_v2"),
-    ("ShuffleV2_Imagenet", "shufflenet_v2_x1_0"),
-  ],
-)
-def test_torchvision_takes_our_weights_and_we_take_its(
-  name, theirs, tmp_path, fast_compile
-):
-  import torchvision
-
-  torch.manual_seed(0)
-  network = getattr(torchvision.models, theirs)(num_classes=10)
-  with torch.no_grad():
-    for module in network.modules():
-      if isinstance(module, torch.nn.BatchNorm2d):
-        module.running_mean.uniform_(-0.1, 0.1)
-        module.running_var.uniform_(0.8, 1.2)
-  torch.save(network.state_dict(), tmp_path / "theirs.pth")
-  loaded = convert.open_model(
-    tmp_path / "theirs.pth",
-    model_name=name,
-    origin=convert.Origin("cifar10", image_size=64),
-  )
-  images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-  known = data.constants("cifar10")
-  x = ((images / 255 - known.mean) / known.std).transpose(0, 3, 1, 2)
-  with torch.no_grad():
-    wanted = network.eval()(torch.from_numpy(x.astype(np.float32))).numpy()
-  assert error(np.asarray(loaded.logits(images)), wanted) < 1e-4
-  export.save(loaded, tmp_path / "ours.pth")
-  ours = torch.load(tmp_path / "ours.pth", weights_only=True)
-  assert ours.keys() == network.state_dict().keys()
-  for key, tensor in network.state_dict().items():
-    assert torch.equal(ours[key], tensor), key
-
-
 def test_files_of_parts_that_are_damaged(model, tmp_path):
   if model.card["head"] is None:
     return

@@ -1,5 +1,7 @@
 """Schedules at their boundaries; SGD against PyTorch's rule in numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,3 +206,10 @@ def test_zero_does_not_clip(problem):
   got = run(optim.sgd(optax.constant_schedule(1.0)), params, [gradient])
   for name, p in params.items():
     np.testing.assert_allclose(got[name], p - gradient[name], rtol=1e-5)
+
+
+def test_the_rate_grows_with_the_batch():
+  scaled = functools.partial(optim.scaled_learning_rate, 0.1)
+  assert scaled(batch_size=1024, reference_batch_size=256) == 0.4
+  assert scaled(batch_size=64, reference_batch_size=256) == 0.025
+  assert scaled(batch_size=1024, reference_batch_size=0) == 0.1

@@ -173,6 +173,14 @@ def _resize(image: Image.Image, size: int, box: Box) -> np.ndarray:
   )
 
 
+def _resize_crop(image: Image.Image, size: int, box: Box) -> np.ndarray:
+  """`_resize`, to which the pixels around the crop do not exist."""
+  left, top = math.floor(box[0]), math.floor(box[1])
+  cut = image.crop((left, top, math.ceil(box[2]), math.ceil(box[3])))
+  inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+  return _resize(cut, size, inside)
+
+
 def evaluate_box(width: int, height: int, *, size: int, resize: int) -> Box:
   """What `evaluate_crop` takes of a picture of these pixels.
 
@@ -285,7 +293,7 @@ def random_resized_crop(
   """
   image = _picture(image)
   box = crop_box(image.width, image.height, rng, area=area, aspect=aspect)
-  return _resize(image, size, box)
+  return _resize_crop(image, size, box)
 
 
 def load_random_resized_crop(
@@ -331,4 +339,5 @@ def load_random_resized_crop(
     _decode(image, content)
     image = _upright(image, orientation)
     x, y = image.width / width, image.height / height
-    return _resize(image, size, (left * x, top * y, right * x, bottom * y))
+    box = (left * x, top * y, right * x, bottom * y)
+    return _resize_crop(image, size, box)

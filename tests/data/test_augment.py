@@ -132,3 +132,70 @@ def test_wrong_shapes_are_refused():
     augment.augment(KEY, x, index, pad=-1)
   with pytest.raises(ValueError, match="each of the 3 channels, got 1 and 3"):
     augment.normalize(x, (0.5,), (0.2,) * 3)
+
+
+# Mixing.
+
+
+def _mix(seed, images, **alphas):
+  mixed, share = augment.mix(jax.random.key(seed), images, **alphas)
+  return np.asarray(mixed), float(share)
+
+
+@pytest.fixture(scope="module")
+def floats():
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.standard_normal((6, 8, 10, 3), np.float32))
+
+
+def test_mixup_blends_neighbours(floats):
+  shares = set()
+  for seed in range(5):
+    mixed, share = _mix(seed, floats, mixup=0.4, cutmix=0.0)
+    other = np.asarray(floats)[[1, 0, 3, 2, 5, 4]]
+    expected = share * np.asarray(floats) + (1 - share) * other
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
+    shares.add(share)
+  assert len(shares) == 5 and all(0 <= s <= 1 for s in shares)
+
+
+def test_cutmix_replaces_a_box_of_the_neighbours(floats):
+  ours = np.asarray(floats)
+  other = ours[[1, 0, 3, 2, 5, 4]]
+  seen = []
+  for seed in range(20):
+    mixed, share = _mix(seed, floats, mixup=0.0, cutmix=1.0)
+    cut = (mixed == other).all(-1)
+    assert np.array_equal(mixed[~cut], ours[~cut])
+    assert (cut == cut[0]).all()  # one box for the batch
+    rows, columns = cut[0].any(1), cut[0].any(0)
+    assert np.array_equal(cut[0], rows[:, None] & columns)  # a box
+    for inside in (rows, columns):
+      assert np.abs(np.diff(inside.astype(int))).sum() <= 2  # in one piece
+    assert share == pytest.approx(1 - cut[0].mean(), abs=1e-6)
+    seen.append(share)
+  assert min(seen) < 0.5 < max(seen)
+
+
+def test_with_both_each_takes_half_of_the_batches(floats):
+  other = np.asarray(floats)[[1, 0, 3, 2, 5, 4]]
+  blended = 0
+  for seed in range(40):
+    mixed, _ = _mix(seed, floats, mixup=1.0, cutmix=1.0)
+    is_box = (mixed == np.asarray(floats)) | (mixed == other)
+    blended += not is_box.all()
+  assert 10 <= blended <= 30
+
+
+def test_partners_are_each_others():
+  labels = jnp.arange(6)
+  assert augment.partner(labels).tolist() == [1, 0, 3, 2, 5, 4]
+  again = augment.partner(augment.partner(labels))
+  assert again.tolist() == labels.tolist()
+
+
+def test_what_cannot_be_mixed(floats):
+  with pytest.raises(ValueError, match=r"even number of .* got 5 images"):
+    augment.mix(jax.random.key(0), floats[:5], mixup=1.0, cutmix=0.0)
+  with pytest.raises(ValueError, match=r"mixup 0 and cutmix 0"):
+    augment.mix(jax.random.key(0), floats, mixup=0, cutmix=0)

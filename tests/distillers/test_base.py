@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import distillers
+from kd_jax import distillers, losses
 from kd_jax.distillers import base
 
 TERMS = {
@@ -60,3 +60,32 @@ def test_the_classifier_reads_the_students_last_map_by_default(tiny):
     {}, tiny.student, None, method="last_map"
   )
   np.testing.assert_array_equal(last, tiny.student.features["last"])
+
+
+def test_labels_are_smoothed_and_mixed(tiny):
+  plain, smooth = (
+    distillers.create("kd", label_smoothing=s) for s in (0.0, 0.1)
+  )
+
+  def terms(module, **more):
+    return module.apply(
+      {},
+      tiny.student,
+      tiny.teacher,
+      {**tiny.batch, **more},
+      teacher_classifier=None,
+      step=0,
+      train=True,
+    ).losses
+
+  logits, label = tiny.student.logits, tiny.batch["label"]
+  expected = losses.cross_entropy_loss(logits, label, label_smoothing=0.1)
+  np.testing.assert_allclose(terms(smooth)["ce"], expected, rtol=1e-6)
+  other = (label + 1) % logits.shape[-1]
+  mixed = terms(plain, share=0.75, mixed_label=other)
+  both = [losses.cross_entropy_loss(logits, y) for y in (label, other)]
+  np.testing.assert_allclose(
+    mixed["ce"], 0.75 * both[0] + 0.25 * both[1], rtol=1e-6
+  )
+  # The teacher has seen the same images: its term needs no labels.
+  np.testing.assert_array_equal(mixed["kd"], terms(plain)["kd"])
