@@ -90,6 +90,19 @@ def open_model(
   return model
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds --model and --model_name, which say what to open."""
+  parser.add_argument(
+    "--model",
+    required=True,
+    type=pathlib.Path,
+    help="an export, a finished run's workdir, or a file of weights",
+  )
+  parser.add_argument(
+    "--model_name", help="of a file of weights (default: the one that fits)"
+  )
+
+
 def _open_file(
   path: pathlib.Path,
   model_name: str | None,

@@ -100,15 +100,7 @@ def main() -> None:
     prog="python -m kd_jax.evaluate",
     description="Prints a model's top-1, top-5, cross-entropy and calibration.",
   )
-  parser.add_argument(
-    "--model",
-    required=True,
-    type=pathlib.Path,
-    help="an export, a finished run's workdir, or a file of weights",
-  )
-  parser.add_argument(
-    "--model_name", help="of a file of weights (default: the one that fits)"
-  )
+  convert.add_model_arguments(parser)
   parser.add_argument(
     "--data",
     help="folder of a data set, or the name of one (default: what the model was"

@@ -62,15 +62,7 @@ def main() -> None:
     prog="python -m kd_jax.predict",
     description="Prints the five most probable classes of each image.",
   )
-  parser.add_argument(
-    "--model",
-    required=True,
-    type=pathlib.Path,
-    help="an export, a finished run's workdir, or a file of weights",
-  )
-  parser.add_argument(
-    "--model_name", help="of a file of weights (default: the one that fits)"
-  )
+  convert.add_model_arguments(parser)
   parser.add_argument("images", nargs="+", type=pathlib.Path)
   args = parser.parse_args()
   setup.configure_logging()

@@ -1,12 +1,13 @@
 """What the input pipelines share: the contract, the plan and evaluation."""
 
+import abc
 import collections
 import concurrent.futures
 import dataclasses
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ _log = logging.getLogger(__name__)
 Batch = dict[str, jax.Array]
 
 
-class Pipeline(Protocol):
+class Pipeline(abc.ABC):
   """An endless, resumable stream of training batches.
 
   A batch is a dict of `image` uint8 [B, H, W, C], `label` int32 [B], `index`
@@ -30,61 +31,71 @@ class Pipeline(Protocol):
   number of processes; an epoch drops its remainder.
 
   One step of training is `batch = load(resident, x)`, where `x` is one row of
-  what `next_chunk` returned; under jit, `resident` is an argument.
+  what `next_chunk` returned; under jit, `resident` is an argument. The position
+  is the number of the next step.
+
+  Attributes:
+    skipped: the images that this process could not read.
   """
+
+  def __init__(self, plan: "BatchPlan"):
+    """Begins with the first step."""
+    self._plan = plan
+    self._step = 0
+    self.skipped = Skipped()
 
   @property
   def steps_per_epoch(self) -> int:
     """Global batches in an epoch."""
-    ...
+    return self._plan.steps_per_epoch
 
   @property
   def resident(self) -> Any:
     """Pytree of device arrays that `load` reads from, {} if none."""
-    ...
+    return {}
 
   @property
   def step(self) -> int:
     """Steps handed out since the first epoch's start."""
-    ...
+    return self._step
 
   @property
   def epoch(self) -> int:
     """The epoch of the next step, counted from 0."""
-    ...
+    return self._step // self.steps_per_epoch
 
+  @abc.abstractmethod
   def next_chunk(self, k: int) -> Any:
     """The next `k` steps' inputs: a pytree with leaves [k, B, ...].
 
-    Raises ValueError, and moves nothing, if `k` steps would cross the end of
-    the epoch.
+    Raises:
+      ValueError: `k` steps would cross the end of the epoch. As with any other
+        error, the position stays.
     """
-    ...
 
   @staticmethod
   def load(resident: Any, x: Any) -> Batch:
     """One step's batch from its row of a chunk; pure, works under jit."""
-    ...
+    del resident
+    return x
 
   def get_state(self) -> dict[str, Any]:
     """The position, as a dict that JSON can hold."""
-    ...
+    return {**self._plan.identity(), "step": self._step}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to a position of `get_state`, exactly.
 
-    Raises ValueError if the state is of another order (seed, batch size, ...).
+    Raises:
+      ValueError: the state is of another order (seed, batch size, ...).
     """
-    ...
+    self._plan.check_identity(state)
+    self.close()
+    self._step = int(state["step"])
 
-  @property
-  def skipped(self) -> "Skipped":
-    """The images that this process could not read."""
-    ...
-
+  @abc.abstractmethod
   def close(self) -> None:
     """Ends threads and processes; the next chunk would start them again."""
-    ...
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

@@ -30,7 +30,7 @@ from nvidia.dali.plugin.jax import DALIGenericIterator
 from PIL import Image
 
 from kd_jax.data import fetch, images
-from kd_jax.data.batch import Batch, BatchPlan, EvalStream, Skipped
+from kd_jax.data.batch import BatchPlan, EvalStream, Pipeline
 from kd_jax.data.common import unknown_name
 from kd_jax.data.folder import EncodedSource
 
@@ -376,7 +376,7 @@ def _check_options(
     )
 
 
-class DaliPipeline:
+class DaliPipeline(Pipeline):
   """Batches decoded by DALI; see `kd_jax.data.batch.Pipeline`.
 
   `resident` is {}, a chunk is the stacked batches, and `load` hands its row
@@ -431,14 +431,16 @@ class DaliPipeline:
     _check_options(source, device, num_threads, prefetch)
     _check_range("crop_area", crop_area, 1)
     _check_range("crop_aspect", crop_aspect, math.inf)
-    self._plan = BatchPlan(
-      "dali",
-      len(source),
-      batch_size,
-      seed,
-      process_index,
-      process_count,
-      shuffle,
+    super().__init__(
+      BatchPlan(
+        "dali",
+        len(source),
+        batch_size,
+        seed,
+        process_index,
+        process_count,
+        shuffle,
+      )
     )
     self._source = source
     self._crop_area = crop_area
@@ -458,9 +460,7 @@ class DaliPipeline:
       num_threads=num_threads,
       prefetch=prefetch,
     )
-    self._step = 0
     self._stream: _Stream | None = None
-    self.skipped = Skipped()
 
   def _prepare(self, step: int, careful: bool) -> _Work:
     """Reads this process's files of a step, and draws their crops."""
@@ -495,26 +495,6 @@ class DaliPipeline:
       mask=np.ones(len(index), bool),
       skipped=skipped,
     )
-
-  @property
-  def steps_per_epoch(self) -> int:
-    """Global batches in an epoch."""
-    return self._plan.steps_per_epoch
-
-  @property
-  def resident(self) -> dict[str, Any]:
-    """Empty: a chunk brings everything."""
-    return {}
-
-  @property
-  def step(self) -> int:
-    """Steps handed out since the first epoch's start."""
-    return self._step
-
-  @property
-  def epoch(self) -> int:
-    """The epoch of the next step, counted from 0."""
-    return self._step // self.steps_per_epoch
 
   def next_chunk(self, k: int) -> dict[str, Any]:
     """The next `k` batches, stacked: leaves [k, B, ...].
@@ -563,26 +543,6 @@ class DaliPipeline:
     return jax.make_array_from_single_device_arrays(
       shape, self._sharding, parts
     )
-
-  @staticmethod
-  def load(resident: Any, x: Any) -> Batch:
-    """A row of a chunk is the batch already."""
-    del resident
-    return x
-
-  def get_state(self) -> dict[str, Any]:
-    """The position, as a dict that JSON can hold."""
-    return {**self._plan.identity(), "step": self._step}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position of `get_state`, exactly.
-
-    Raises:
-      ValueError: the state is of another order.
-    """
-    self._plan.check_identity(state)
-    self.close()
-    self._step = int(state["step"])
 
   def close(self) -> None:
     """Ends the threads; the next chunk would start them again."""

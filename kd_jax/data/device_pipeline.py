@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax.data.batch import Batch, BatchPlan, Skipped
+from kd_jax.data.batch import Batch, BatchPlan, Pipeline
 from kd_jax.data.sources import Source
 
 # Sets the orders' keys apart from others folded from the same seed.
@@ -39,7 +39,7 @@ def _rows(order: jax.Array, start: jax.Array, *, k: int) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(order, start, k)
 
 
-class DevicePipeline:
+class DevicePipeline(Pipeline):
   """Batches gathered on the device; see `kd_jax.data.batch.Pipeline`.
 
   `resident` is {"image": uint8 [N, H, W, C], "label": int32 [N]} on the
@@ -77,42 +77,27 @@ class DevicePipeline:
         f" {source.name} is image files: expected a set in memory. Use the"
         " pipeline 'grain'."
       )
-    self._plan = BatchPlan(
-      "device",
-      len(source),
-      batch_size,
-      seed,
-      process_index,
-      process_count,
-      shuffle,
+    super().__init__(
+      BatchPlan(
+        "device",
+        len(source),
+        batch_size,
+        seed,
+        process_index,
+        process_count,
+        shuffle,
+      )
     )
     self._resident = {
       "image": jnp.asarray(source.images),
       "label": jnp.asarray(source.labels),
     }
-    self.skipped = Skipped()  # a set in memory has been read
-    self._step = 0
     self._order: tuple[int, jax.Array] | None = None
-
-  @property
-  def steps_per_epoch(self) -> int:
-    """Global batches in an epoch."""
-    return self._plan.steps_per_epoch
 
   @property
   def resident(self) -> dict[str, jax.Array]:
     """The set, as device arrays: the first argument of `load`."""
     return self._resident
-
-  @property
-  def step(self) -> int:
-    """Steps handed out since the first epoch's start."""
-    return self._step
-
-  @property
-  def epoch(self) -> int:
-    """The epoch of the next step, counted from 0."""
-    return self._step // self.steps_per_epoch
 
   def next_chunk(self, k: int) -> dict[str, jax.Array]:
     """The next `k` steps' positions: {"index": int32 [k, B]}.
@@ -148,19 +133,6 @@ class DevicePipeline:
       "index": index,
       "mask": jnp.ones(index.shape, bool),
     }
-
-  def get_state(self) -> dict[str, Any]:
-    """The position, as a dict that JSON can hold."""
-    return {**self._plan.identity(), "step": self._step}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position of `get_state`, exactly.
-
-    Raises:
-      ValueError: the state is of another order.
-    """
-    self._plan.check_identity(state)
-    self._step = int(state["step"])
 
   def close(self) -> None:
     """Does nothing: there are no threads."""

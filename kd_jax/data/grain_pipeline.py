@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from kd_jax.data import fetch
-from kd_jax.data.batch import Batch, BatchPlan, Skipped
+from kd_jax.data.batch import BatchPlan, Pipeline
 from kd_jax.data.folder import EncodedSource
 from kd_jax.data.sources import Source
 
@@ -48,7 +48,7 @@ def _check_range(name: str, value: tuple[float, float], most: float) -> None:
     )
 
 
-class GrainPipeline:
+class GrainPipeline(Pipeline):
   """Batches made on the host; see `kd_jax.data.batch.Pipeline`.
 
   `resident` is {}, a chunk is the stacked batches as numpy arrays, and `load`
@@ -101,17 +101,17 @@ class GrainPipeline:
         "num_threads and num_workers must be 0 or more and prefetch 1 or more,"
         f" got {num_threads}, {num_workers} and {prefetch}."
       )
-    self._plan = BatchPlan(
-      "grain",
-      len(source),
-      batch_size,
-      seed,
-      process_index,
-      process_count,
-      shuffle,
+    super().__init__(
+      BatchPlan(
+        "grain",
+        len(source),
+        batch_size,
+        seed,
+        process_index,
+        process_count,
+        shuffle,
+      )
     )
-    self.skipped = Skipped()
-    self._step = 0
     fetch_batch: fetch.FromMemory | fetch.FromFiles
     if isinstance(source, Source):
       if num_workers:
@@ -138,26 +138,6 @@ class GrainPipeline:
       per_worker_buffer_size=-(-prefetch // max(num_workers, 1)),
     )
     self._iterator: Any = None
-
-  @property
-  def steps_per_epoch(self) -> int:
-    """Global batches in an epoch."""
-    return self._plan.steps_per_epoch
-
-  @property
-  def resident(self) -> dict[str, Any]:
-    """Empty: a chunk brings everything."""
-    return {}
-
-  @property
-  def step(self) -> int:
-    """Steps handed out since the first epoch's start."""
-    return self._step
-
-  @property
-  def epoch(self) -> int:
-    """The epoch of the next step, counted from 0."""
-    return self._step // self.steps_per_epoch
 
   def _next(self) -> dict[str, np.ndarray]:
     """The next batch of the stream, which begins at `step` when there is none.
@@ -210,26 +190,6 @@ class GrainPipeline:
     return {
       name: np.stack([batch[name] for batch in batches]) for name in batches[0]
     }
-
-  @staticmethod
-  def load(resident: Any, x: Any) -> Batch:
-    """A row of a chunk is the batch already."""
-    del resident
-    return x
-
-  def get_state(self) -> dict[str, Any]:
-    """The position, as a dict that JSON can hold."""
-    return {**self._plan.identity(), "step": self._step}
-
-  def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position of `get_state`, exactly.
-
-    Raises:
-      ValueError: the state is of another order.
-    """
-    self._plan.check_identity(state)
-    self.close()
-    self._step = int(state["step"])
 
   def close(self) -> None:
     """Ends the workers; the next chunk would start them again."""
