@@ -153,6 +153,15 @@ def build(card: Mapping[str, Any]) -> models.Classifier:
   )
 
 
+def variable_shapes(
+  network: models.Classifier, image_shape: Sequence[int]
+) -> Any:
+  """The shapes of a network's variables, for images (H, W, C)."""
+  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  init = functools.partial(network.init, train=False)
+  return jax.eval_shape(init, jax.random.key(0), image)
+
+
 def output_shapes(
   network: models.Classifier, image_shape: Sequence[int]
 ) -> ModelOutput:

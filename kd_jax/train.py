@@ -261,17 +261,10 @@ class Run:
     Every mistake that shapes can show (a batch that a method cannot take,
     layers that do not exist, a weight for an unknown term) is an error here.
     """
-    image = jax.ShapeDtypeStruct(
-      (1, *self.train_source.image_shape), jnp.float32
-    )
     abstract_teacher = _as_one(
       [
-        jax.eval_shape(
-          functools.partial(teacher.network.init, train=False),
-          jax.random.key(0),
-          image,
-        )
-        for teacher in self.teachers
+        inference.variable_shapes(t.network, self.train_source.image_shape)
+        for t in self.teachers
       ],
       {},
     )

@@ -10,7 +10,6 @@ classifier reads all projections, joined.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from kd_jax import inference
@@ -43,9 +42,9 @@ def to_parts(model: inference.Model) -> dict[str, dict[str, np.ndarray]]:
   card, variables = model.card, model.variables
   name = card["architecture"]
   if is_folded(model):
-    folded = fold.pairs(
-      model.network, _with_batch_norm(model), card["image_shape"]
-    )
+    shape = card["image_shape"]
+    before = inference.variable_shapes(model.network, shape)
+    folded = fold.pairs(model.network, before, shape)
     variables = fold.unfold(variables["params"], folded)
 
   def part(key: str) -> dict[str, Any]:
@@ -68,16 +67,6 @@ def to_parts(model: inference.Model) -> dict[str, dict[str, np.ndarray]]:
   return parts
 
 
-def _with_batch_norm(model: inference.Model) -> Any:
-  """The shapes of the variables before they were folded."""
-  image = jax.ShapeDtypeStruct((1, *model.card["image_shape"]), np.float32)
-  return jax.eval_shape(
-    lambda key, x: model.network.init(key, x, train=False),
-    jax.random.key(0),
-    image,
-  )
-
-
 def from_parts(
   card: Mapping[str, Any],
   student: Mapping[str, Any],
@@ -98,10 +87,8 @@ def from_parts(
   Raises:
     ValueError: if the tensors do not fit.
   """
-  network: Any = inference.build(card)
-  image = jax.ShapeDtypeStruct((1, *card["image_shape"]), np.float32)
-  template: Any = jax.eval_shape(
-    lambda key, x: network.init(key, x, train=False), jax.random.key(0), image
+  template = inference.variable_shapes(
+    inference.build(card), card["image_shape"]
   )
   read = pytorch.variables_from_tensors
   source = card["head"]["distiller"].get("student_map") or "the last stage"
