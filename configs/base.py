@@ -116,8 +116,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.crop_area = (0.08, 1.0)
   config.data.crop_aspect = (3 / 4, 4 / 3)
   # Of image files with "grain": processes that decode ahead; 0: this process's
-  # own threads, one for each core.
-  config.data.num_workers = 0
+  # own threads, one for each core (None: 0 on up to 4 cores, else a process for
+  # each core).
+  config.data.num_workers = placeholder(int)
   # Of image files with "dali": "cpu", or "gpu" to decode on the GPUs.
   config.data.decoder = "cpu"
   # Images of a split, and classes; "synthetic" only (None: 1024 and 10).

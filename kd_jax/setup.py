@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import signal
 import threading
@@ -115,6 +116,28 @@ def _check_mixing(config: ConfigDict, parts: int) -> None:
         f" {config.batch_size // parts}. Set config.batch_size to a multiple"
         f" of {2 * parts}"
       )
+
+
+def decoders(
+  num_workers: int | None, source: data.Source | data.EncodedSource
+) -> dict[str, int]:
+  """How many threads or processes make batches ahead.
+
+  Args:
+    num_workers: `config.data.num_workers`.
+    source: the training set.
+
+  Returns:
+    "num_threads" and "num_workers", one of which is 0; both for a set in
+    memory, whose batches are made at once.
+  """
+  cores = len(os.sched_getaffinity(0))
+  if isinstance(source, data.Source):
+    return {"num_threads": 0, "num_workers": num_workers or 0}
+  if num_workers is None:
+    num_workers = cores if cores > 4 else 0
+  threads = 0 if num_workers else cores
+  return {"num_threads": threads, "num_workers": num_workers}
 
 
 def steps_per_dispatch(

@@ -167,8 +167,7 @@ class Run:
         "crop_area": tuple(config.data.crop_area),
         "crop_aspect": tuple(config.data.crop_aspect),
         "device": config.data.decoder,
-        "num_threads": self._threads(),
-        "num_workers": config.data.num_workers,
+        **setup.decoders(config.data.num_workers, train_source),
         "sharding": self.devices.batch_sharding,
       },
     )
@@ -187,13 +186,6 @@ class Run:
       dtype=jnp.dtype(config.dtype),
     )
     self.optimizer = self._optimizer()
-
-  def _threads(self):
-    """Threads of this process that decode image files."""
-    in_memory = isinstance(self.train_source, data.Source)
-    if in_memory or self.config.data.num_workers:
-      return 0
-    return len(os.sched_getaffinity(0))
 
   def _find_teacher(self, spec):
     """A teacher, without weights if it is to be trained first."""

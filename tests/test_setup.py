@@ -354,3 +354,22 @@ def test_the_memory_of_a_method_is_told():
   assert setup.memory_overview(memory) == (
     "memory of the method: 0.25 MB per device, 1 MB in all"
   )
+
+
+@pytest.mark.parametrize(
+  ("wanted", "cores", "expected"),
+  [
+    (None, 2, (2, 0)),
+    (None, 16, (0, 16)),
+    (0, 16, (16, 0)),
+    (3, 2, (0, 3)),
+  ],
+)
+def test_who_decodes(wanted, cores, expected, monkeypatch):
+  monkeypatch.setattr(
+    setup.os, "sched_getaffinity", lambda _: set(range(cores))
+  )
+  got = setup.decoders(wanted, object())
+  assert (got["num_threads"], got["num_workers"]) == expected
+  in_memory = setup.decoders(wanted, SOURCE)
+  assert in_memory["num_threads"] == 0
