@@ -1,0 +1,142 @@
+"""One cell of `benchmarks.step`'s table, measured in a process of its own.
+
+    python -m benchmarks.cell '{"side": ..., "work": {...}, ...}'
+
+So peak memory and time to first step are this cell's own, a cell that fails
+leaves the others, and only one framework has the device. The last line
+printed is the result, JSON. `benchmarks.step` starts it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from benchmarks import measure
+from benchmarks import work as work_lib
+
+# What measures, and in which arithmetic.
+SIDES = ("jax", "eager", "compiled", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """What to measure.
+
+  Attributes:
+    side: "jax" (kd_jax), "eager" or "compiled" (PyTorch), or "teacher"
+      (kd_jax's frozen teacher alone).
+    work: what is trained.
+    dtype: "float32" or "bfloat16"; eager is float32, compiled bfloat16.
+    steps_per_dispatch: of kd_jax; 0: as a run of kd_jax settles it.
+    devices: over which kd_jax spreads the batch.
+    steps: of a turn, at least.
+    turns: that are timed.
+    workers: of the eager side's loader.
+    weights: folder of the initial weights.
+  """
+
+  side: str
+  work: work_lib.Work
+  dtype: str
+  steps_per_dispatch: int
+  devices: int
+  steps: int
+  turns: int
+  workers: int
+  weights: str
+
+  @property
+  def key(self) -> dict[str, Any]:
+    """What tells this cell from another, for JSON."""
+    fields = dataclasses.asdict(self)
+    return {k: v for k, v in fields.items() if k != "weights"}
+
+  @classmethod
+  def parse(cls, text: str) -> "Cell":
+    """From the JSON of its fields."""
+    fields = json.loads(text)
+    return cls(**{**fields, "work": work_lib.Work(**fields["work"])})
+
+
+def build(cell: Cell) -> tuple[Any, Any]:
+  """The program to time, and the module that knows its device."""
+  weights = pathlib.Path(cell.weights)
+  if cell.side in ("eager", "compiled"):
+    from benchmarks import torch_side
+
+    if cell.side == "compiled":
+      return torch_side.Compiled(cell.work, weights), torch_side
+    program = torch_side.Eager(cell.work, weights, workers=cell.workers)
+    return program, torch_side
+  from benchmarks import jax_side
+
+  if cell.side == "teacher":
+    program = jax_side.TeacherForward(cell.work, weights, dtype=cell.dtype)
+    return program, jax_side
+  program = jax_side.Program(
+    cell.work,
+    weights,
+    dtype=cell.dtype,
+    steps_per_dispatch=cell.steps_per_dispatch,
+    devices=cell.devices,
+  )
+  return program, jax_side
+
+
+def measure_cell(cell: Cell) -> dict[str, Any]:
+  """Builds, warms up and times.
+
+  Returns:
+    For JSON: the timings of `measure.Timing.summary`, and images_per_second,
+    first_step_seconds (imports left out), host_ms_per_dispatch, peak_bytes
+    (and of what), flops_per_step, share_of_peak, first_losses, device.
+  """
+  begin = time.perf_counter()
+  program, side = build(cell)
+  losses = program.run(program.steps)
+  first = time.perf_counter() - begin
+  # The second dispatch finds what the first one left, and a CUDA graph is
+  # captured in the third.
+  for _ in range(2):
+    losses += program.run(program.steps)
+  dispatches = program.dispatches
+  if program.host_seconds is not None:
+    program.host_seconds = 0.0
+  steps = -(-cell.steps // program.steps) * program.steps
+  timing = measure.take_turns(program.run, steps=steps, turns=cell.turns)
+  summary = timing.summary()
+  made = program.dispatches - dispatches
+  host = program.host_seconds
+  device = side.device()
+  flops = program.flops() if hasattr(program, "flops") else None
+  seconds = summary["ms_per_step"] / 1e3
+  most = measure.peak(device["device"], cell.dtype)
+  if most is not None:
+    most *= cell.devices
+  return {
+    **summary,
+    "images_per_second": cell.work.batch / seconds,
+    "first_step_seconds": first,
+    "steps_per_dispatch": program.steps,
+    "steps_per_turn": steps,
+    "host_ms_per_dispatch": None if host is None else 1e3 * host / made,
+    "peak_bytes": device["peak_bytes"] or measure.peak_resident_bytes(),
+    "peak_bytes_of": "device" if device["peak_bytes"] else "process",
+    "flops_per_step": flops,
+    "share_of_peak": flops / seconds / most if flops and most else None,
+    "first_losses": losses[:3],
+    "device": device["device"],
+    "platform": device["platform"],
+  }
+
+
+def main() -> None:
+  """Measures, prints."""
+  print(json.dumps(measure_cell(Cell.parse(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,119 @@
+"""Timings, machines and tables: what all of `benchmarks.step`'s parts share."""
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Dense TFLOP/s, without sparsity, of the vendors' data sheets. "float32" is
+# TF32, which both sides' convolutions take by default. The first that a
+# device's name holds counts.
+PEAKS: dict[str, dict[str, float]] = {
+  "H200": {"float32": 494.7, "bfloat16": 989.4},
+  "H100 PCIe": {"float32": 378.0, "bfloat16": 756.0},
+  "H100": {"float32": 494.7, "bfloat16": 989.4},
+  "A100": {"float32": 156.0, "bfloat16": 312.0},
+  "L4": {"float32": 60.0, "bfloat16": 121.0},
+}
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+
+
+def peak(device: str, dtype: str) -> float | None:
+  """FLOP/s that a device could reach, None where no table says.
+
+  Args:
+    device: its name, as JAX or PyTorch gives it.
+    dtype: "float32" or "bfloat16".
+  """
+  for word, rates in PEAKS.items():
+    if word in device:
+      return rates[dtype] * 1e12
+  return None
+
+
+def commit() -> str:
+  """The commit of the code that runs, marked if files differ from it."""
+  try:
+    return subprocess.run(
+      ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+
+
+def versions() -> dict[str, str]:
+  """Of Python and of the packages that are there."""
+  found = {"python": platform.python_version()}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed"
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """Milliseconds of one step, of each turn."""
+
+  turns: tuple[float, ...]
+
+  def summary(self) -> dict[str, Any]:
+    """Every timing, the median and the spread, for JSON."""
+    return {
+      "ms_per_step": statistics.median(self.turns),
+      "ms_per_step_least": min(self.turns),
+      "ms_per_step_most": max(self.turns),
+      "ms_per_step_turns": list(self.turns),
+    }
+
+
+def take_turns(run: Callable[[int], Any], *, steps: int, turns: int) -> Timing:
+  """Times `run(steps)`, which has to wait for its end, several times."""
+  found = []
+  for _ in range(turns):
+    begin = time.perf_counter()
+    run(steps)
+    found.append(1e3 * (time.perf_counter() - begin) / steps)
+  return Timing(tuple(found))
+
+
+def peak_resident_bytes() -> int:
+  """The most memory that this process has held, its children left out."""
+  # Linux counts in KiB.
+  return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def hardware() -> dict[str, Any]:
+  """The machine's processor and how busy it is; devices tell themselves."""
+  from benchmarks.input_pipeline import processor
+
+  return {
+    "cpu": processor(),
+    "cores": len(os.sched_getaffinity(0)),
+    "load_average": list(os.getloadavg()),
+  }
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Text in columns, the first one flush left."""
+  lines = [head, *rows]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+  def line_of(cells: Sequence[str]) -> str:
+    first, *rest = zip(cells, widths)
+    columns = [f"{first[0]:<{first[1]}}"]
+    return "  ".join([*columns, *(f"{c:>{w}}" for c, w in rest)])
+
+  return "\n".join(map(line_of, lines))

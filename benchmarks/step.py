@@ -1,0 +1,358 @@
+"""A training step's speed in kd_jax and in PyTorch, side by side in one run.
+
+    python -m benchmarks.step [--pairs TEACHER:STUDENT ...] [--methods ...]
+
+The same work on made-up images, from the same weights, each cell in a process
+of its own, one after the other:
+
+  jax        kd_jax's train chunk on its device pipeline, as a run has it
+  eager      PyTorch, float32, in the published toolboxes' structure: a loader
+             with workers, .item() each step
+  compiled   PyTorch at its best: channels-last, bfloat16 autocast,
+             torch.compile (with CUDA graphs on a GPU), the set and the
+             augmentation on the device
+  teacher    kd_jax's frozen teacher alone
+
+--methods all takes every method; PyTorch has none, kd, crd, semckd and simkd.
+Cells are measured in the order of the methods, and what is in --out already,
+of the same commit and hardware, is not measured again; so a run that --seconds
+ended can be gone on with. A cell that was not reached is "not run", one that
+broke says how.
+
+FLOPs are XLA's count of kd_jax's step, and the work of all sides alike; the
+share of the peak is of the arithmetic's own peak (`benchmarks.measure.PEAKS`).
+Prints a table and writes a JSON file.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import measure
+from benchmarks import work as work_lib
+from benchmarks.cell import SIDES, Cell
+
+NOT_RUN = "not run"
+
+
+def is_large(pair: str) -> bool:
+  """Whether the networks are those for ImageNet, by their names."""
+  return pair.startswith("ResNet")
+
+
+def make_work(pair: str, method: str, batch: int, args: Any) -> work_lib.Work:
+  """The work of a pair "TEACHER:STUDENT"."""
+  teacher, colon, student = pair.partition(":")
+  if not colon:
+    raise SystemExit(
+      f"--pairs: expected TEACHER:STUDENT, got {pair!r}; for example"
+      f" {work_lib.PAIRS[0]}"
+    )
+  large = is_large(pair)
+  fields = {"k": args.negatives} if method == "crd" else {}
+  return work_lib.Work(
+    teacher=teacher,
+    student=student,
+    method=method,
+    batch=batch,
+    image_size=args.image_size or (224 if large else 32),
+    classes=1000 if large else 100,
+    # Of large images as many as fit in memory.
+    examples=args.examples or (8 * batch if large else 50_000),
+    pad=0 if large else 4,
+    fields=fields,
+  )
+
+
+def make_cells(args: Any) -> list[Cell]:
+  """The cells that the arguments ask for, in the order of the table."""
+  methods = list(work_lib.METHODS) if args.methods == ["all"] else args.methods
+  cells = []
+  for pair, batch, method in itertools.product(args.pairs, args.batch, methods):
+    work = make_work(pair, method, batch, args)
+    for side in args.sides:
+      if side in ("eager", "compiled") and method not in work_lib.COMMON:
+        continue
+      if side == "teacher" and not work.has_teacher:
+        continue
+      fixed = {"eager": ["float32"], "compiled": ["bfloat16"]}
+      counts, devices = [0], [1]
+      if side == "jax":
+        counts, devices = args.steps_per_dispatch, args.devices
+      for dtype, count, device in itertools.product(
+        fixed.get(side, args.dtype), counts, devices
+      ):
+        cells.append(
+          Cell(
+            side=side,
+            work=work,
+            dtype=dtype,
+            steps_per_dispatch=count,
+            devices=device,
+            steps=args.steps,
+            turns=args.turns,
+            workers=args.workers,
+            weights=str(pathlib.Path(args.weights).absolute()),
+          )
+        )
+  return cells
+
+
+def measure_in_process(cell: Cell, seconds: float) -> dict[str, Any]:
+  """The result of a cell, or {"error": why there is none}."""
+  environment = dict(os.environ)
+  if cell.side in ("eager", "compiled"):
+    environment["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
+  fields = {**cell.key, "weights": cell.weights}
+  command = [sys.executable, "-m", "benchmarks.cell", json.dumps(fields)]
+  return _last_line(command, seconds, environment)
+
+
+def _last_line(
+  command: Sequence[str], seconds: float, environment: dict[str, str]
+) -> dict[str, Any]:
+  try:
+    done = subprocess.run(
+      command,
+      cwd=pathlib.Path(__file__).resolve().parent.parent,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=seconds,
+      check=False,
+    )
+  except subprocess.TimeoutExpired:
+    return {"error": f"not done in the {seconds:.0f} s that were left"}
+  if done.returncode:
+    last = done.stderr.strip().splitlines() or ["it wrote nothing"]
+    return {"error": f"exit code {done.returncode}: {last[-1]}"}
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _share_flops(rows: list[dict[str, Any]]) -> None:
+  """Gives the PyTorch cells the FLOPs that XLA counted of the same work."""
+  counted = {
+    json.dumps(row["cell"]["work"]): row["result"]["flops_per_step"]
+    for row in rows
+    if row["cell"]["side"] == "jax" and "flops_per_step" in row["result"]
+  }
+  for row in rows:
+    result, cell = row["result"], row["cell"]
+    if cell["side"] not in ("eager", "compiled") or "error" in result:
+      continue
+    flops = counted.get(json.dumps(cell["work"]))
+    result["flops_per_step"] = flops
+    most = measure.peak(result["device"], cell["dtype"])
+    if flops and most:
+      seconds = result["ms_per_step"] / 1e3
+      result["share_of_peak"] = flops / seconds / most
+
+
+def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
+  """The results that a file has of the same commit, versions and machine."""
+  if not path.exists():
+    return {}
+  found = json.loads(path.read_text())
+  same = all(found[k] == head[k] for k in ("commit", "versions"))
+  same = same and found["hardware"]["cpu"] == head["hardware"]["cpu"]
+  if not same or head["commit"].endswith("-dirty"):
+    return {}
+  return {
+    json.dumps(row["cell"]): row["result"]
+    for row in found["rows"]
+    if "error" not in row["result"]
+  }
+
+
+def _write(path: pathlib.Path, head: Any, rows: list[dict[str, Any]]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n")
+  part.rename(path)
+
+
+def measure_all(
+  cells: Sequence[Cell], *, out: pathlib.Path, seconds: float
+) -> dict[str, Any]:
+  """Measures cell after cell; the file is whole after each.
+
+  Args:
+    cells: in their order.
+    out: the JSON file; what it has already of this code is kept.
+    seconds: after which no cell goes on.
+
+  Returns:
+    The content of the file.
+  """
+  end = time.monotonic() + seconds
+  head = {
+    "commit": measure.commit(),
+    "date": datetime.date.today().isoformat(),
+    "hardware": measure.hardware(),
+    "versions": measure.versions(),
+    "command": sys.argv,
+  }
+  known = _known(out, head)
+  rows: list[dict[str, Any]] = [
+    {
+      "cell": cell.key,
+      "result": known.get(json.dumps(cell.key), {"error": NOT_RUN}),
+    }
+    for cell in cells
+  ]
+  open_cells = [
+    (row, cell)
+    for row, cell in zip(rows, cells)
+    if row["result"].get("error") == NOT_RUN
+  ]
+  _write(out, head, rows)
+  for row, cell in open_cells:
+    left = end - time.monotonic()
+    if left <= 0:
+      break
+    failed = _prepare(cell, left)
+    left = end - time.monotonic()
+    row["result"] = failed or measure_in_process(cell, max(left, 1.0))
+    _share_flops(rows)
+    _write(out, head, rows)
+    print(_line(row), file=sys.stderr, flush=True)
+  return {**head, "rows": rows}
+
+
+def _prepare(cell: Cell, seconds: float) -> dict[str, Any] | None:
+  """Makes a cell's initial weights on the CPU; an error, or None."""
+  folder, work = pathlib.Path(cell.weights), cell.work
+  names = [work.method_file, *(work.network_file(r) for r in work.networks)]
+  if all((folder / name).exists() for name in names):
+    return None
+  fields = json.dumps(dataclasses.asdict(work))
+  command = [sys.executable, "-m", "benchmarks.work", fields, cell.weights]
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  found = _last_line(command, seconds, environment)
+  return found if "error" in found else None
+
+
+HEAD = (
+  *("work", "side", "images/s", "ms/step", "spread", "first s", "host ms"),
+  *("MB", "of peak"),
+)
+
+
+def _cells_of(row: dict[str, Any]) -> list[str]:
+  cell, result = row["cell"], row["result"]
+  work = cell["work"]
+  name = f"{work['teacher']}:{work['student']} {work['method']}"
+  name += f" {work['batch']}"
+  side = f"{cell['side']} {cell['dtype']}"
+  if cell["steps_per_dispatch"]:
+    side += f" x{cell['steps_per_dispatch']}"
+  if cell["devices"] > 1:
+    side += f" on {cell['devices']}"
+  if "error" in result:
+    return [name, side, result["error"], *[""] * 6]
+  host, share = result["host_ms_per_dispatch"], result["share_of_peak"]
+  least, most = result["ms_per_step_least"], result["ms_per_step_most"]
+  return [
+    name,
+    side,
+    f"{result['images_per_second']:,.0f}",
+    f"{result['ms_per_step']:.2f}",
+    f"{least:.2f}-{most:.2f}",
+    f"{result['first_step_seconds']:.1f}",
+    "-" if host is None else f"{host:.2f}",
+    f"{result['peak_bytes'] / 1e6:,.0f}",
+    "-" if share is None else f"{share:.1%}",
+  ]
+
+
+def _line(row: dict[str, Any]) -> str:
+  return "  ".join(filter(None, _cells_of(row)))
+
+
+def report(result: dict[str, Any]) -> str:
+  """The table of a result, with a line about the machine."""
+  hardware = result["hardware"]
+  devices = {
+    row["result"]["device"]
+    for row in result["rows"]
+    if "device" in row["result"]
+  }
+  load = hardware["load_average"][0]
+  lines = [
+    f"{hardware['cpu']}, {hardware['cores']} cores (load {load:.1f} before);"
+    f" devices: {', '.join(sorted(devices)) or 'none seen'};"
+    f" commit {result['commit']}",
+    measure.table(HEAD, [_cells_of(row) for row in result["rows"]]),
+  ]
+  return "\n".join(lines)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """The arguments, checked."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--pairs", nargs="+", default=list(work_lib.PAIRS))
+  add("--methods", nargs="+", default=list(work_lib.COMMON))
+  add("--batch", type=int, nargs="+", default=[64, 256])
+  add("--sides", nargs="+", choices=SIDES, default=list(SIDES[:3]))
+  add(
+    *("--dtype",),
+    nargs="+",
+    choices=("float32", "bfloat16"),
+    default=["float32", "bfloat16"],
+    help="of kd_jax's side",
+  )
+  add("--steps", type=int, default=50, help="of a turn, at least")
+  add("--turns", type=int, default=5)
+  add(
+    *("--steps_per_dispatch",),
+    type=int,
+    nargs="+",
+    default=[0],
+    help="of kd_jax's side; 0: 1 on a CPU, else an epoch",
+  )
+  add("--devices", type=int, nargs="+", default=[1], help="of kd_jax's side")
+  add("--examples", type=int, help="in the training set (50,000)")
+  add("--image_size", type=int, help="in pixels (32; of ResNets 224)")
+  add("--negatives", type=int, default=16384, help="of crd")
+  add(
+    *("--workers",),
+    type=int,
+    default=min(8, len(os.sched_getaffinity(0))),
+    help="of the eager side's loader",
+  )
+  add("--seconds", type=float, default=1e6, help="after which it ends")
+  add("--weights", default="runs/benchmarks/weights")
+  add("--out", default="runs/benchmarks/step.json")
+  args = parser.parse_args(arguments)
+  for method in args.methods:
+    if method not in {*work_lib.METHODS, "all"}:
+      parser.error(
+        f"--methods: expected 'all' or of {', '.join(work_lib.METHODS)}, got"
+        f" {method!r}"
+      )
+  return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Measures, prints and writes."""
+  args = parse(arguments)
+  out = pathlib.Path(args.out)
+  result = measure_all(make_cells(args), out=out, seconds=args.seconds)
+  print(report(result))
+  print(f"written: {out}")
+
+
+if __name__ == "__main__":
+  main()
