@@ -63,7 +63,7 @@ class Program:
         f"steps_per_dispatch: expected a divisor of the {epoch} steps of an"
         f" epoch, got {self.steps}"
       )
-    source = work.source()
+    source = work.source
     self._devices = parallel.make_devices(num_devices=devices)
     self._pipeline = data.create(
       "device", source, batch_size=work.batch, seed=work_lib.SEED
@@ -217,7 +217,7 @@ class TeacherForward:
         _state_dict(weights / work.network_file("teacher")),
       )
     )
-    source = work.source()
+    source = work.source
     self._pipeline = data.create(
       "device", source, batch_size=work.batch, seed=work_lib.SEED
     )

@@ -164,7 +164,8 @@ def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
   found = json.loads(path.read_text())
   same = all(found[k] == head[k] for k in ("commit", "versions"))
   same = same and found["hardware"]["cpu"] == head["hardware"]["cpu"]
-  if not same or head["commit"].endswith("-dirty"):
+  # Without a commit nobody knows which code it was.
+  if not same or head["commit"].endswith(("-dirty", "unknown")):
     return {}
   return {
     json.dumps(row["cell"]): row["result"]

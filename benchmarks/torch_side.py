@@ -709,7 +709,7 @@ class Arrays(NamedTuple):
 
 def arrays(work: work_lib.Work) -> Arrays:
   """The training set of kd_jax's side."""
-  source = work.source()
+  source = work.source
   labels = source.labels.astype(np.int64)
   return Arrays(source.images, labels, source.mean, source.std)
 

@@ -133,8 +133,9 @@ class Work:
       f"_{self.classes}_{self.image_size}_{self.examples}{fields}.npz"
     )
 
+  @functools.cached_property
   def source(self) -> Any:
-    """The training set, a `kd_jax.data.Source`."""
+    """The training set, a `kd_jax.data.Source`; made once."""
     from kd_jax import data
 
     return data.load(

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Fills the GPU cells of benchmarks.step's table, in three pieces of at most 8
+# minutes and 10 seconds: 24.5 minutes in all. Needs this repository, PyTorch,
+# JAX and Flax with Optax; nothing else.
+#
+#   benchmarks/gpu.sh            all pieces, one after the other
+#   benchmarks/gpu.sh 2          one piece
+#
+# Each piece writes its JSON after every cell, to OUT (runs/benchmarks/gpu), and
+# started again, of the same commit, goes on with the cells that are missing.
+# The cells come in the order of what they say. PYTHON chooses the interpreter.
+# SMALL=1 runs the same pieces on tiny networks, in minutes of a CPU, to prove
+# them; SECONDS_EACH changes a piece's limit.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+out=${OUT:-runs/benchmarks/gpu}
+limit=${SECONDS_EACH:-490}
+common=(--weights "$out/weights" --seconds)
+
+if [[ -n ${SMALL:-} ]]; then
+  main=_tiny_wide:_tiny
+  others=(_tiny_wide:_tiny)
+  large=_tiny_wide:_tiny
+  batch=8 batches=(16) large_batch=8 counts=(1 2)
+  common=(--examples 32 --image_size 16 --negatives 16 --workers 0
+    --steps 1 --turns 1 "${common[@]}")
+else
+  main=resnet32x4:resnet8x4
+  others=(resnet32x4:vgg8 resnet32x4:ShuffleV2_1_5)
+  large=ResNet50:ResNet18
+  batch=64 batches=(256) large_batch=256 counts=(1 11 71)
+fi
+
+# Starts benchmarks.step for what is left of the piece's time: $1 names the
+# file, the rest are its arguments.
+step() {
+  local name=$1 left=$((limit - (SECONDS - began)))
+  shift
+  if ((left <= 0)); then
+    echo "$name: not run, the piece's $limit s are over" >&2
+    return 0
+  fi
+  "$python" -m benchmarks.step "${common[@]}" "$left" \
+    --out "$out/$name.json" "$@" || failed=1
+}
+
+# The main pair at the recipe's batch, all sides.
+piece_1() {
+  step main --pairs "$main" --batch "$batch" --methods simkd kd none crd semckd
+}
+
+# How it grows with the batch and with the steps of a dispatch; other students.
+piece_2() {
+  step batch --pairs "$main" --batch "${batches[@]}" --methods simkd kd
+  step dispatch --pairs "$main" --batch "$batch" --methods simkd --sides jax \
+    --dtype bfloat16 --steps_per_dispatch "${counts[@]}"
+  step students --pairs "${others[@]}" --batch "$batch" --methods simkd none
+}
+
+# Large images; then every other method, kd_jax's step alone.
+piece_3() {
+  step large --pairs "$large" --batch "$large_batch" --steps 20 --turns 3 \
+    --methods simkd none kd --dtype bfloat16
+  step methods --pairs "$main" --batch "$batch" --sides jax --dtype bfloat16 \
+    --methods fitnet at sp vid srrl reviewkd
+}
+
+failed=0
+mkdir -p "$out"
+for piece in "${@:-1 2 3}"; do
+  for number in $piece; do
+    if ! declare -F "piece_$number" >/dev/null; then
+      echo "expected a piece, 1, 2 or 3, got: $number" >&2
+      exit 2
+    fi
+    began=$SECONDS
+    "piece_$number"
+  done
+done
+exit "$failed"

@@ -1,0 +1,462 @@
+"""The benchmarks of a step: both sides are the same work, and say what is so.
+
+How fast anything is, no test asserts.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+
+from benchmarks import guard, jax_side, measure, step, torch_side
+from benchmarks import work as work_lib
+from benchmarks.cell import SIDES, Cell
+from configs import base
+from kd_jax import data
+from kd_jax.data import augment
+from kd_jax.interop import dialects, pytorch
+
+TINY = work_lib.Work(
+  teacher="_tiny_wide",
+  student="_tiny",
+  method="kd",
+  batch=8,
+  image_size=16,
+  classes=10,
+  examples=32,
+  pad=0,
+  flip=False,
+)
+# No compiler of PyTorch's, which takes a minute, and no threads: the networks
+# are too small for them.
+ENVIRONMENT = {
+  **os.environ,
+  "JAX_PLATFORMS": "cpu",
+  "OMP_NUM_THREADS": "1",
+  "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+def tiny(method: str, **changes) -> work_lib.Work:
+  fields = {"k": 5} if method == "crd" else {}
+  return dataclasses.replace(TINY, method=method, fields=fields, **changes)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp("weights")
+  work_lib.prepare([tiny(method) for method in work_lib.COMMON], folder)
+  return folder
+
+
+def torch_losses(work: work_lib.Work, weights, steps: int) -> list[float]:
+  """Of the eager side's step, on the batches that kd_jax's pipeline has."""
+  source = work.source
+  eager = torch_side.Eager(work, weights, workers=0)
+  pipeline = data.create(
+    "device", source, batch_size=work.batch, seed=work_lib.SEED
+  )
+  found = []
+  for _ in range(steps):
+    index = np.array(pipeline.next_chunk(1)["index"][0])
+    images = augment.normalize(
+      jnp.asarray(source.images[index]), source.mean, source.std
+    )
+    batch = (
+      torch.from_numpy(np.array(images.transpose(0, 3, 1, 2))),
+      torch.from_numpy(source.labels[index].astype(np.int64)),
+      torch.from_numpy(index.astype(np.int64)),
+    )
+    found.append(eager.step(*batch)[0])
+  return found
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "simkd"])
+def test_sides_have_the_same_losses(method, weights, fast_compile):
+  work = tiny(method)
+  ours = jax_side.Program(work, weights).run(4)
+  theirs = torch_losses(work, weights, 4)
+  np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+  assert len(set(ours)) == 4  # it moves
+
+
+def test_semckd_begins_with_the_same_loss(weights, fast_compile):
+  work = tiny("semckd")
+  ours = jax_side.Program(work, weights).run(1)
+  np.testing.assert_allclose(torch_losses(work, weights, 1), ours, rtol=1e-4)
+
+
+def test_crd_contrasts_the_same_whichever_way(weights):
+  """All negatives are drawn, so that it does not matter which way."""
+  work = tiny("crd")
+  torch.manual_seed(0)
+  method = torch_side.Trainer(work, weights).method
+  assert (method.bank_s != 0).any() and (method.class_count == 3).any()
+  labels = torch.from_numpy(work.source.labels[:8].astype(np.int64))
+  drawn = method._drawn(labels)
+  assert drawn.shape == (8, 5)
+  others = torch.from_numpy(work.source.labels)[drawn]
+  assert (others != labels[:, None]).all()
+  v = torch.nn.functional.normalize(torch.randn(8, 128))
+  whole, gathered = (
+    method._scores(v, method.bank_t, drawn, way) for way in (True, False)
+  )
+  torch.testing.assert_close(whole, gathered)
+  before = method.bank_s.clone()
+  index = torch.arange(8)
+  method.remember((v, v, torch.tensor(2.0), torch.tensor(3.0), index))
+  assert method.z_s == 2 and method.z_t == 3
+  moved = (method.bank_s != before).any(dim=1)
+  assert moved[:8].all() and not moved[8:].any()
+
+
+@pytest.mark.parametrize("pair", [*work_lib.PAIRS, "ResNet50:ResNet18"])
+def test_networks_have_the_same_tensors(pair):
+  for name in pair.split(":"):
+    expected = pytorch.tensor_shapes(name, 100, dialects.of(name)[0])
+    with torch.device("meta"):
+      found = torch_side.create(name, 100).state_dict()
+    counters = {n for n in found if n.endswith("num_batches_tracked")}
+    shapes = {n: tuple(t.shape) for n, t in found.items() if n not in counters}
+    assert shapes == dict(expected), name
+
+
+@pytest.mark.parametrize("name", ["ShuffleV2_1_5", "vgg8", "ResNet18"])
+def test_networks_compute_the_same(name, tmp_path, fast_compile):
+  work = tiny("none", student=name, image_size=32)
+  path = tmp_path / work.network_file("student")
+  work_lib._save(path, work_lib._network(work, "student"))
+  torch_side.load(work, "student", tmp_path)  # which compares
+
+
+def test_another_network_is_noticed(weights, tmp_path):
+  work = tiny("none")
+  name = work.network_file("student")
+  arrays = work_lib.read(weights / name)
+  arrays["layer1.0.conv1.weight"] *= 1.01
+  np.savez(tmp_path / name, **arrays)
+  with pytest.raises(ValueError, match=r"_tiny: expected the logits of kd_jax"):
+    torch_side.load(work, "student", tmp_path)
+
+
+def test_refusals_say_what_to_do(weights):
+  with pytest.raises(ValueError, match="method: expected one of none, kd"):
+    tiny("nothing")
+  with pytest.raises(ValueError, match=r"batch: expected 1 to 32 \(--examples"):
+    tiny("kd", batch=64)
+  with pytest.raises(ValueError, match=r"'wrn_16_1' on PyTorch's side.*jax"):
+    torch_side.create("wrn_16_1", 10)
+  with pytest.raises(ValueError, match=r"methods none, kd,.* got at\. Leave"):
+    torch_side.Trainer(tiny("at"), weights)
+  with pytest.raises(ValueError, match="divisor of the 4 steps of an epoch"):
+    jax_side.Program(tiny("kd"), weights, steps_per_dispatch=3)
+  with pytest.raises(SystemExit, match="expected TEACHER:STUDENT, got 'vgg8'"):
+    step.make_cells(step.parse(["--pairs", "vgg8"]))
+
+
+def test_cells_are_those_that_exist():
+  arguments = ["--methods", "none", "at", "--sides", *SIDES, "--batch", "64"]
+  cells = step.make_cells(step.parse([*arguments, "--pairs", "a:b"]))
+  found = [(c.work.method, c.side, c.dtype[:5]) for c in cells]
+  assert found == [
+    *[("none", "jax", "float"), ("none", "jax", "bfloa")],
+    *[("none", "eager", "float"), ("none", "compiled", "bfloa")],
+    *[("at", "jax", "float"), ("at", "jax", "bfloa")],
+    *[("at", "teacher", "float"), ("at", "teacher", "bfloa")],
+  ]
+
+
+def test_methods_are_those_of_the_configs():
+  import importlib
+
+  known = base.get_config()
+  for method, (weights_, fields) in work_lib.METHODS.items():
+    config = known
+    if method != "none":
+      module = importlib.import_module(f"configs.{method}_cifar")
+      config = module.get_config()
+    assert config.loss_weights == ConfigDict(weights_), method
+    assert config.distiller == ConfigDict({"name": method, **fields}), method
+  assert known.optim.momentum == work_lib.MOMENTUM
+  assert known.optim.weight_decay == work_lib.WEIGHT_DECAY
+
+
+def test_measuring_imports_little():
+  """What `gpu.sh` promises: PyTorch and JAX, and no more of this project."""
+  code = """
+import sys
+from benchmarks import cell, guard, jax_side, step, torch_side
+absent = ("ml_collections", "grain", "nvidia.dali", "orbax", "tensorflow",
+          "matplotlib", "sklearn", "tensorboardX", "torchvision")
+print([name for name in absent if name in sys.modules])
+"""
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert found.stdout.strip() == "[]"
+
+
+def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
+  for name, value in ENVIRONMENT.items():
+    monkeypatch.setenv(name, value)
+  out = tmp_path / "step.json"
+  arguments = [
+    *("--pairs", "_tiny_wide:_tiny", "--methods", "simkd"),
+    *("--batch", "8", "--steps", "3", "--turns", "2", "--examples", "32"),
+    *("--image_size", "16", "--workers", "1", "--dtype", "float32"),
+    *("--steps_per_dispatch", "2", "--weights", str(tmp_path / "weights")),
+    *("--out", str(out)),
+  ]
+  step.main(arguments)
+  shown = capsys.readouterr().out
+  result = json.loads(out.read_text())
+  assert {"commit", "date", "hardware", "versions", "command"} <= set(result)
+  assert set(result["versions"]) == {"python", *measure.PACKAGES}
+  assert [r["cell"]["side"] for r in result["rows"]] == list(SIDES[:3])
+  for row in result["rows"]:
+    found, cell = row["result"], row["cell"]
+    assert "error" not in found, found
+    turns = found["ms_per_step_turns"]
+    assert len(turns) == 2
+    assert found["ms_per_step_least"] == min(turns) > 0
+    assert min(turns) <= found["ms_per_step"] <= max(turns)
+    rate = 8 / found["ms_per_step"] * 1e3
+    assert found["images_per_second"] == pytest.approx(rate)
+    assert found["first_step_seconds"] > 0
+    assert found["peak_bytes"] > 50e6 and found["peak_bytes_of"] == "process"
+    assert found["share_of_peak"] is None  # no table has a CPU's
+    assert (found["host_ms_per_dispatch"] is None) == (cell["side"] == "eager")
+    assert np.isfinite(found["first_losses"]).all()
+    assert f"{found['images_per_second']:,.0f}" in shown
+  jax_row, eager, compiled = (row["result"] for row in result["rows"])
+  # Steps are rounded up to whole dispatches.
+  assert jax_row["steps_per_turn"] == 4 and eager["steps_per_turn"] == 3
+  assert jax_row["flops_per_step"] > 1e6
+  assert eager["flops_per_step"] == jax_row["flops_per_step"]
+  # Nearly the same: augmented otherwise.
+  first = compiled["first_losses"][0]
+  assert first == pytest.approx(jax_row["first_losses"][0], rel=0.2)
+
+
+# Of a cell, as far as the table reads it.
+MADE_UP = {
+  "images_per_second": 1.0,
+  "ms_per_step": 1.0,
+  "ms_per_step_least": 1.0,
+  "ms_per_step_most": 1.0,
+  "first_step_seconds": 1.0,
+  "host_ms_per_dispatch": None,
+  "share_of_peak": None,
+  "flops_per_step": None,
+  "peak_bytes": 1,
+  "device": "cpu",
+}
+
+
+def make_cell(weights: str) -> Cell:
+  work = tiny("kd", teacher="nobody")
+  return Cell("jax", work, "float32", 0, 1, 1, 1, 0, weights)
+
+
+def test_a_cell_that_breaks_or_is_late_leaves_the_others(tmp_path):
+  cells = [make_cell(str(tmp_path / "weights"))]
+  assert Cell.parse(json.dumps({**cells[0].key, "weights": "x"})).work == (
+    cells[0].work
+  )
+  out = tmp_path / "out.json"
+  result = step.measure_all(cells, out=out, seconds=100)
+  (row,) = result["rows"]
+  assert "Unknown model 'nobody'" in row["result"]["error"]
+  result = step.measure_all(cells, out=out, seconds=0)
+  assert result["rows"][0]["result"] == {"error": step.NOT_RUN}
+  assert step.NOT_RUN in step.report(json.loads(out.read_text()))
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(step, "_prepare", lambda cell, seconds: None)
+  monkeypatch.setattr(
+    step,
+    "measure_in_process",
+    lambda cell, seconds: calls.append(cell) or dict(MADE_UP),
+  )
+  commits = iter(["a", "a", "b", "b-dirty", "b-dirty", "unknown", "unknown"])
+  monkeypatch.setattr(measure, "commit", lambda: next(commits))
+  made = []
+  for _ in range(7):
+    step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
+    made.append(len(calls))
+  assert made == [1, 1, 2, 3, 4, 5, 6]
+
+
+def test_peaks_are_of_the_first_name_that_fits():
+  assert measure.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+  assert measure.peak("NVIDIA H100 PCIe", "float32") == 378e12
+  assert measure.peak("cpu", "float32") is None
+
+
+def rows_of(**ms: float) -> list[dict]:
+  rows = []
+  for name, value in ms.items():
+    method, side = name.split("_")
+    cell = {"side": side, "work": {"method": method}}
+    result = {"ms_per_step": value, "device": "cpu"}
+    rows.append({"cell": cell, "result": result})
+  return rows
+
+
+ROWS = rows_of(
+  none_jax=2.0, none_eager=3.0, simkd_jax=10.0, simkd_eager=12.0,
+  simkd_teacher=3.0,
+)  # fmt: skip
+
+
+def test_guard_divides():
+  assert guard.ratios(ROWS) == {
+    "simkd / eager": 1.2,
+    "none / eager": 1.5,
+    "simkd / parts": 2.0,
+  }
+  broken = [*ROWS[1:], {**ROWS[0], "result": {"error": "not run"}}]
+  with pytest.raises(SystemExit, match=r"none jax: expected.*more --seconds"):
+    guard.ratios(broken)
+
+
+def test_guard_keeps_a_history_and_compares(tmp_path, monkeypatch, capsys):
+  history = tmp_path / "history.jsonl"
+  result = {
+    "commit": "0123456789abcdef",
+    "date": "2026-01-01",
+    "hardware": {"cpu": "x", "cores": 2, "load_average": [0, 0, 0]},
+    "versions": {},
+    "rows": ROWS,
+  }
+  monkeypatch.setattr(guard, "measure_cells", lambda args: result)
+  monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0, 0))
+  monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+  guard.main(["--check", "--history", str(history)])
+  assert "nothing to compare with" in capsys.readouterr().out
+  guard.main(["--history", str(history)])
+  (line,) = history.read_text().splitlines()
+  assert json.loads(line)["ratios"]["simkd / parts"] == 2.0
+  guard.main(["--check", "--history", str(history)])
+  assert "no worse than 0123456789ab" in capsys.readouterr().out
+
+  slower = {**result, "rows": rows_of(
+    none_jax=2.0, none_eager=3.0, simkd_jax=12.0, simkd_eager=12.0,
+    simkd_teacher=3.0,
+  )}  # fmt: skip
+  monkeypatch.setattr(guard, "measure_cells", lambda args: slower)
+  with pytest.raises(SystemExit) as stop:
+    guard.main(["--check", "--history", str(history)])
+  assert str(stop.value).splitlines() == [
+    "simkd / eager: 1.000, worse by 20% than 1.200 of 0123456789ab, and 15% are"
+    " allowed",
+    "simkd / parts: 2.400, worse by 20% than 2.000 of 0123456789ab, and 15% are"
+    " allowed",
+  ]
+  guard.main(["--check", "--tolerance", "0.3", "--history", str(history)])
+  # Other hardware compares with nothing; a busy machine appends nothing.
+  other = {**slower, "hardware": {**result["hardware"], "cores": 4}}
+  monkeypatch.setattr(guard, "measure_cells", lambda args: other)
+  guard.main(["--check", "--history", str(history)])
+  monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0, 0))
+  with pytest.raises(SystemExit, match=r"busy: expected a load of at most 1.0"):
+    guard.main(["--history", str(history)])
+  assert len(history.read_text().splitlines()) == 1
+
+
+def test_guard_asks_for_what_it_divides(monkeypatch, tmp_path):
+  asked = []
+  monkeypatch.setattr(
+    step, "measure_all", lambda cells, out, seconds: asked.extend(cells)
+  )
+  guard.measure_cells(guard.parse(["--weights", str(tmp_path)]))
+  found = {(cell.work.method, cell.side) for cell in asked}
+  assert found == {
+    (r["cell"]["work"]["method"], r["cell"]["side"]) for r in ROWS
+  }
+
+
+GPU = pathlib.Path(step.__file__).parent / "gpu.sh"
+
+
+def run_gpu(tmp_path, python, *pieces: str, **environment: str):
+  return subprocess.run(
+    ["bash", str(GPU), *pieces],
+    env={
+      **ENVIRONMENT,
+      "PYTHON": str(python),
+      "OUT": str(tmp_path / "out"),
+      **environment,
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
+  subprocess.run(["bash", "-n", str(GPU)], check=True)
+  log = tmp_path / "log"
+  stub = tmp_path / "python"
+  stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+  stub.chmod(0o755)
+  for small in ("", "1"):
+    log.unlink(missing_ok=True)
+    assert run_gpu(tmp_path, stub, SMALL=small).returncode == 0
+    commands = [line.split() for line in log.read_text().splitlines()]
+    assert len(commands) == 6
+    seconds, cells = [], []
+    for dash, module, *arguments in commands:
+      assert (dash, module) == ("-m", "benchmarks.step")
+      args = step.parse(arguments)
+      seconds.append(args.seconds)
+      cells += step.make_cells(args)
+    assert max(seconds) <= 9 * 60
+    methods = {cell.work.method for cell in cells if cell.side == "jax"}
+    assert methods == set(work_lib.METHODS)
+    assert {cell.side for cell in cells} == set(SIDES[:3])
+    if not small:
+      pairs = {f"{c.work.teacher}:{c.work.student}" for c in cells}
+      assert pairs == {*work_lib.PAIRS, "ResNet50:ResNet18"}
+      assert {c.work.batch for c in cells} == {64, 256}
+  assert run_gpu(tmp_path, stub, "4").returncode == 2
+
+
+def test_gpu_pieces_run_and_go_on(tmp_path):
+  """Everything but the measurement itself, which is made up."""
+  stub = tmp_path / "python"
+  stub.write_text(f"""#!{sys.executable}
+import sys
+sys.path.insert(0, {str(GPU.parent.parent)!r})
+from benchmarks import measure, step
+def measured(cell, seconds):
+  print("measured", file=sys.stderr)
+  return {MADE_UP}
+step._prepare = lambda cell, seconds: None
+step.measure_in_process = measured
+measure.commit = lambda: "a"
+step.main(sys.argv[3:])
+""")
+  stub.chmod(0o755)
+  done = run_gpu(tmp_path, stub, "1", SMALL="1")
+  assert done.returncode == 0, done.stderr
+  rows = json.loads((tmp_path / "out/main.json").read_text())["rows"]
+  assert done.stderr.count("measured") == len(rows) == 20
+  assert run_gpu(tmp_path, stub, "1", SMALL="1").stderr == ""
+  over = run_gpu(tmp_path, stub, "3", SMALL="1", SECONDS_EACH="0")
+  assert "methods: not run, the piece's 0 s are over" in over.stderr
