@@ -14,6 +14,7 @@ one. A claim is over when
   the clocks of two machines are never compared.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -58,21 +59,24 @@ class Claim:
 
     If not, `others_alive` says what is known of who has it; to know more, ask
     again.
+
+    Raises:
+      OSError: if nothing can be written there.
     """
-    lock = self._lock_path.open("w")
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      lock.close()
-      self.others_alive = True
-      return False
-    newest = self._newest()
-    if not self._is_over(newest, lock) or not self._make(newest + 1, lock):
-      lock.close()
-      return False
-    self._lock = lock
+    with contextlib.ExitStack() as stack:
+      lock = stack.enter_context(self._lock_path.open("w"))
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        self.others_alive = True
+        return False
+      number = self._newest() + 1
+      if not self._is_over(number - 1, lock) or not self._make(number, lock):
+        return False
+      self._lock = lock
+      stack.pop_all()
     self._released.clear()
-    threading.Thread(target=self._beat, args=(newest + 1,), daemon=True).start()
+    threading.Thread(target=self._beat, args=(number,), daemon=True).start()
     return True
 
   def release(self) -> None:

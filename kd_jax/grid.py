@@ -169,16 +169,12 @@ class _Work:
     finished = processes.from_first(
       (self.folder / name / "result.json").exists()
     )
-    claim = self.claims[name]
-    if not finished:
-      if not processes.from_first(processes.is_first() and claim.take()):
-        return
-      self.held.append(name)
-    self.left.remove(name)
-    if processes.is_first():
-      number = list(self.made).index(name) + 1
-      print(f"\n[{number}/{len(self.made)}] {name}", flush=True)
     try:
+      if not finished and not self._take(name):
+        return
+      if processes.is_first():
+        number = list(self.made).index(name) + 1
+        print(f"\n[{number}/{len(self.made)}] {name}", flush=True)
       train.train_and_evaluate(self.made[name], str(self.folder / name))
     except train.PreemptedError:
       raise
@@ -186,15 +182,23 @@ class _Work:
       agreed = isinstance(error, (*train.AGREED, processes.RefusedError))
       if jax.process_count() > 1 and not agreed:
         raise  # the other processes may not come along
-      # Until the end it is this process's: others would only fail as well.
+      # Until the end it stays this process's: others would only fail as well.
       self.failed[name] = f"{type(error).__name__}: {error}"
       if processes.is_first():
-        if not agreed and not isinstance(error, ValueError):
+        if not agreed and not isinstance(error, (ValueError, OSError)):
           traceback.print_exc()
         print(f"{name} has failed: {self.failed[name]}", file=sys.stderr)
     else:
-      if not finished:
+      if name in self.held:
         self._release(name)
+    self.left.remove(name)
+
+  def _take(self, name) -> bool:
+    claim = self.claims[name]
+    taken = processes.together(lambda: processes.is_first() and claim.take())
+    if processes.from_first(taken):
+      self.held.append(name)
+    return name in self.held
 
   def _release(self, name):
     self.held.remove(name)
