@@ -163,7 +163,8 @@ def _run() -> None:
   path, _, arg = flags.FLAGS["config"].config_filename.partition(":")
   name = "_".join(filter(None, [pathlib.Path(path).stem, arg]))
   workdir = _WORKDIR.value or str(pathlib.Path("runs") / name)
-  run = grid.run_grid if _CONFIG.value.grid else train.train_and_evaluate
+  several = grid.is_grid(_CONFIG.value)
+  run = grid.run_grid if several else train.train_and_evaluate
   run(_CONFIG.value, workdir)
 
 
@@ -171,8 +172,9 @@ def _fail(error: Exception) -> NoReturn:
   """Says what has ended the run, and exits; a fault keeps its traceback."""
   import jax
 
-  from kd_jax import processes, train
+  from kd_jax import grid, processes, train
 
+  agreed = (*train.AGREED, grid.CellsFailedError)
   several = jax.process_count() > 1
   # How XLA's and gloo's errors begin, of whatever class they are.
   lost = several and re.match(r"[A-Z_]{5,}: ", str(error)) is not None
@@ -185,10 +187,10 @@ def _fail(error: Exception) -> NoReturn:
   stopped = isinstance(error, (train.PreemptedError, processes.RefusedError))
   text = f"{'' if stopped else kind}{error}"
   if not several:
-    if code == EXIT_FAILED and not isinstance(error, train.AGREED):
+    if code == EXIT_FAILED and not isinstance(error, agreed):
       raise error
     print(text, file=sys.stderr)
-  elif stopped or isinstance(error, train.AGREED):
+  elif stopped or isinstance(error, agreed):
     # Raised in all processes, which can take leave of each other.
     if processes.is_first():
       print(text, file=sys.stderr)

@@ -161,6 +161,9 @@ def get_config(arg: str = "") -> ConfigDict:
   # this config in a workdir of its own below this one; a table and a figure of
   # all of them at the end.
   config.grid = ConfigDict()
+  # How often the run, or every run of the grid, is made: NAME has the seed of
+  # the config, NAME_seed1 the next one, and so on.
+  config.trials = 1
   return finish(config, arg)
 
 

@@ -2,33 +2,71 @@
 
 A cell is a delta of the config, in a workdir of its own below the grid's, so
 that it can be resumed, exported or named as a teacher like any other run.
+Whoever starts the same grid again, at once or later and on whatever machine,
+takes the cells that are not finished and that no other is at work on.
 """
 
 import copy
 import difflib
 import functools
 import pathlib
+import sys
+import time
+import traceback
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from kd_jax import processes, report, train
+from kd_jax import claims, processes, report, train
+
+# Seconds between looks at cells of which it is not yet known whether another
+# is at work on them.
+_POLL = 1.0
 
 # Free-form sections: a cell that names one replaces it.
 _REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
 
 
+class CellsFailedError(RuntimeError):
+  """Cells of a grid have failed; the others have been run."""
+
+
+def is_grid(config: ConfigDict) -> bool:
+  """Whether a config is one of several runs."""
+  return bool(config.grid) or config.trials != 1
+
+
 def cells(config: ConfigDict) -> dict[str, ConfigDict]:
-  """The config of every cell, by name, in alphabetical order.
+  """The config of every cell, by name: all first trials, then all second ones.
+
+  The first trial has the cell's own name and seed, the others NAME_seedN and
+  the seeds that follow. A config without a grid is one cell, of its method's
+  name.
 
   Raises:
-    ValueError: if a cell sets a field that configs do not have.
+    ValueError: if a cell sets a field that configs do not have, or there is
+      no trial.
   """
+  if config.trials < 1:
+    raise ValueError(f"config.trials: expected 1 or more, got {config.trials}")
+  first = _first_trials(config)
+  made = dict(first)
+  for trial in range(1, config.trials):
+    for name, cell in first.items():
+      again = copy.deepcopy(cell)
+      again.seed = cell.seed + trial
+      made[f"{name}_seed{again.seed}"] = again
+  return made
+
+
+def _first_trials(config):
   made = {}
-  for name, delta in config.grid.items():
+  deltas = config.grid or ConfigDict({config.distiller.name: {}})
+  for name, delta in deltas.items():
     cell = copy.deepcopy(config)
     with cell.unlocked():
-      cell.grid = ConfigDict()
+      cell.grid, cell.trials = ConfigDict(), 1
       for section in _REPLACED:
         if section in delta:
           cell[section] = ConfigDict(delta[section].to_dict())
@@ -62,33 +100,127 @@ def _apply(delta, section, where):
 
 
 def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
-  """Runs every cell, then writes and prints the table and the figure.
+  """Runs the cells that are left, then writes and prints the report.
 
   Args:
-    config: with a `grid`.
+    config: with a `grid`, or of several trials.
     workdir: folder of the grid.
 
   Returns:
     The rows of the table; other processes than the first have none.
+
+  Raises:
+    ValueError: for a mistake in the config, before anything is written.
+    CellsFailedError: at the end, if cells have failed; it names them.
+    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
   """
   folder = pathlib.Path(workdir).absolute()
   made = cells(config)
-  for name, cell in made.items():  # a mistake in the last one is found now
+  # A mistake in the last one is found now. Trials differ in their seeds alone.
+  for name in list(made)[: len(made) // config.trials]:
     try:
-      processes.together(functools.partial(train.prepare, cell, folder / name))
+      processes.together(
+        functools.partial(train.prepare, made[name], folder / name)
+      )
     except processes.RefusedError as error:
       raise processes.RefusedError(f"config.grid.{name}: {error}") from error
     except ValueError as error:
       raise ValueError(f"config.grid.{name}: {error}") from error
-  for number, (name, cell) in enumerate(made.items(), 1):
-    if processes.is_first():
-      print(f"\n[{number}/{len(made)}] {name}", flush=True)
-    train.train_and_evaluate(cell, str(folder / name))
-  if not processes.is_first():
-    return []
-  rows = report.collect(folder)
-  text = report.table(rows)
-  (folder / "table.md").write_text(text, encoding="utf-8")
-  report.curves(folder, folder / "curves.png")
-  print(f"\n{text}\n{folder / 'table.md'}\n{folder / 'curves.png'}", flush=True)
+  work = _Work(folder, made)
+  try:
+    work.run()
+  finally:
+    work.release()
+  rows = []
+  if processes.is_first() and report.find_runs(folder):
+    rows = report.collect(folder)
+    print(f"\n{report.table(rows)}", flush=True)
+    for path in report.write(folder, folder):
+      print(path, flush=True)
+  work.conclude()
   return rows
+
+
+class _Work:
+  """What a process, or several as one, does of a grid."""
+
+  def __init__(self, folder, made):
+    self.folder, self.made = folder, made
+    self.claims = {name: claims.Claim(folder / name) for name in made}
+    self.left = list(made)
+    self.failed: dict[str, str] = {}
+    self.held: list[str] = []
+
+  def run(self):
+    """Goes round until every cell is done, or another's."""
+    while self.left:
+      before = len(self.left)
+      for name in list(self.left):
+        self._try(name)
+      if len(self.left) < before:
+        continue
+      if not processes.from_first(
+        any(self.claims[name].others_alive is None for name in self.left)
+      ):
+        return
+      time.sleep(_POLL)
+
+  def _try(self, name):
+    finished = processes.from_first(
+      (self.folder / name / "result.json").exists()
+    )
+    try:
+      if not finished and not self._take(name):
+        return
+      if processes.is_first():
+        number = list(self.made).index(name) + 1
+        print(f"\n[{number}/{len(self.made)}] {name}", flush=True)
+      train.train_and_evaluate(self.made[name], str(self.folder / name))
+    except train.PreemptedError:
+      raise
+    except Exception as error:
+      agreed = isinstance(error, (*train.AGREED, processes.RefusedError))
+      if jax.process_count() > 1 and not agreed:
+        raise  # the other processes may not come along
+      # Until the end it stays this process's: others would only fail as well.
+      self.failed[name] = f"{type(error).__name__}: {error}"
+      if processes.is_first():
+        if not agreed and not isinstance(error, (ValueError, OSError)):
+          traceback.print_exc()
+        print(f"{name} has failed: {self.failed[name]}", file=sys.stderr)
+    else:
+      if name in self.held:
+        self._release(name)
+    self.left.remove(name)
+
+  def _take(self, name) -> bool:
+    claim = self.claims[name]
+    taken = processes.together(lambda: processes.is_first() and claim.take())
+    if processes.from_first(taken):
+      self.held.append(name)
+    return name in self.held
+
+  def _release(self, name):
+    self.held.remove(name)
+    if processes.is_first():
+      self.claims[name].release()
+
+  def release(self):
+    """Leaves to others what was not finished."""
+    for name in list(self.held):
+      self._release(name)
+
+  def conclude(self):
+    """Says what others do, and what has failed."""
+    if self.left and processes.is_first():
+      print(
+        f"other processes are at work on {', '.join(self.left)}: who ends last"
+        " writes the table of all",
+        flush=True,
+      )
+    if self.failed:
+      lines = [f"  {name}: {text}" for name, text in self.failed.items()]
+      raise CellsFailedError(
+        f"{len(self.failed)} of {len(self.made)} cells have failed, the same"
+        " command tries them again:\n" + "\n".join(lines)
+      )

@@ -3,14 +3,12 @@
 `config.json` (as settled), `environment.json` (versions, devices, commit,
 command), `checkpoints/` (to go on from), `best/` (highest top-1), `export/`,
 `metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy),
-`skipped_images_*.json` (those that each process could not read) and, at the
-end, `result.json`. Accuracies are percentages, cross-entropies
-nats, times seconds.
+`skipped_images_*.json` (those that each process could not read), `claims/` (of
+a grid's cells and of teachers: who trains them) and, at the end, `result.json`.
+Accuracies are percentages, cross-entropies nats, times seconds.
 """
 
 import contextlib
-import fcntl
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -18,19 +16,18 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import checkpoint, processes
+from kd_jax import checkpoint, claims, processes
 
 # What may differ when a run goes on: where things are and how often they are
 # written, but nothing that a result depends on.
 _FREE = re.compile(
-  r"(checkpoint|log|parallel)\..*|data\.(dir|num_workers)|verify_export"
+  r"trials|(checkpoint|log|parallel)\..*|data\.(dir|num_workers)|verify_export"
   r"|(teacher|teachers\.\d+)\.checkpoint"
 )
 
@@ -55,11 +52,19 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-def identity(config: ConfigDict) -> dict[str, Any]:
-  """The fields that make a run this run and no other, flat."""
+def identity(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
+  """The fields that make a run this run and no other, flat.
+
+  Args:
+    config: settled, or the content of `config.json`.
+
+  Returns:
+    Dotted name -> value.
+  """
+  tree = config if isinstance(config, dict) else as_json(config)
   return {
     name: value
-    for name, value in flatten(as_json(config)).items()
+    for name, value in flatten(tree).items()
     if not _FREE.fullmatch(name)
   }
 
@@ -82,8 +87,7 @@ def finished(
   found = read_json(workdir / "config.json")
   if found is None:
     return None
-  theirs = {k: v for k, v in flatten(found).items() if not _FREE.fullmatch(k)}
-  ours = identity(config)
+  theirs, ours = identity(found), identity(config)
   different = sorted(
     name
     for name in theirs.keys() | ours.keys()
@@ -117,21 +121,14 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Waits until no other run of this machine holds this workdir."""
-  digest = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
-  # Not in the workdir, which may be on a file system without locks.
-  path = pathlib.Path(tempfile.gettempdir()) / f"kd_jax-{digest}.lock"
-  with path.open("w") as file:
-
-    def try_lock() -> bool:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        return False
-      return True
-
-    with processes.holding(try_lock):
+  """Waits until no other run, of any machine, holds this workdir."""
+  claim = claims.Claim(workdir)
+  with processes.holding(claim.take):
+    try:
       yield
+    finally:
+      if processes.is_first():
+        claim.release()
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -1,25 +1,79 @@
-"""Tables and figures from finished runs.
+"""Tables, a figure and a page from finished runs.
 
 python -m kd_jax.report RUNS
+
+Runs that differ in their seed alone are trials of one line. Accuracies are of
+the test set, in percent: after the last epoch, and at the best one, which was
+chosen on the test set.
 """
 
 import argparse
+import csv
+import dataclasses
+import html
+import io
+import json
+import math
+import os
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kd_jax import metrics, record
+import numpy as np
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = (
-  "#0072B2",
-  "#D55E00",
-  "#009E73",
-  "#CC79A7",
-  "#E69F00",
-  "#56B4E9",
-  "#000000",
-)
-_LINES = ("-", "--", "-.", ":")
+from kd_jax import figures, metrics, published, record
+
+# The p below which one mean is called better than another.
+_LEVEL = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Trials: runs that differ in their seed alone.
+
+  Attributes:
+    rows: of `collect`, by seed.
+    label: the method, and the settings by which it differs from other groups
+      of the same method.
+  """
+
+  rows: list[dict[str, Any]]
+  label: str = ""
+
+  @property
+  def first(self) -> dict[str, Any]:
+    """The trial of the lowest seed."""
+    return self.rows[0]
+
+  @property
+  def teacher(self) -> str:
+    """The teacher's network, or those of several; "" if there is none."""
+    teacher = self.first["teacher"] or []
+    entries = teacher if isinstance(teacher, list) else [teacher]
+    return " + ".join(entry["name"] for entry in entries)
+
+  @property
+  def task(self) -> tuple[str, str]:
+    """Data set and student: what methods are compared on."""
+    return self.first["config"]["data"]["name"], self.first["student"]
+
+  @property
+  def is_teacher(self) -> bool:
+    """Whether it was trained because others needed it."""
+    return "teachers" in pathlib.Path(self.first["run"]).parts
+
+  def values(self, epoch: str, name: str) -> np.ndarray:
+    """[n]: a score of the "final" or the "best" epoch of each trial."""
+    return np.array([row[epoch][name] for row in self.rows], np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Welch:
+  """Welch's test of two means that need not have the same variance."""
+
+  t: float
+  degrees: float
+  p: float
 
 
 def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -38,15 +92,29 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     folder: of a run or of many.
 
   Returns:
-    The content of each `result.json`, with `run` (its path below `folder`).
+    The content of each `result.json`, with `run` (its path below `folder`),
+    `config` (the content of its `config.json`) and `evals` (its evaluations,
+    in order).
 
   Raises:
-    ValueError: if there is no finished run.
+    ValueError: if there is no finished run, or one without a config.
   """
   rows = []
   for run in find_runs(folder):
+    config = record.read_json(run / "config.json")
+    if config is None:
+      raise ValueError(
+        f"{run}: expected config.json beside result.json, found none. Copy it"
+        " from the run, or remove this folder"
+      )
+    records = metrics.read(run / "metrics.jsonl")
     rows.append(
-      {"run": str(run.relative_to(folder)), **(record.result(run) or {})}
+      {
+        "run": str(run.relative_to(folder)),
+        **(record.result(run) or {}),
+        "config": config,
+        "evals": [r for r in records if r["kind"] == "eval"],
+      }
     )
   if not rows:
     raise ValueError(
@@ -56,90 +124,359 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-  """A Markdown table of rows that `collect` made.
+def group(rows: Iterable[dict[str, Any]]) -> list[Group]:
+  """Puts trials together; a seed that was run twice counts once.
 
-  Accuracies are of the test set, in percent, after the last epoch and at the
-  best one (chosen on the test set, as the published figures are); the
-  cross-entropy is in nats, after the last epoch. Parameters are those of the
-  network alone plus those that the method adds while it trains.
+  Args:
+    rows: of `collect`.
+
+  Returns:
+    Teachers first, then student by student, in the order of the rows.
   """
-  header = (
-    "| run | network | method | top-1 last | top-1 best (epoch) |"
-    " cross-entropy | parameters | seconds |"
-  )
-  lines = [header, "|---|---|---|---:|---:|---:|---:|---:|"]
+  found: dict[str, dict[int, dict[str, Any]]] = {}
   for row in rows:
-    extra = row["distiller_parameters"]
-    parameters = f"{row['parameters']:,}" + (f" + {extra:,}" if extra else "")
-    final, best = row["final"], row["best"]
-    lines.append(
-      f"| {row['run']} | {row['student']} | {row['method']}"
-      f" | {final['top1']:.2f} | {best['top1']:.2f} ({best['epoch']})"
-      f" | {final['ce']:.4f} | {parameters} | {row['seconds']:.1f} |"
+    same = {**record.identity(row["config"]), "seed": None}
+    trials = found.setdefault(json.dumps(same, sort_keys=True), {})
+    trials.setdefault(row["seed"], row)
+  groups = [
+    Group([trials[seed] for seed in sorted(trials)])
+    for trials in found.values()
+  ]
+  tasks = list(dict.fromkeys(g.task for g in groups))
+  groups.sort(key=lambda g: (not g.is_teacher, tasks.index(g.task)))
+  return [dataclasses.replace(g, label=_label(g, groups)) for g in groups]
+
+
+def _label(one, groups):
+  """The method, and what tells it from other groups of the same method."""
+  settings = record.identity(one.first["config"])
+  differ: dict[str, str] = {}
+  for other in groups:
+    alike = (other.task, other.first["method"], other.teacher)
+    if alike != (one.task, one.first["method"], one.teacher):
+      continue
+    theirs = record.identity(other.first["config"])
+    for name in sorted(settings.keys() | theirs.keys()):
+      if name != "seed" and settings.get(name) != theirs.get(name):
+        short = name.removeprefix("distiller.")
+        differ[short] = f"{short}={settings.get(name)}"
+  method = one.first["method"]
+  return f"{method} ({', '.join(differ.values())})" if differ else method
+
+
+def welch(a: np.ndarray, b: np.ndarray) -> Welch | None:
+  """Welch's two-sided t-test (Biometrika, 1947) of two means.
+
+  Args:
+    a: [n] values.
+    b: [m] values.
+
+  Returns:
+    t (above 0 if a's mean is higher), the degrees of freedom of Welch and
+    Satterthwaite, and p; None if a sample has one value, or neither varies.
+  """
+  from scipy import stats  # takes half a second
+
+  if min(len(a), len(b)) < 2:
+    return None
+  parts = np.array([np.var(x, ddof=1) / len(x) for x in (a, b)])
+  if not parts.sum():
+    return None
+  t = (np.mean(a) - np.mean(b)) / math.sqrt(parts.sum())
+  freedoms = np.array([len(a) - 1, len(b) - 1])
+  degrees = parts.sum() ** 2 / (parts**2 / freedoms).sum()
+  return Welch(float(t), float(degrees), float(2 * stats.t.sf(abs(t), degrees)))
+
+
+_HEADER = (
+  *("run", "teacher", "network", "method", "n"),
+  *("top-1, last epoch", "top-1, best epoch", "published", "difference"),
+  *("cross-entropy, last epoch", "parameters", "seconds", "hardware"),
+)
+# Those that hold numbers.
+_RIGHT = {4, 5, 6, 7, 8, 9, 10, 11}
+_NOTE = (
+  "Mean ± sample standard deviation over n trials, which differ in their seed"
+  " alone. Top-1 in percent of the test set; the best epoch (its number in"
+  " brackets) was chosen on the test set. A published value is compared with"
+  " the epoch that is named with it. Cross-entropy in nats. Parameters of the"
+  " network, + those that the method adds while it trains. Seconds are the mean"
+  " of a run's."
+)
+
+
+def _cells(groups: Sequence[Group]) -> list[list[str]]:
+  cells = []
+  for g in groups:
+    epochs = sorted({row["best"]["epoch"] for row in g.rows})
+    span = f"{epochs[0]}-{epochs[-1]}" if len(epochs) > 1 else f"{epochs[0]}"
+    extra = g.first["distiller_parameters"]
+    values = published.find(g.first["config"])
+    cells.append(
+      [
+        g.first["run"],
+        g.teacher or "-",
+        g.first["student"],
+        g.label,
+        str(len(g.rows)),
+        _spread(g.values("final", "top1"), 2),
+        f"{_spread(g.values('best', 'top1'), 2)} ({span})",
+        "; ".join(f"{v.top1:.2f} ({_words(v)})" for v in values) or "-",
+        "; ".join(f"{_difference(g, v):+.2f}" for v in values) or "-",
+        _spread(g.values("final", "ce"), 4),
+        f"{g.first['parameters']:,}" + (f" + {extra:,}" if extra else ""),
+        f"{np.mean([row['seconds'] for row in g.rows]):.1f}",
+        _hardware(g),
+      ]
     )
+  return cells
+
+
+def _spread(values, digits):
+  text = f"{values.mean():.{digits}f}"
+  if len(values) > 1:
+    text += f" ± {values.std(ddof=1):.{digits}f}"
+  return text
+
+
+def _words(value):
+  return f"{value.source}, {'last' if value.epoch == 'final' else value.epoch}"
+
+
+def _difference(g, value):
+  return g.values(value.epoch, "top1").mean() - value.top1
+
+
+def _hardware(g):
+  return "; ".join(dict.fromkeys(row["hardware"] for row in g.rows))
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+  """The Markdown table of rows that `collect` made, a line for each group."""
+  return _markdown(_HEADER, _cells(group(rows)), _RIGHT)
+
+
+def _markdown(header, cells, right):
+  rule = ["---:" if i in right else "---" for i in range(len(header))]
+  lines = [f"| {' | '.join(line)} |" for line in (header, *cells)]
+  lines.insert(1, f"|{'|'.join(rule)}|")
   return "\n".join(lines) + "\n"
 
 
-def curves(folder: pathlib.Path, path: pathlib.Path) -> None:
-  """Draws test cross-entropy and top-1 against epochs, a line per run.
+_COMPARED = (
+  *("data", "network", "best", "against", "difference", "t"),
+  *("degrees of freedom", "p", "verdict"),
+)
+_COMPARED_RIGHT = {4, 5, 6, 7}
+_COMPARED_NOTE = (
+  "The method of the highest top-1 after the last epoch against every other of"
+  f" the same network: Welch's t-test, two-sided; better means p < {_LEVEL},"
+  " which is not corrected for the number of comparisons."
+)
+
+
+def _comparisons(groups: Sequence[Group]) -> list[list[str]]:
+  students = [g for g in groups if not g.is_teacher]
+  lines = []
+  for task in dict.fromkeys(g.task for g in students):
+    rivals = [g for g in students if g.task == task]
+    best = max(rivals, key=lambda g: g.values("final", "top1").mean())
+    ours = best.values("final", "top1")
+    for other in rivals:
+      if other is best:
+        continue
+      theirs = other.values("final", "top1")
+      test, numbers, verdict = welch(ours, theirs), ["-"] * 3, "no test"
+      if test is not None:
+        numbers = [f"{test.t:.2f}", f"{test.degrees:.1f}", f"{test.p:.2g}"]
+        verdict = "better" if test.p < _LEVEL else "not told apart"
+      elif min(len(ours), len(theirs)) < 2:
+        verdict = "no test: one trial"
+      lines.append(
+        [
+          *task,
+          best.label,
+          other.label,
+          f"{ours.mean() - theirs.mean():+.2f}",
+          *numbers,
+          verdict,
+        ]
+      )
+  return lines
+
+
+def _csv(groups: Sequence[Group]) -> str:
+  lines = []
+  for g in groups:
+    line: dict[str, Any] = {
+      "run": g.first["run"],
+      "data": g.task[0],
+      "teacher": g.teacher,
+      "student": g.first["student"],
+      "method": g.label,
+      "n": len(g.rows),
+      "seeds": " ".join(str(row["seed"]) for row in g.rows),
+    }
+    for epoch, word in (("final", "last"), ("best", "best")):
+      for name in ("top1", "top5", "ce"):
+        values = g.values(epoch, name)
+        line[f"{name}_{word}_mean"] = values.mean()
+        std = values.std(ddof=1) if len(values) > 1 else ""
+        line[f"{name}_{word}_std"] = std
+    line["best_epochs"] = " ".join(str(row["best"]["epoch"]) for row in g.rows)
+    found = published.find(g.first["config"])
+    line["published"] = "; ".join(f"{v.top1}" for v in found)
+    line["published_by"] = "; ".join(_words(v) for v in found)
+    line["difference"] = "; ".join(f"{_difference(g, v)}" for v in found)
+    line["parameters"] = g.first["parameters"]
+    line["distiller_parameters"] = g.first["distiller_parameters"]
+    line["seconds_mean"] = float(np.mean([row["seconds"] for row in g.rows]))
+    line["hardware"] = _hardware(g)
+    lines.append(line)
+  file = io.StringIO()
+  writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(lines)
+  return file.getvalue()
+
+
+def panels(groups: Sequence[Group]) -> dict[str, dict[str, list[list[dict]]]]:
+  """What `figures.curves` draws: a panel for each student and data set.
+
+  A teacher is a line of its students' panels; one without any has its own.
+  """
+  students = [g for g in groups if not g.is_teacher] or list(groups)
+  made: dict[str, dict[str, list[list[dict]]]] = {}
+  for task in dict.fromkeys(g.task for g in students):
+    members = [g for g in students if g.task == task]
+    names = {g.teacher for g in members}
+    lines = {
+      f"teacher {g.first['student']}": [row["evals"] for row in g.rows]
+      for g in groups
+      if g.is_teacher and g not in members and g.first["student"] in names
+    }
+    lines.update({g.label: [row["evals"] for row in g.rows] for g in members})
+    made[f"{task[1]}, {task[0]}"] = lines
+  return made
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 90rem; padding: 0 1rem; color: #111; background: #fff; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.875rem; }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ccc;
+  text-align: left; white-space: nowrap; }
+thead th { border-bottom: 2px solid #111; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+def _page(groups: Sequence[Group], svg: str) -> str:
+  """One file of XHTML's syntax that needs no other."""
+  # In a page, the drawing stands without its own XML declaration and type.
+  drawing = svg[svg.index("<svg") :]
+  drawing = drawing.replace(
+    "<svg ", '<svg role="img" aria-label="test curves" ', 1
+  )
+  parts = [
+    "<!DOCTYPE html>",
+    '<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head>',
+    '<meta charset="utf-8"/><title>kd_jax: results</title>',
+    '<meta name="viewport" content="width=device-width"/>',
+    f"<style>{_STYLE}</style></head><body>",
+    "<h1>Results</h1>",
+    _html_table(_HEADER, _cells(groups), _RIGHT),
+    f"<p>{html.escape(_NOTE)}</p>",
+  ]
+  if compared := _comparisons(groups):
+    parts += [
+      "<h2>Comparison</h2>",
+      _html_table(_COMPARED, compared, _COMPARED_RIGHT),
+      f"<p>{html.escape(_COMPARED_NOTE)}</p>",
+    ]
+  parts += [
+    "<h2>Curves</h2>",
+    "<p>Mean over trials; the band is one sample standard deviation to each"
+    " side.</p>",
+    drawing,
+    "</body></html>",
+  ]
+  return "\n".join(parts) + "\n"
+
+
+def _html_table(header, cells, right):
+  def line(texts, tag):
+    kinds = [' class="number"' if i in right else "" for i in range(len(texts))]
+    inner = "".join(
+      f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+      for kind, cell in zip(kinds, texts)
+    )
+    return f"<tr>{inner}</tr>"
+
+  body = "\n".join(line(texts, "td") for texts in cells)
+  return (
+    f'<div class="wide"><table><thead>{line(header, "th")}</thead>\n'
+    f"<tbody>{body}</tbody></table></div>"
+  )
+
+
+def text(groups: Sequence[Group]) -> str:
+  """The whole report in Markdown: table, comparison and what they mean."""
+  parts = [_markdown(_HEADER, _cells(groups), _RIGHT), _NOTE + "\n"]
+  if compared := _comparisons(groups):
+    parts.append(_markdown(_COMPARED, compared, _COMPARED_RIGHT))
+    parts.append(_COMPARED_NOTE + "\n")
+  return "\n".join(parts)
+
+
+def write(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
+  """Writes the whole report of the finished runs at or below a folder.
 
   Args:
-    folder: finished runs are looked for at and below it.
-    path: .png or .svg to write.
-  """
-  import matplotlib.figure  # only who draws needs it
-  from matplotlib import ticker
+    folder: of a run or of many.
+    to: folder to write into; it is made.
 
-  figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-  left, right = figure.subplots(1, 2)
-  for number, run in enumerate(find_runs(folder)):
-    records = metrics.read(run / "metrics.jsonl")
-    evals = [r for r in records if r["kind"] == "eval"]
-    result = record.result(run) or {}
-    label = f"{run.relative_to(folder)} ({result['student']})"
-    style = {
-      "color": _COLOURS[number % len(_COLOURS)],
-      "linestyle": _LINES[number % len(_LINES)],
-      "label": label,
-      "marker": "o" if len(evals) == 1 else "",
-    }
-    epochs = [r["epoch"] for r in evals]
-    left.plot(epochs, [r["ce"] for r in evals], **style)
-    right.plot(epochs, [r["top1"] for r in evals], **style)
-  left.set_yscale("log")
-  # Plain numbers: a run rarely spans a power of ten.
-  left.yaxis.set_major_formatter(ticker.LogFormatter())
-  left.yaxis.set_minor_formatter(ticker.LogFormatter())
-  left.set_ylabel("test cross-entropy (nats)")
-  right.set_ylabel("test top-1 (%)")
-  for axes in (left, right):
-    axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-  handles, labels = left.get_legend_handles_labels()
-  figure.legend(handles, labels, loc="outside lower center", ncols=2)
-  figure.savefig(path, dpi=150)
+  Returns:
+    `table.md`, `table.csv`, `curves.png`, `curves.svg` and `report.html` there.
+
+  Raises:
+    ValueError: as `collect`.
+  """
+  groups = group(collect(folder))
+  to.mkdir(parents=True, exist_ok=True)
+  names = ("table.md", "table.csv", "curves.png", "curves.svg", "report.html")
+  # Several processes of a grid may write at once: each file is one's whole.
+  drafts = [to / f".{os.getpid()}-{name}" for name in names]
+  drafts[0].write_text(text(groups), encoding="utf-8")
+  drafts[1].write_text(_csv(groups), encoding="utf-8")
+  figures.curves(panels(groups), drafts[2:4])
+  svg = drafts[3].read_text(encoding="utf-8")
+  drafts[4].write_text(_page(groups, svg), encoding="utf-8")
+  return [draft.replace(to / name) for draft, name in zip(drafts, names)]
 
 
 def main() -> None:
   """The command line."""
   parser = argparse.ArgumentParser(
     prog="python -m kd_jax.report",
-    description="Prints a table of the finished runs below a folder.",
+    description="Prints a table of the finished runs at or below a folder, and"
+    " writes it (table.md, table.csv), their curves (.png, .svg) and a page"
+    " with both (report.html).",
   )
   parser.add_argument("runs", type=pathlib.Path, help="folder of runs")
   parser.add_argument(
-    "--curves", type=pathlib.Path, help="also draw them to this .png or .svg"
+    "--to", type=pathlib.Path, help="folder to write into (default: RUNS)"
   )
   args = parser.parse_args()
   try:
-    text = table(collect(args.runs))
-    if args.curves:
-      curves(args.runs, args.curves)
+    groups = group(collect(args.runs))
+    paths = write(args.runs, args.to or args.runs)
   except ValueError as error:
     parser.exit(2, f"{error}\n")
-  print(text)
+  print(text(groups))
+  print(*paths, sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from kd_jax import distillers, models, record, train
+from kd_jax import distillers, grid, models, published, record, train
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
 RUNS = [name for name in NAMES if name != "base"]
-GRIDS = ["cpu_cifar", "quickstart"]
+GRIDS = ["cpu_cifar", "quickstart", "table_cifar"]
 METHODS = [
   name.removesuffix("_cifar")
   for name in RUNS
@@ -144,6 +144,57 @@ def test_teacher_config_trains_the_teacher_of_the_others():
   assert config.loss_weights.to_dict() == {"ce": 1.0}
 
 
+def test_table_is_the_published_one():
+  """Every cell but ReviewKD's stands beside a value, each beside its own."""
+  config = load("table_cifar")
+  assert config.trials == 3
+  made = grid.cells(config.lock())
+  assert len(made) == 3 * 3 * 13
+  values = {}
+  for name, cell in list(made.items())[: 3 * 13]:
+    found = published.find(record.as_json(cell))
+    values[name] = [v.top1 for v in found if v.source == "SimKD"]
+  assert [name for name, v in values.items() if not v] == [
+    f"{student}_reviewkd" for student in ("resnet8x4", "shufflev2", "vgg8")
+  ]
+  assert values["resnet8x4_alone"] == [73.09]
+  assert values["resnet8x4_simkd_f2"] == [78.08]
+  assert values["vgg8_simkd_f8"] == [74.74]
+  assert values["shufflev2_crd"] == [77.66]
+
+
+def test_table_with_the_weights_of_repdistiller():
+  made = grid.cells(load("table_cifar", "repdistiller").lock())
+  values = {
+    name: [v.top1 for v in found if v.source == "RepDistiller"]
+    for name, cell in made.items()
+    if (found := published.find(record.as_json(cell)))
+  }
+  columns = ("kd", "fitnet", "at", "sp", "vid", "crd", "alone")
+  row = [values[f"resnet8x4_{name}"] for name in columns]
+  assert row == [[73.33], [73.50], [73.44], [72.94], [73.09], [75.51], [72.50]]
+  weights = made["vgg8_semckd_seed2"].loss_weights.to_dict()
+  assert weights == {"ce": 1.0, "kd": 0.0, "semckd": 400.0}
+  assert made["vgg8_semckd_seed2"].seed == 2
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"epochs": 200},
+    {"batch_size": 128},
+    {"data": {"name": "cifar10"}},
+    {"loss_weights": {"ce": 1.0, "kd": 0.5}},
+    {"student": {"name": "resnet20"}},
+    {"teacher": {"name": "resnet38x4"}},
+  ],
+)
+def test_a_published_value_is_of_its_own_recipe(change):
+  config = record.as_json(load("kd_cifar"))
+  assert [v.top1 for v in published.find(config)] == [74.42]
+  assert published.find({**config, **change}) == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_argument(name):
   with pytest.raises(
@@ -152,16 +203,19 @@ def test_unknown_argument(name):
     load(name, "smok")
 
 
-# Smoke runs of ImageNet's configs are those of CIFAR's but for the rates: that
-# they can begin is enough of most.
-BEGUN = sorted({*IMAGENET} - {"teacher_imagenet", "simkd_imagenet"})
+# Smoke runs of ImageNet's configs are those of CIFAR's but for the rates, and
+# test_grid.py runs the table's: that they can begin is enough of most.
+BEGUN = sorted(
+  {*IMAGENET, "table_cifar"} - {"teacher_imagenet", "simkd_imagenet"}
+)
 
 
 @pytest.mark.parametrize("name", BEGUN)
 def test_smoke_can_begin(name, tmp_path):
-  run = train.prepare(load(name, "smoke").lock(), tmp_path / "run")
-  assert run.total_steps == 8
-  assert run.distiller.predicts_with_teacher_head is False
+  for cell, config in grid.cells(load(name, "smoke").lock()).items():
+    run = train.prepare(config, tmp_path / "run")
+    assert run.total_steps == 8
+    assert run.distiller.predicts_with_teacher_head is ("simkd" in cell)
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {*BEGUN}))
@@ -190,7 +244,8 @@ def test_smoke_runs(name, smoke_run):
 
 
 @pytest.mark.parametrize(
-  "names", [["kd_cifar", "at_cifar"], *([name] for name in GRIDS)]
+  "names",
+  [["kd_cifar", "at_cifar"], *([g] for g in GRIDS if g not in BEGUN)],
 )
 def test_one_teacher_serves_the_runs_beside_each_other(names, smoke_run):
   folders = [smoke_run(name) for name in names]

@@ -1,13 +1,19 @@
 """Several runs in one: what a cell is, and what the whole leaves behind."""
 
+import os
 import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import quickstart
-from kd_jax import grid, record, report, train
+from kd_jax import claims, grid, record, report, train
 
 
 def make(cells):
@@ -46,6 +52,34 @@ def test_cells_are_deltas():
     "optim": {**plain["optim"], "momentum": 0.0},
   }
   assert all(cell.is_locked for cell in made.values())
+
+
+def test_trials_follow_each_other():
+  config = make({"b": {"seed": 7}, "a": {}})
+  config.trials = 3
+  made = grid.cells(config)
+  assert {name: cell.seed for name, cell in made.items()} == {
+    **{"a": 0, "b": 7},
+    **{"a_seed1": 1, "b_seed8": 8},
+    **{"a_seed2": 2, "b_seed9": 9},
+  }
+  assert list(made) == ["a", "b", "a_seed1", "b_seed8", "a_seed2", "b_seed9"]
+  assert {cell.trials for cell in made.values()} == {1}
+  # More trials of a grid go on from those that are there.
+  assert record.identity(config) == record.identity(make(config.grid))
+
+
+def test_trials_of_a_run_without_a_grid():
+  config = make({})
+  assert not grid.is_grid(config)
+  config.trials = 2
+  assert grid.is_grid(config)
+  assert list(grid.cells(config)) == ["none", "none_seed1"]
+  config.trials = 0
+  with pytest.raises(
+    ValueError, match=r"config\.trials: expected 1 or more, got 0"
+  ):
+    grid.cells(config)
 
 
 def test_a_cell_shares_nothing_with_another():
@@ -126,17 +160,20 @@ def test_finished_grid(smoke_run):
   """What quickstart leaves behind; its smoke run is the grid."""
   workdir = smoke_run("quickstart")
   text = (workdir / "table.md").read_text()
-  assert text == report.table(report.collect(workdir))
-  names = [line.split()[1] for line in text.splitlines()[2:]]
+  assert text.startswith(report.table(report.collect(workdir)))
+  names = [line.split()[1] for line in text.split("\n\n")[0].splitlines()[2:]]
   assert names[0].startswith("teachers/resnet8x2_synthetic_")
   assert names[1:] == ["alone", "kd", "simkd"]
   for name in ("alone", "kd", "simkd"):
     top1 = record.result(workdir / name)["final"]["top1"]
-    assert f"| {name} | resnet8 | " in text
+    teacher = "-" if name == "alone" else "resnet8x2"
+    assert f"| {name} | {teacher} | resnet8 | " in text
     assert f"| {top1:.2f} |" in text
   with Image.open(workdir / "curves.png") as image:
     assert image.format == "PNG"
     assert image.convert("L").getextrema()[0] < 128
+  for name in ("table.csv", "curves.svg", "report.html"):
+    assert (workdir / name).exists()
 
 
 def test_simkd_cell_has_proved_its_export(smoke_run):
@@ -158,3 +195,152 @@ def test_a_finished_grid_is_not_run_again(smoke_run, no_training, capsys):
   assert [row["run"] for row in rows][1:] == ["alone", "kd", "simkd"]
   assert "[2/3] kd" in capsys.readouterr().out
   assert {path: path.read_bytes() for path in results} == results
+
+
+def test_a_broken_cell_is_reported_and_the_others_are_there(
+  tmp_path, fast_compile, capsys
+):
+  hot = {"optim": {"learning_rate": 1e30}}
+  config = make({"a_hot": hot, "b": {}, "c_lost": {}})
+  (tmp_path / "c_lost").write_text("a file where a folder should be")
+  with pytest.raises(grid.CellsFailedError) as caught:
+    grid.run_grid(config, str(tmp_path))
+  lines = str(caught.value).splitlines()
+  assert lines[0] == (
+    "2 of 3 cells have failed, the same command tries them again:"
+  )
+  assert lines[1].startswith("  a_hot: NonFiniteLossError: step ")
+  assert lines[2].startswith("  c_lost: NotADirectoryError: ")
+  assert "| b | - | _tiny | none | 1 |" in (tmp_path / "table.md").read_text()
+  assert "c_lost has failed: NotADirectoryError" in capsys.readouterr().err
+  # Again: what is there is left alone, what failed is tried.
+  (tmp_path / "c_lost").unlink()
+  before = (tmp_path / "b" / "result.json").stat().st_mtime_ns
+  with pytest.raises(grid.CellsFailedError, match=r"1 of 3 cells.*\n  a_hot: "):
+    grid.run_grid(config, str(tmp_path))
+  assert (tmp_path / "b" / "result.json").stat().st_mtime_ns == before
+  assert record.result(tmp_path / "c_lost")
+
+
+def test_what_others_do_is_left_to_them(no_training, tmp_path, capsys):
+  other = claims.Claim(tmp_path / "a")
+  assert other.take()
+  assert grid.run_grid(make({"a": {}}), str(tmp_path)) == []
+  other.release()
+  assert capsys.readouterr().out == (
+    "other processes are at work on a: who ends last writes the table of all\n"
+  )
+
+
+# Two methods x two students x two trials, of networks of a second.
+CONFIG = """
+from configs import base, table_cifar
+
+
+def get_config(arg=""):
+  config = table_cifar.get_config("smoke")
+  grid = table_cifar.product(
+    students={"a": "_tiny", "b": "_tiny_wide"},
+    teacher="_tiny_wide",
+    methods=["kd", "simkd_f2"],
+  )
+  config.grid = {k: v for k, v in grid.items() if not k.endswith("_alone")}
+  config.trials = 2
+  config.epochs = 6
+  config.data.image_size = 8
+  config.checkpoint.every_steps = 4
+  config.log.every_steps = 1
+  return config
+"""
+CELLS = [
+  f"{student}_{method}{trial}"
+  for student in "ab"
+  for method in ("kd", "simkd_f2")
+  for trial in ("", "_seed1")
+]
+
+
+class Drill:
+  """Grids of one config, which share compiled programs."""
+
+  def __init__(self, folder, repo):
+    self.folder, self.repo = folder, repo
+    (folder / "grid_config.py").write_text(CONFIG)
+
+  def start(self, name):
+    return subprocess.Popen(
+      [
+        *(sys.executable, "launch.py"),
+        f"--config={self.folder}/grid_config.py",
+        f"--workdir={self.folder / name}",
+      ],
+      cwd=self.repo,
+      env={
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+
+  def finish(self, process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    return out
+
+  def numbers(self, name):
+    """The table without what time and place change."""
+    rows = report.collect(self.folder / name)
+    lines = [line.rsplit("|", 3)[0] for line in report.table(rows).splitlines()]
+    text = (self.folder / name / "table.md").read_text()
+    assert text.startswith(report.table(rows))
+    return sorted(lines), {
+      row["run"]: row["evals"] for row in rows if "teachers" not in row["run"]
+    }
+
+
+def test_killed_shared_and_resumed_grids_are_one(tmp_path, repo):
+  drill = Drill(tmp_path, repo)
+  # Two processes at once: each cell is run by one of them.
+  two = [drill.start("shared") for _ in range(2)]
+  outs = [drill.finish(process) for process in two]
+  said = [
+    [line.split()[1] for line in out.splitlines() if line.startswith("[")]
+    for out in outs
+  ]
+  for name in CELLS:
+    # Who came later than the end of a cell has found it finished.
+    assert any(name in names for names in said)
+    claimed = os.listdir(tmp_path / "shared" / name / "claims")
+    assert claimed == ["1"], name
+  lines, evals = drill.numbers("shared")
+  assert sorted(evals) == sorted(CELLS)
+  (teacher,) = (tmp_path / "shared" / "teachers").iterdir()
+  assert os.listdir(teacher / "claims")
+
+  # As if it had come to the third cell, and there it is killed.
+  ahead = ("b_kd", "b_simkd_f2", "b_simkd_f2_seed1")
+  shutil.copytree(tmp_path / "shared", tmp_path / "killed")
+  for name in ahead:
+    shutil.rmtree(tmp_path / "killed" / name)
+  process = drill.start("killed")
+  path = tmp_path / "killed" / "b_kd" / "metrics.jsonl"
+  deadline = time.monotonic() + 240
+  while not path.exists() or len(path.read_text().splitlines()) < 15:
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert not (path.parent / "result.json").exists()
+  out = drill.finish(drill.start("killed"))
+  assert out.count("going on from step ") == 1
+  assert out.count("teacher _tiny_wide: reusing ") == len(ahead)
+  assert drill.numbers("killed") == (lines, evals)
+  claimed = os.listdir(tmp_path / "killed" / "b_kd" / "claims")
+  assert sorted(claimed) == ["1", "2"]

@@ -53,7 +53,7 @@ ABOVE = {
   f"kd_jax.{name}"
   for name in (
     *("train", "setup", "export", "evaluate", "predict", "report", "convert"),
-    *("grid", "teachers"),
+    *("grid", "teachers", "figures", "published"),
   )
 }
 # Heavy packages, each with the one file that may import it.

@@ -1,15 +1,21 @@
-"""Tables and figures from the folders of finished runs."""
+"""Tables, figures and pages from the folders of finished runs."""
 
+import csv
+import io
 import json
 import os
 import sys
+import warnings
+import xml.etree.ElementTree as ElementTree
 
 import matplotlib.figure
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
-from kd_jax import report
+from configs import kd_cifar, teacher_cifar
+from kd_jax import record, report
 
 
 def result(top1, **fields):
@@ -17,37 +23,64 @@ def result(top1, **fields):
   return {
     "final": final,
     "best": {**final, "top1": top1 + 1.25, "epoch": 2},
-    "student": "resnet8",
+    "student": "resnet8x4",
+    "teacher": {},
     "method": "none",
+    "seed": 0,
     "parameters": 78042,
     "distiller_parameters": 0,
     "seconds": 12.34,
+    "hardware": "1 x CPU",
     **fields,
   }
 
 
-def write(folder, content, *, evals, age):
+def write(folder, content, *, age, evals=2, changes=None):
   """A finished run of that many evaluations, `age` seconds old."""
   folder.mkdir(parents=True)
   lines = [
-    {"step": 8 * e, "kind": "eval", "epoch": e, "ce": 2.0 / e, "top1": 10.0 * e}
+    {
+      **{"step": 8 * e, "kind": "eval", "epoch": e},
+      "ce": 2.0 / e + content["seed"],
+      "top1": 10.0 * e + content["seed"],
+    }
     for e in range(1, evals + 1)
   ]
   lines.insert(1, {"step": 4, "kind": "train", "loss": 5.0, "epoch": 0.5})
   text = "".join(json.dumps(line) + "\n" for line in lines)
   (folder / "metrics.jsonl").write_text(text)
+  module = teacher_cifar if content["method"] == "none" else kd_cifar
+  config = {
+    **record.as_json(module.get_config()),
+    "student": {"name": content["student"]},
+    "seed": content["seed"],
+    **(changes or {}),
+  }
+  (folder / "config.json").write_text(json.dumps(config))
   path = folder / "result.json"
   path.write_text(json.dumps(content))
   os.utime(path, (1e9 - age, 1e9 - age))
 
 
+ALONE = (70.0, 70.5, 71.75)
+KD = (74.0, 74.25, 74.0)
+
+
 @pytest.fixture
 def runs(tmp_path):
+  """Three trials alone and with KD, one of another temperature, a teacher."""
   folder = tmp_path / "runs"
-  simkd = result(30.0, method="simkd", distiller_parameters=1234)
-  write(folder / "simkd", simkd, evals=3, age=1)
-  write(folder / "alone", result(20.0), evals=2, age=3)
-  write(folder / "teachers" / "x", result(40.0, student="big"), evals=4, age=0)
+  teacher = {"name": "resnet32x4", "checkpoint": "x"}
+  kd = {"method": "kd", "teacher": teacher, "distiller_parameters": 1234}
+  for seed in range(3):
+    name = f"_seed{seed}" if seed else ""
+    alone = result(ALONE[seed], seed=seed, seconds=10.0 + seed)
+    write(folder / f"alone{name}", alone, age=20 - seed)
+    write(folder / f"kd{name}", result(KD[seed], seed=seed, **kd), age=9 - seed)
+  hot = {"distiller": {"name": "kd", "temperature": 8.0}}
+  write(folder / "hot", result(60.0, **kd), age=1, changes=hot)
+  wide = result(79.0, student="resnet32x4", parameters=7)
+  write(folder / "teachers" / "x", wide, age=0, evals=4)
   unfinished = folder / "unfinished"
   unfinished.mkdir()
   (unfinished / "config.json").write_text("{}")
@@ -63,25 +96,132 @@ def main(monkeypatch, *arguments):
   return 0
 
 
-TABLE = """\
-| run | network | method | top-1 last | top-1 best (epoch) | cross-entropy |\
- parameters | seconds |
-|---|---|---|---:|---:|---:|---:|---:|
-| teachers/x | big | none | 40.00 | 41.25 (2) | 1.5000 | 78,042 | 12.3 |
-| alone | resnet8 | none | 20.00 | 21.25 (2) | 1.5000 | 78,042 | 12.3 |
-| simkd | resnet8 | simkd | 30.00 | 31.25 (2) | 1.5000 | 78,042 + 1,234 |\
- 12.3 |
-"""
+def lines_of(markdown):
+  rows = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in markdown.splitlines()
+  ]
+  return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
-def test_teachers_come_first_and_then_the_oldest(runs):
-  assert report.table(report.collect(runs)) == TABLE
+def test_table_is_of_trials(runs):
+  lines = lines_of(report.table(report.collect(runs)))
+  assert [line["run"] for line in lines] == [
+    *("teachers/x", "alone", "kd", "hot")
+  ]
+  kd = lines[2]
+  std = np.std(KD, ddof=1)
+  assert kd == {
+    "run": "kd",
+    "teacher": "resnet32x4",
+    "network": "resnet8x4",
+    "method": "kd (temperature=4.0)",
+    "n": "3",
+    "top-1, last epoch": f"{np.mean(KD):.2f} ± {std:.2f}",
+    "top-1, best epoch": f"{np.mean(KD) + 1.25:.2f} ± {std:.2f} (2)",
+    "published": "74.42 (SimKD, best)",
+    "difference": f"{np.mean(KD) + 1.25 - 74.42:+.2f}",
+    "cross-entropy, last epoch": "1.5000 ± 0.0000",
+    "parameters": "78,042 + 1,234",
+    "seconds": "12.3",
+    "hardware": "1 x CPU",
+  }
+  assert (lines[0]["method"], lines[0]["n"]) == ("none", "1")
+  assert lines[0]["top-1, last epoch"] == "79.00"
+  # Two tables have the student alone; one has it after the last epoch.
+  alone = np.mean(ALONE)
+  assert lines[1]["published"] == (
+    "73.09 (SimKD, best); 72.50 (RepDistiller, last)"
+  )
+  assert lines[1]["difference"] == f"{alone - 71.84:+.2f}; {alone - 72.5:+.2f}"
+  assert lines[1]["seconds"] == "11.0"
+  assert lines[3]["method"] == "kd (temperature=8.0)"
+
+
+def test_best_epochs_and_hardware_of_all_trials(tmp_path):
+  for seed in range(2):
+    content = result(20.0, seed=seed, hardware=f"{seed + 1} x GPU")
+    content["best"]["epoch"] = 5 - seed
+    write(tmp_path / str(seed), content, age=seed)
+  (line,) = lines_of(report.table(report.collect(tmp_path)))
+  assert line["top-1, best epoch"].endswith("(4-5)")
+  assert line["hardware"] == "1 x GPU; 2 x GPU"
+  assert line["run"] == "0"  # of the lowest seed, though it is the younger
+
+
+def test_a_seed_that_was_run_twice_counts_once(tmp_path):
+  for name in "ab":
+    write(tmp_path / name, result(20.0), age=ord(name))
+  (one,) = report.group(report.collect(tmp_path))
+  assert [row["run"] for row in one.rows] == ["b"]  # the older
+
+
+def test_csv_has_every_number(runs, tmp_path):
+  report.write(runs, tmp_path / "out")
+  text = (tmp_path / "out" / "table.csv").read_text()
+  lines = list(csv.DictReader(io.StringIO(text)))
+  assert [line["run"] for line in lines] == [
+    *("teachers/x", "alone", "kd", "hot")
+  ]
+  alone = lines[1]
+  assert float(alone["top1_last_mean"]) == pytest.approx(np.mean(ALONE))
+  std = np.std(ALONE, ddof=1)
+  assert float(alone["top1_last_std"]) == pytest.approx(std)
+  assert float(alone["top1_best_mean"]) == pytest.approx(np.mean(ALONE) + 1.25)
+  assert (alone["n"], alone["seeds"]) == ("3", "0 1 2")
+  assert alone["best_epochs"] == "2 2 2"
+  assert float(alone["seconds_mean"]) == 11.0
+  assert alone["published"] == "73.09; 72.5"
+  first = float(alone["difference"].split(";")[0])
+  assert first == pytest.approx(np.mean(ALONE) + 1.25 - 73.09)
+  assert lines[3]["top1_last_std"] == ""
+
+
+def test_welch_is_scipys():
+  a, b = np.array([1.0, 2.0, 4.5]), np.array([3.0, 3.5, 3.25, 9.0])
+  ours, theirs = report.welch(a, b), stats.ttest_ind(a, b, equal_var=False)
+  assert ours.t == pytest.approx(theirs.statistic)
+  assert ours.degrees == pytest.approx(theirs.df)
+  assert ours.p == pytest.approx(theirs.pvalue)
+
+
+def test_no_welch_without_spread_or_of_one():
+  assert report.welch(np.array([1.0]), np.array([1.0, 2.0])) is None
+  assert report.welch(np.ones(3), np.zeros(3)) is None
+
+
+def test_better_only_with_a_test(runs):
+  text = report.text(report.group(report.collect(runs)))
+  compared = lines_of(text.split("\n\n")[2])
+  assert [line["against"] for line in compared] == [
+    "none",
+    "kd (temperature=8.0)",
+  ]
+  assert {line["best"] for line in compared} == {"kd (temperature=4.0)"}
+  test = stats.ttest_ind(KD, ALONE, equal_var=False)
+  assert compared[0]["difference"] == f"{np.mean(KD) - np.mean(ALONE):+.2f}"
+  assert compared[0]["t"] == f"{test.statistic:.2f}"
+  assert compared[0]["p"] == f"{test.pvalue:.2g}"
+  assert compared[0]["verdict"] == "better"
+  assert compared[1]["p"] == "-"
+  assert compared[1]["verdict"] == "no test: one trial"
+
+
+def test_not_told_apart(tmp_path):
+  for seed, (one, other) in enumerate([(20.0, 19.0), (22.0, 23.0)]):
+    write(tmp_path / f"a{seed}", result(one, seed=seed), age=seed)
+    content = result(other - 0.5, seed=seed)
+    write(tmp_path / f"b{seed}", content, age=seed, changes={"epochs": 5})
+  text = report.text(report.group(report.collect(tmp_path)))
+  (line,) = lines_of(text.split("\n\n")[2])
+  assert line["best"] == "none (epochs=240)"
+  assert line["verdict"] == "not told apart"
 
 
 def test_a_run_is_its_own_table(runs):
-  (row,) = report.collect(runs / "simkd")
+  (row,) = report.collect(runs / "hot")
   assert row["run"] == "."
-  assert row["method"] == "simkd"
+  assert row["method"] == "kd"
 
 
 @pytest.mark.parametrize("name", ["unfinished", "nothing"])
@@ -93,66 +233,152 @@ def test_no_finished_run(runs, name, monkeypatch, capsys):
   )
 
 
+def test_a_run_without_its_config(runs, monkeypatch, capsys):
+  (runs / "hot" / "config.json").unlink()
+  assert main(monkeypatch, runs) == 2
+  assert capsys.readouterr().err == (
+    f"{runs / 'hot'}: expected config.json beside result.json, found none. Copy"
+    " it from the run, or remove this folder\n"
+  )
+
+
+FILES = ["table.md", "table.csv", "curves.png", "curves.svg", "report.html"]
+
+
 def test_command_line(runs, tmp_path, monkeypatch, capsys):
-  path = tmp_path / "curves.png"
-  assert main(monkeypatch, runs, "--curves", path) == 0
-  assert capsys.readouterr().out == TABLE + "\n"
-  with Image.open(path) as image:
-    assert (image.format, image.size) == ("PNG", (1500, 600))
+  to = tmp_path / "out"
+  assert main(monkeypatch, runs, "--to", to) == 0
+  out = capsys.readouterr().out
+  text = (to / "table.md").read_text()
+  assert out == text + "\n" + "".join(f"{to / name}\n" for name in FILES)
+  assert text.startswith(report.table(report.collect(runs)))
+  assert sorted(path.name for path in to.iterdir()) == sorted(FILES)
+  with Image.open(to / "curves.png") as image:
+    assert image.format == "PNG"
     pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-  # A line of each run's colour has been drawn.
+  # A line of each group's colour has been drawn.
   for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
     assert (pixels == colour).all(1).sum() > 100
 
 
-def test_command_line_refuses_another_format(runs, monkeypatch, capsys):
-  assert main(monkeypatch, runs, "--curves", runs / "curves.doc") == 2
-  assert "Format 'doc' is not supported" in capsys.readouterr().err
+def test_command_line_writes_beside_the_runs(runs, monkeypatch, capsys):
+  assert main(monkeypatch, runs) == 0
+  assert all((runs / name).exists() for name in FILES)
+  before = {name: (runs / name).read_bytes() for name in FILES}
+  assert main(monkeypatch, runs) == 0
+  assert {name: (runs / name).read_bytes() for name in FILES} == before
 
 
-def test_curves_are_the_evaluations(runs, tmp_path, monkeypatch):
+def test_page_is_well_formed_and_needs_no_other_file(runs, tmp_path):
+  report.write(runs, tmp_path)
+  page = (tmp_path / "report.html").read_text()
+  root = ElementTree.fromstring(page)
+  xhtml, svg = "{http://www.w3.org/1999/xhtml}", "{http://www.w3.org/2000/svg}"
+  body = [cell.text for cell in root.iter(f"{xhtml}td")]
+  table = lines_of(report.table(report.collect(runs)))
+  assert body[: 13 * 4] == [cell for line in table for cell in line.values()]
+  assert "better" in body
+  assert len(list(root.iter(f"{svg}svg"))) == 1
+  assert not list(root.iter(f"{xhtml}script"))
+  for element in root.iter():
+    for name, value in element.attrib.items():
+      if name.rpartition("}")[2] in ("href", "src", "srcset", "data"):
+        assert value.startswith("#"), (element.tag, name, value)
+      assert "url(" not in value or "url(#" in value
+  styles = [e.text for e in root.iter() if e.tag.endswith("}style")]
+  assert not any("@import" in text or "url(" in text for text in styles)
+  assert page.count("<?xml") == 0 and page.count("<!DOCTYPE") == 1
+
+
+@pytest.fixture
+def drawn(monkeypatch):
   figures = []
   monkeypatch.setattr(
     matplotlib.figure.Figure, "savefig", lambda f, *a, **k: figures.append(f)
   )
-  report.curves(runs, tmp_path / "x.png")
-  (figure,) = figures
+
+  def draw(folder):
+    panels = report.panels(report.group(report.collect(folder)))
+    report.figures.curves(panels, [folder / "x.png"])
+    return figures[-1]
+
+  return draw
+
+
+def test_curves_are_means_of_the_evaluations(runs, drawn):
+  figure = drawn(runs)
   left, right = figure.axes
-  names = ["teachers/x (big)", "alone (resnet8)", "simkd (resnet8)"]
+  names = [
+    *("teacher resnet32x4", "none"),
+    *("kd (temperature=4.0)", "kd (temperature=8.0)"),
+  ]
   for axes, value in ((left, lambda e: 2.0 / e), (right, lambda e: 10.0 * e)):
     assert [line.get_label() for line in axes.lines] == names
-    for line, evals in zip(axes.lines, (4, 2, 3), strict=True):
+    seeds = (0, 1, 1, 0)  # the mean of 0, 1 and 2 is 1
+    for line, evals, seed in zip(axes.lines, (4, 2, 2, 2), seeds, strict=True):
       epochs = list(range(1, evals + 1))
       assert line.get_xdata().tolist() == epochs
-      assert line.get_ydata().tolist() == [value(e) for e in epochs]
+      expected = [value(e) + seed for e in epochs]
+      np.testing.assert_allclose(line.get_ydata(), expected)
     assert axes.get_xlabel() == "epoch"
+    assert axes.get_title() == "resnet8x4, cifar100"
+    # Of the two groups of three trials; their standard deviation is 1.
+    for band in axes.collections:
+      ys = band.get_paths()[0].vertices[:, 1]
+      at_1 = [y for x, y in band.get_paths()[0].vertices if x == 1]
+      assert max(at_1) - min(at_1) == pytest.approx(2.0)
+      assert np.isfinite(ys).all()
+    assert len(axes.collections) == 2
   assert left.get_ylabel() == "test cross-entropy (nats)"
   assert left.get_yscale() == "log"
   assert right.get_ylabel() == "test top-1 (%)"
   (legend,) = figure.legends
-  texts = [text.get_text() for text in legend.get_texts()]
-  assert texts == names
+  assert [text.get_text() for text in legend.get_texts()] == names
 
 
-def test_one_evaluation_is_visible(tmp_path, monkeypatch):
-  figures = []
-  monkeypatch.setattr(
-    matplotlib.figure.Figure, "savefig", lambda f, *a, **k: figures.append(f)
-  )
+def test_a_method_looks_the_same_in_every_panel(runs, drawn):
+  write(runs / "v_kd", result(70.0, student="vgg8", method="kd"), age=2)
+  write(runs / "v", result(70.0, student="vgg8"), age=1)
+  figure = drawn(runs)
+  assert len(figure.axes) == 4
+  assert figure.axes[2].get_title() == "vgg8, cifar100"
+  styles = [
+    {
+      line.get_label(): (line.get_color(), line.get_linestyle())
+      for line in figure.axes[row].lines
+    }
+    for row in (0, 2)
+  ]
+  assert set(styles[1]) == {"none", "kd"}
+  assert styles[0]["none"] == styles[1]["none"]
+
+
+def test_teachers_alone_are_drawn(runs, drawn):
+  figure = drawn(runs / "teachers")
+  assert figure.axes[0].get_title() == "resnet32x4, cifar100"
+
+
+def test_one_evaluation_is_visible(tmp_path, drawn):
   write(tmp_path / "runs", result(20.0), evals=1, age=0)
-  report.curves(tmp_path / "runs", tmp_path / "x.png")
-  for axes in figures[0].axes:
+  for axes in drawn(tmp_path / "runs").axes:
     assert axes.lines[0].get_marker() not in ("None", "", None)
 
 
-def test_many_runs_stay_apart(tmp_path, monkeypatch):
-  figures = []
-  monkeypatch.setattr(
-    matplotlib.figure.Figure, "savefig", lambda f, *a, **k: figures.append(f)
-  )
-  for i in range(12):
-    write(tmp_path / "runs" / str(i), result(20.0), evals=2, age=i)
-  report.curves(tmp_path / "runs", tmp_path / "x.png")
-  lines = figures[0].axes[0].lines
+def test_many_methods_stay_apart(tmp_path, drawn):
+  for i in range(14):
+    changes = {"epochs": 100 + i}
+    write(tmp_path / str(i), result(20.0), age=i, changes=changes)
+  lines = drawn(tmp_path).axes[0].lines
   styles = {(line.get_color(), line.get_linestyle()) for line in lines}
-  assert len(styles) == 12
+  assert len(styles) == 14
+
+
+def test_a_band_below_zero_is_drawn(tmp_path):
+  """Of a cross-entropy that spreads more than its mean, on a log axis."""
+  for seed, ce in enumerate((0.001, 5.0)):
+    write(tmp_path / str(seed), result(20.0, seed=seed), age=seed)
+    line = {"step": 1, "kind": "eval", "epoch": 1, "ce": ce, "top1": 1.0}
+    (tmp_path / str(seed) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    report.write(tmp_path, tmp_path)
