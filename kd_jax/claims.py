@@ -75,8 +75,10 @@ class Claim:
         return False
       self._lock = lock
       stack.pop_all()
-    self._released.clear()
-    threading.Thread(target=self._beat, args=(number,), daemon=True).start()
+    self._released = threading.Event()  # the last claim's stays set
+    threading.Thread(
+      target=self._beat, args=(number, self._released), daemon=True
+    ).start()
     return True
 
   def release(self) -> None:
@@ -117,11 +119,10 @@ class Claim:
     self._path = path
     return True
 
-  def _beat(self, number: int):
-    assert self._path is not None
-    path, follower = self._path, self._folder / str(number + 1)
-    while not self._released.wait(BEAT):
-      if follower.exists():
+  def _beat(self, number: int, released: threading.Event):
+    path, follower = (self._folder / str(n) for n in (number, number + 1))
+    while not released.wait(BEAT):
+      if follower.exists() and not released.is_set():
         # This process was silent for so long that it counted as dead. Two must
         # not write in one folder: there is no orderly end.
         print(
@@ -134,6 +135,8 @@ class Claim:
         os._exit(1)
       try:
         os.utime(path)
+        if released.is_set():
+          os.utime(path, (0, 0))  # it was released in between
       except FileNotFoundError:  # the folder was removed
         return
       except OSError:  # a file system that is away for a moment

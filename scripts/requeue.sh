@@ -5,11 +5,17 @@
 
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 
+# One task of an array has the id of the whole array as its own.
+job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+fi
+
 # bash runs a trap only between commands: srun goes to the background, and
 # `wait` ends when the signal comes. A SIGTERM to srun itself would have it kill
 # the tasks; scancel sends it to them.
 trap 'echo "asking all tasks to save and stop"
-  scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+  scancel --signal=TERM "$job"' TERM
 
 # When a task has failed, the others end by themselves, with a reason; 60 s
 # after the first they are ended. Not at once: that would spoil the code 75.
@@ -27,6 +33,6 @@ done
 
 if [[ $code -eq 75 ]]; then
   echo "stopped with its progress saved (restart ${SLURM_RESTART_COUNT:-0})"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$job"
 fi
 exit "$code"

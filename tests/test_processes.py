@@ -307,6 +307,19 @@ def test_a_job_is_stopped_and_put_back_into_the_queue(name, tmp_path):
   assert calls == "--signal=TERM 7\nrequeue 7\n"
 
 
+def test_of_an_array_one_task_is_put_back(tmp_path, monkeypatch):
+  """The task whose own id is that of the whole array."""
+  monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+  monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+  job = sbatch("one_node.sbatch", tmp_path, "--config", "a")
+  while not (tmp_path / "arguments").exists():
+    assert job.poll() is None
+  job.terminate()
+  assert job.wait(timeout=30) == 75
+  calls = (tmp_path / "calls").read_text()
+  assert calls == "--signal=TERM 7_3\nrequeue 7_3\n"
+
+
 def test_a_job_that_fails_is_not(tmp_path):
   job = sbatch("one_node.sbatch", tmp_path, "--config", "a", "fail")
   assert job.wait(timeout=30) == 3
