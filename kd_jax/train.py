@@ -474,16 +474,20 @@ class Run:
     folder = setup.teacher_workdir(
       self.workdir, teacher_config, self.train_source
     )
+    if self._has_result(folder):
+      _say(f"teacher {spec.name}: reusing {folder}")
+      return str(folder)
     # Runs beside each other, started at once, train it once.
     with record.locked(folder):
-      if processes.from_first(record.result(folder)) is None:
+      if not self._has_result(folder):
         _say(
           f"no {spec.where}.checkpoint: training {spec.name} first in {folder}"
         )
         train_and_evaluate(teacher_config, str(folder))
-      else:
-        _say(f"teacher {spec.name}: reusing {folder}")
     return str(folder)
+
+  def _has_result(self, folder):
+    return processes.from_first(record.result(folder)) is not None
 
   def _place_teacher(self, i, spec, about):
     loaded = self.teachers[i]
