@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -228,7 +228,7 @@ def together(work: Callable[[], Result]) -> Result:
     same = set(found.values()) == {found[first]} and len(found) == len(problems)
     which = "" if same else f"process {first} of {len(problems)}: "
     raise RefusedError(which + found[first]) from caught
-  return result  # type: ignore[return-value]
+  return cast(Result, result)
 
 
 def require_shared(folder: pathlib.Path) -> None:
