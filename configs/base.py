@@ -146,7 +146,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.log.every_steps = 100
 
   config.parallel = ConfigDict()
-  # Devices of this run, over all processes; 0: all.
+  # Devices of this run, over all processes; 0: all. A CPU has as many as it has
+  # cores (8 at most) if the batch divides by them, or JAX_NUM_CPU_DEVICES.
   config.parallel.num_devices = 0
   # "shard_map" or "pmap".
   config.parallel.mapping = "shard_map"

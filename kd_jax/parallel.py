@@ -7,6 +7,8 @@ tested, as a plain function.
 
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
+
+# Into how many devices a CPU is cut: each holds the data set.
+_MOST_CPU_DEVICES = 8
 
 
 def axis_mean(x: Any, axis_name: str | None) -> Any:
@@ -219,6 +224,28 @@ def put_whole(x: Any, sharding: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(
     host.shape, sharding, lambda index: host[index]
   )
+
+
+def split_cpu(*batch_sizes: int) -> None:
+  """Makes a device of each core of a CPU, if all batches divide by them.
+
+  Of a program for one device, XLA spreads only the large operations over the
+  cores; of several devices' programs, everything runs side by side (on 2 cores
+  1.5 times as fast, see docs/speed.md). To be called before JAX is first used.
+  Leaves alone what JAX_NUM_CPU_DEVICES or XLA_FLAGS have settled, and changes
+  nothing on accelerators.
+
+  Args:
+    *batch_sizes: of all that is to be trained, in examples.
+  """
+  if jax.config.jax_num_cpu_devices > 0 or (
+    "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  ):
+    return
+  size = math.gcd(*batch_sizes)
+  most = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES)
+  count = max(n for n in range(1, most + 1) if size % n == 0)
+  jax.config.update("jax_num_cpu_devices", count)
 
 
 def make_devices(

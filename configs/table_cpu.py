@@ -1,0 +1,27 @@
+"""Student alone, KD and SimKD, three trials each, at the scale of a CPU.
+
+    python launch.py --config configs/table_cpu.py --workdir runs/table_cpu
+
+All of CIFAR-100: ResNet-20 teaches ResNet-8. The schedule of the table's
+recipe, squeezed: batch 64, a cosine instead of the steps at 150, 180 and 210,
+12 epochs for the teacher and 5 for each student. About two hours on 2 cores.
+"""
+
+from configs import base, table_cifar
+
+
+def get_config(arg: str = ""):
+  """The nine runs; `:smoke` makes each one of seconds."""
+  config = base.get_config()
+  config.trials = 3
+  config.epochs = 5
+  config.teacher.epochs = 12
+  config.optim.schedule = "cosine"
+  config.optim.milestones = ()
+  config.optim.nesterov = True
+  config.grid = table_cifar.product(
+    students={"resnet8": "resnet8"},
+    teacher="resnet20",
+    methods=["kd", "simkd_f2"],
+  )
+  return base.finish(config, arg)
