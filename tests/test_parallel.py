@@ -1,5 +1,7 @@
 """Collectives, placement, and the mapping of a function over devices."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,3 +148,49 @@ def test_unknown_mapping():
     ValueError, match="expected 'shard_map' or 'pmap', got 'vmap'"
   ):
     parallel.make_devices(mapping="vmap")
+
+
+@pytest.mark.parametrize(
+  ("cores", "batches", "count"),
+  [
+    (2, [64], 2),
+    (4, [64, 96], 4),
+    (6, [64], 4),
+    (64, [64], 8),
+    (4, [63], 3),
+    (4, [64, 65], 1),
+    (1, [64], 1),
+  ],
+)
+def test_a_cpu_is_cut_into_devices_that_divide_the_batches(
+  cores, batches, count, monkeypatch
+):
+  config = Config(-1)
+  monkeypatch.setattr(jax, "config", config)
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+  monkeypatch.setenv("XLA_FLAGS", "")
+  parallel.split_cpu(*batches)
+  assert config.jax_num_cpu_devices == count
+
+
+def test_a_cpu_is_left_as_the_user_has_cut_it(monkeypatch):
+  config = Config(3)
+  monkeypatch.setattr(jax, "config", config)
+  monkeypatch.setenv("XLA_FLAGS", "")
+  parallel.split_cpu(64)
+  assert config.jax_num_cpu_devices == 3
+  monkeypatch.setattr(jax, "config", config := Config(-1))
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+  parallel.split_cpu(64)
+  assert config.jax_num_cpu_devices == -1
+
+
+class Config:
+  """What `split_cpu` reads and sets of JAX's, which tests cannot set twice."""
+
+  def __init__(self, jax_num_cpu_devices):
+    self.jax_num_cpu_devices = jax_num_cpu_devices
+
+  def update(self, name, value):
+    assert name == "jax_num_cpu_devices"
+    self.jax_num_cpu_devices = value
