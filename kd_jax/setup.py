@@ -178,7 +178,7 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
   """The run that trains a config's teacher of that name."""
   teacher = copy.deepcopy(config)
   with teacher.unlocked():
-    teacher.seed = config.teacher.seed
+    teacher.seed, teacher.data.seed = config.teacher.seed, None
     teacher.student.name = name
     teacher.teachers = ()
     teacher.teacher.name = ""
@@ -196,7 +196,7 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
     for field in ("epochs", "learning_rate", "milestones"):
       teacher.teacher[field] = None
     teacher.teacher.seed = 0
-    teacher.grid = ConfigDict()
+    teacher.grid, teacher.trials_together = ConfigDict(), False
     teacher.verify_export = False
   return teacher
 
