@@ -324,8 +324,7 @@ class Checkpointer:
     """
     bad: list[int] = []
     if up_to is not None:
-      later = [step for step in self._steps() if step > up_to]
-      self._take_out(later)
+      self._take_out([step for step in self._steps() if step > up_to])
     for step in reversed(self._steps()):
       restored, problem = None, ""
       try:

@@ -196,7 +196,7 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
     for field in ("epochs", "learning_rate", "milestones"):
       teacher.teacher[field] = None
     teacher.teacher.seed = 0
-    teacher.grid, teacher.trials_together = ConfigDict(), False
+    teacher.grid = ConfigDict()
     teacher.verify_export = False
   return teacher
 

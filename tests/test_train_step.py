@@ -334,14 +334,13 @@ def test_accumulation_is_equal_on_any_devices():
   assert worst[0] < 1e-4, worst
 
 
-@pytest.mark.parametrize(("method", "parts"), [("kd", 1), ("crd", 2)])
-def test_several_trials_are_each_what_it_is_alone(method, parts):
+def test_several_trials_are_each_what_it_is_alone():
   """CRD's banks are split over the devices, its draws are each trial's own."""
-  of, devices, seeds = made(method), make_devices(2), (0, 5)
+  of, devices, seeds = made("crd"), make_devices(2), (0, 5)
   optimizer = of.optimizer(gradient_clip=0.5)
   arguments = {
     "axis_name": parallel.AXIS,
-    "accumulate_steps": parts,
+    "accumulate_steps": 2,
     **of.loss_arguments(parallel.AXIS),
     "transform": _noisy,
   }
@@ -377,9 +376,6 @@ def test_several_trials_are_each_what_it_is_alone(method, parts):
     worst = worst_difference(alone[i], (state, own))
     assert worst[0] < 1e-5, worst
   assert worst_difference(*alone)[0] > 1e-2
-  # On other images it is another run.
-  other = run([second], optimizer, seed=5)
-  assert worst_difference(alone[1], other)[0] > 1e-2
 
 
 def _noisy(key, batch):
