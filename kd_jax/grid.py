@@ -261,7 +261,8 @@ class _Work:
     if jax.process_count() > 1 and not agreed:
       raise error  # the other processes may not come along
     if isinstance(error, train.NonFiniteLossError):
-      names = [error.workdir.name]  # the others go on without it
+      # The others go on without it; but without a teacher none does.
+      names = [n for n in names if self.folder / n == error.workdir] or names
     told = agreed or isinstance(error, (ValueError, OSError))
     if processes.is_first() and not told:
       traceback.print_exception(error)

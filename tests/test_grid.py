@@ -305,6 +305,19 @@ def test_a_trial_that_diverges_does_not_end_the_others(
   assert "| kd | _tiny_wide | _tiny | kd | 2 |" in table
 
 
+def test_a_teacher_that_diverges_ends_all_trials(tmp_path, monkeypatch):
+  def diverge(*_):
+    raise train.NonFiniteLossError("step 1: ...", tmp_path / "teachers" / "a")
+
+  monkeypatch.setattr(train, "train_and_evaluate", diverge)
+  with pytest.raises(grid.CellsFailedError) as caught:
+    grid.run_grid(make_trials(2), str(tmp_path))
+  assert str(caught.value).splitlines()[1:] == [
+    "  kd: NonFiniteLossError: step 1: ...",
+    "  kd_seed1: NonFiniteLossError: step 1: ...",
+  ]
+
+
 def test_trials_of_others_are_left_to_them(no_training, tmp_path, capsys):
   """Whoever has the first of a program takes the rest too."""
   other = claims.Claim(tmp_path / "kd")

@@ -30,10 +30,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_fast():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+def _compile_fast(fast_compile_module):
+  """Runs of one program compile it once."""
 
 
 def make_config(name, changes=()):
