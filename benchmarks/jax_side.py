@@ -40,6 +40,7 @@ class Program:
     dtype: str = "float32",
     steps_per_dispatch: int = 0,
     devices: int = 1,
+    trials: int = 1,
   ):
     """Builds it; nothing is compiled yet.
 
@@ -50,6 +51,7 @@ class Program:
       steps_per_dispatch: 0 takes what a run of kd_jax takes: 1 on a CPU, else
         an epoch.
       devices: over which the batch is spread.
+      trials: students that are trained at once, from the same weights.
 
     Raises:
       ValueError: if the dispatches do not divide the epoch.
@@ -109,16 +111,21 @@ class Program:
       decay_mask=mask,
     )
     place = self._devices.replicate
-    self._state = place(
-      state.create(variables["student"], distilled, optimizer)
+    self._state = state.join(
+      [
+        place(state.create(variables["student"], distilled, optimizer))
+        for _ in range(trials)
+      ]
     )
     self._teacher_variables = place(teacher_variables)
     self._resident = place(self._pipeline.resident)
     self._alone = train_step.make_train_step(optimizer=optimizer, **arguments)
+    arguments = self._arguments(parallel.AXIS)
+    if trials > 1:
+      arguments["seed"] = range(work_lib.SEED, work_lib.SEED + trials)
+      optimizer = optim.for_each(optimizer)
     step = train_step.make_train_step(
-      optimizer=optimizer,
-      axis_name=parallel.AXIS,
-      **self._arguments(parallel.AXIS),
+      optimizer=optimizer, axis_name=parallel.AXIS, **arguments
     )
     chunk = train_step.make_train_chunk(step, self._pipeline.load)
     self._chunk = self._devices.map_chunk(chunk, donate=True)
@@ -174,7 +181,7 @@ class Program:
       steps: a multiple of `self.steps`.
 
     Returns:
-      The loss of each.
+      The loss of each; of several trials, the first one's.
     """
     sums = []
     for _ in range(steps // self.steps):
@@ -187,7 +194,7 @@ class Program:
       self.dispatches += 1
       sums.append(found)
     return [
-      float(loss) / self._work.batch
+      float(loss.flat[0]) / self._work.batch
       for found in jax.device_get(sums)
       for loss in found["loss"]
     ]

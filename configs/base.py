@@ -98,6 +98,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data.crop_padding = 4
   # Whether half of the images are mirrored.
   config.data.flip = True
+  # Of the order and of augmentation, mixing included; None: config.seed.
+  config.data.seed = placeholder(int)
   # Alpha of mixup and of CutMix, which mix neighbours in a batch, for teacher
   # and student alike; 0: none. With both, each takes half of the batches.
   config.data.mixup = 0.0
@@ -165,6 +167,11 @@ def get_config(arg: str = "") -> ConfigDict:
   # How often the run, or every run of the grid, is made: NAME has the seed of
   # the config, NAME_seed1 the next one, and so on.
   config.trials = 1
+  # Whether the trials of a run with a teacher are trained in one program, which
+  # asks the teacher once for all of them: faster, with the memory of as many
+  # students. They see the same images in the same order, those of the first
+  # one's seed (data.seed): their spread lacks that of order and augmentation.
+  config.trials_together = False
   return finish(config, arg)
 
 

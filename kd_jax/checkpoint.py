@@ -131,6 +131,14 @@ def _as_bits(x):
   return x
 
 
+def steps(directory: pathlib.Path) -> list[int]:
+  """The steps of whole checkpoints below a folder, which may not exist."""
+  if not directory.exists():
+    return []
+  names = [path.name for path in directory.iterdir()]
+  return sorted(int(name) for name in names if name.isdigit())
+
+
 def _checksum(*content):
   return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -185,10 +193,7 @@ class Checkpointer:
 
   def _steps(self) -> list[int]:
     """Steps of whole checkpoints, as the first process sees them."""
-    found = []
-    if self._directory.exists():
-      names = [path.name for path in self._directory.iterdir()]
-      found = sorted(int(name) for name in names if name.isdigit())
+    found = steps(self._directory)
     return found if self._read_only else processes.from_first(found)
 
   def save(
@@ -299,7 +304,9 @@ class Checkpointer:
       self._failed(step, (causes or problems)[0])
     return not problems
 
-  def restore_latest(self, like: Any) -> Restored | None:
+  def restore_latest(
+    self, like: Any, *, up_to: int | None = None
+  ) -> Restored | None:
     """Reads the newest good checkpoint.
 
     Args:
@@ -307,6 +314,7 @@ class Checkpointer:
         expect and, by their shardings, where to put it;
         None takes what is there, as nested dicts of numpy arrays. An array may
         have rows of zeros that were added for other devices.
+      up_to: those of later steps are removed: these are about to be made again.
 
     Returns:
       What was read, or None if the folder has no checkpoint.
@@ -315,6 +323,8 @@ class Checkpointer:
       ValueError: if there are checkpoints and none can be read.
     """
     bad: list[int] = []
+    if up_to is not None:
+      self._take_out([step for step in self._steps() if step > up_to])
     for step in reversed(self._steps()):
       restored, problem = None, ""
       try:
@@ -365,20 +375,27 @@ class Checkpointer:
     return Restored(step, state, position, meta)
 
   def _set_aside(self, steps: list[int]) -> None:
-    assert self._manager is not None
     aside = self._directory.with_name(self._directory.name + "_corrupt")
+    self._take_out(steps, aside)
+    _log.warning("moved what cannot be used to %s", aside)
+
+  def _take_out(
+    self, steps: list[int], aside: pathlib.Path | None = None
+  ) -> None:
+    """Moves steps to another folder, or removes them."""
+    assert self._manager is not None
     self._manager.close()
     if processes.is_first():
-      aside.mkdir(exist_ok=True)
       for step in steps:
-        target = aside / str(step)
-        if target.exists():
-          shutil.rmtree(target)
-        shutil.move(self._directory / str(step), target)
+        if aside is not None:
+          aside.mkdir(exist_ok=True)
+          shutil.rmtree(aside / str(step), ignore_errors=True)
+          shutil.move(self._directory / str(step), aside / str(step))
+        else:
+          shutil.rmtree(self._directory / str(step))
     self._barrier.begin()
     self._manager = self._open()
     self.newest = max(self._steps(), default=None)
-    _log.warning("moved what cannot be used to %s", aside)
 
   def close(self) -> None:
     """Waits, and releases the folder."""

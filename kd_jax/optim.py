@@ -125,3 +125,23 @@ def sgd(
     optax.trace(decay=momentum, nesterov=nesterov),
     optax.scale_by_learning_rate(learning_rate),
   )
+
+
+def for_each(
+  optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+  """The same optimiser for every one of several trials, held in tuples."""
+
+  def init(params):
+    return tuple(optimizer.init(each) for each in params)
+
+  def update(updates, state, params=None):
+    updates, state = zip(
+      *[
+        optimizer.update(*each)
+        for each in zip(updates, state, params, strict=True)
+      ]
+    )
+    return updates, state
+
+  return optax.GradientTransformation(init, update)

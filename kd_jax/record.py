@@ -27,8 +27,8 @@ from kd_jax import checkpoint, claims, processes
 # What may differ when a run goes on: where things are and how often they are
 # written, but nothing that a result depends on.
 _FREE = re.compile(
-  r"trials|(checkpoint|log|parallel)\..*|data\.(dir|num_workers)|verify_export"
-  r"|(teacher|teachers\.\d+)\.checkpoint"
+  r"trials(_together)?|(checkpoint|log|parallel)\..*|data\.(dir|num_workers)"
+  r"|verify_export|(teacher|teachers\.\d+)\.checkpoint"
 )
 
 
@@ -62,11 +62,14 @@ def identity(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
     Dotted name -> value.
   """
   tree = config if isinstance(config, dict) else as_json(config)
-  return {
+  found = {
     name: value
     for name, value in flatten(tree).items()
     if not _FREE.fullmatch(name)
   }
+  if found.get("data.seed") is None:  # as in a run of before there was one
+    found.pop("data.seed", None)
+  return found
 
 
 def finished(

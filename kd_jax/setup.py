@@ -178,7 +178,7 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
   """The run that trains a config's teacher of that name."""
   teacher = copy.deepcopy(config)
   with teacher.unlocked():
-    teacher.seed = config.teacher.seed
+    teacher.seed, teacher.data.seed = config.teacher.seed, None
     teacher.student.name = name
     teacher.teachers = ()
     teacher.teacher.name = ""

@@ -1,5 +1,6 @@
 """TrainState: everything that training changes, as arrays and nothing else."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from flax import struct
 
 
 class TrainState(struct.PyTreeNode):
-  """The state of one training run.
+  """The state of one training run, or of several at once: see `join`.
 
   Attributes:
     step: int32 scalar, the number of optimiser updates made.
@@ -20,8 +21,8 @@ class TrainState(struct.PyTreeNode):
   """
 
   step: jax.Array
-  params: dict[str, Any]
-  collections: dict[str, Any]
+  params: Any
+  collections: Any
   opt_state: optax.OptState
 
   def variables(self, module: str) -> dict[str, Any]:
@@ -50,3 +51,34 @@ def create(
     collections={"student": student_rest, "distiller": distiller_rest},
     opt_state=optimizer.init(params),
   )
+
+
+def join(states: Sequence[TrainState]) -> TrainState:
+  """Makes one state of those of several trials at the same step.
+
+  Args:
+    states: of arrays, or of anything that belongs to them.
+
+  Returns:
+    The only one, or a state of the first's `step` and tuples of all else.
+  """
+  if len(states) == 1:
+    return states[0]
+  return TrainState(
+    step=states[0].step,
+    params=tuple(state.params for state in states),
+    collections=tuple(state.collections for state in states),
+    opt_state=tuple(state.opt_state for state in states),
+  )
+
+
+def part(state: TrainState, count: int) -> list[TrainState]:
+  """The states of `count` trials, of which `join` has made one."""
+  if count == 1:
+    return [state]
+  return [
+    TrainState(state.step, *parts)
+    for parts in zip(
+      state.params, state.collections, state.opt_state, strict=True
+    )
+  ]

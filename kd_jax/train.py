@@ -5,6 +5,7 @@ keyword arguments. Restore order: the workdir's own checkpoint (the same run,
 interrupted), else a fresh start. The teacher is never in a checkpoint.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -14,7 +15,9 @@ import pathlib
 import subprocess
 import sys
 import time
+import types
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +49,16 @@ _log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
-  """The loss became infinite or not a number."""
+  """The loss became infinite or not a number.
+
+  Attributes:
+    workdir: of the run, or of the one among several trials.
+  """
+
+  def __init__(self, text: str, workdir: pathlib.Path):
+    """Notes whose loss it is."""
+    super().__init__(text)
+    self.workdir = workdir
 
 
 class PreemptedError(RuntimeError):
@@ -56,16 +68,23 @@ class PreemptedError(RuntimeError):
 # What ends a run in all processes, at the same step.
 AGREED = (NonFiniteLossError, PreemptedError, checkpoint.UnsavedError)
 
+_NO_MORE: Mapping[Any, Any] = types.MappingProxyType({})
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+
+def train_and_evaluate(
+  config: ConfigDict, workdir: str, more: Mapping[str, int] = _NO_MORE
+) -> dict[str, Any]:
   """Trains what a config says, or goes on with it.
 
   Args:
     config: made by a file of `configs/`.
     workdir: folder of the run; see `kd_jax.record` for what it holds.
+    more: folders and seeds of other trials of the config, which are trained in
+      the same program, on the same images in the same order: it has to have a
+      `data.seed`. Their folders end as if each had been trained alone.
 
   Returns:
-    The content of `result.json`.
+    The content of `result.json`, of the first.
 
   Raises:
     ValueError: for a config that cannot run, before anything is written.
@@ -73,26 +92,31 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
   """
   path = pathlib.Path(workdir).absolute()
-  run = processes.together(lambda: prepare(config, path))
+  others = {pathlib.Path(w).absolute(): seed for w, seed in more.items()}
+  run = processes.together(lambda: prepare(config, path, others))
   processes.require_shared(path)
   finished = processes.from_first(run if isinstance(run, dict) else None)
   if finished is not None:
     _log.info("%s is finished: nothing to do", path)
     return finished
   assert isinstance(run, Run)
-  record.claim(path, run.config)
+  for folder, trial in run.trials.items():
+    record.claim(folder, trial)
   setup.compilation_cache(run.config.parallel.compilation_cache, path)
   return run.train()
 
 
 def prepare(
-  config: ConfigDict, workdir: pathlib.Path
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  more: Mapping[pathlib.Path, int] = _NO_MORE,
 ) -> "Run | dict[str, Any]":
   """Builds a run as far as that finds the mistakes in its config.
 
   Args:
     config: made by a file of `configs/`.
     workdir: absolute path; nothing is written.
+    more: see `train_and_evaluate`; none of them is finished.
 
   Returns:
     The run, or its result if it is finished.
@@ -105,7 +129,12 @@ def prepare(
   finished = record.finished(workdir, config)
   if finished is not None:
     return finished
-  return Run(config, workdir, train_source, test_source)
+  trials = {}
+  for path, seed in more.items():
+    trials[path] = copy.deepcopy(config)
+    trials[path].seed = seed
+    record.finished(path, trials[path])  # refuses what is another's
+  return Run(config, workdir, train_source, test_source, trials)
 
 
 def _sources(config):
@@ -123,7 +152,12 @@ def _sources(config):
 
 
 class Run:
-  """One training run: its parts, built once, and its loop."""
+  """One training run: its parts, built once, and its loop.
+
+  Attributes:
+    trials: workdir -> config; of more than one if several are trained at once,
+      which differ in their seeds alone.
+  """
 
   def __init__(
     self,
@@ -131,6 +165,7 @@ class Run:
     workdir: pathlib.Path,
     train_source: data.Source | data.EncodedSource,
     test_source: data.Source | data.EncodedSource,
+    more: Mapping[pathlib.Path, ConfigDict] = _NO_MORE,
   ):
     """Builds everything but the teacher's weights, which may take hours.
 
@@ -139,8 +174,13 @@ class Run:
       workdir: absolute path.
       train_source: training set.
       test_source: test set.
+      more: other trials: workdir -> config.
     """
     self.config, self.workdir = config, workdir
+    self.trials = {workdir: config, **more}
+    self.data_seed = config.data.seed
+    if self.data_seed is None:
+      self.data_seed = config.seed
     self.train_source, self.test_source = train_source, test_source
     self.devices = parallel.make_devices(
       num_devices=config.parallel.num_devices, mapping=config.parallel.mapping
@@ -160,7 +200,7 @@ class Run:
       config.data.pipeline,
       train_source,
       batch_size=config.batch_size,
-      seed=config.seed,
+      seed=self.data_seed,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       settings={
@@ -245,6 +285,7 @@ class Run:
       "transform": self._transform,
       "mixing": self._mixing(),
       "seed": self.config.seed,
+      "data_seed": self.data_seed,
     }
 
   def _optimizer(self):
@@ -338,7 +379,11 @@ class Run:
     return variables, distiller_variables
 
   def train(self) -> dict[str, Any]:
-    """Obtains the teacher, restores, trains to the end, exports."""
+    """Obtains the teacher, restores, trains to the end, exports.
+
+    Returns:
+      The first trial's result.
+    """
     self.teachers_about = self._obtain_teachers()
     # Run once: on a CPU, compiling it well takes five times as long.
     options = {"xla_backend_optimization_level": 0}
@@ -346,19 +391,21 @@ class Run:
       self._initialize,
       compiler_options=options if jax.default_backend() == "cpu" else None,
     )
-    student, distilled = initialize(
-      jax.random.key(self.config.seed), self.teacher_variables
-    )
-    state = state_lib.create(student, distilled, self.optimizer)
-    specs = state_specs(state, self.distiller)
-    if self.config.parallel.mapping == "pmap":  # has no other way
-      specs = jax.tree.map(lambda _: P(), state)
-    state = self.devices.place(state, specs)
+    states = []
+    for trial in self.trials.values():
+      student, distilled = initialize(
+        jax.random.key(trial.seed), self.teacher_variables
+      )
+      state = state_lib.create(student, distilled, self.optimizer)
+      specs = state_specs(state, self.distiller)
+      if self.config.parallel.mapping == "pmap":  # has no other way
+        specs = jax.tree.map(lambda _: P(), state)
+      states.append(self.devices.place(state, specs))
     self._compile_functions(specs)
     _log.info("%s", setup.parameter_overview(state.params))
-    if memory := state.collections["distiller"].get("memory"):
+    if memory := states[0].collections["distiller"].get("memory"):
       _log.info("%s", setup.memory_overview(memory))
-    loop = Loop(self, state)
+    loop = Loop(self, states)
     try:
       result = loop.run()
     except AGREED:
@@ -373,13 +420,18 @@ class Run:
     return result
 
   def _compile_functions(self, specs):
+    arguments, optimizer = self._loss_arguments(), self.optimizer
+    if len(self.trials) > 1:
+      arguments["seed"] = [trial.seed for trial in self.trials.values()]
+      optimizer = optim.for_each(optimizer)
     step = train_step.make_train_step(
-      optimizer=self.optimizer,
+      optimizer=optimizer,
       axis_name=parallel.AXIS,
       accumulate_steps=self.config.accumulate_steps,
-      **self._loss_arguments(),
+      **arguments,
     )
     chunk = train_step.make_train_chunk(step, self.pipeline.load)
+    specs = state_lib.join([specs] * len(self.trials))
     self.train_chunk = self.devices.map_chunk(
       chunk, donate=True, carry_specs=specs
     )
@@ -451,9 +503,8 @@ class Run:
     Returns:
       What the result says of them: a dict, a list of several, {} of none.
     """
-    path = self.workdir / "teacher.json"
-    kept = processes.from_first(record.read_json(path))
-    known = kept if isinstance(kept, list) else [kept] * len(self.teachers)
+    paths = [workdir / "teacher.json" for workdir in self.trials]
+    kept = processes.from_first([record.read_json(path) for path in paths])
     abouts = []
     for i, spec in enumerate(self.teacher_specs):
       if not spec.checkpoint:
@@ -461,12 +512,14 @@ class Run:
         self.teachers[i] = processes.together(
           functools.partial(self._find_teacher, spec)
         )
-      about = self._place_teacher(i, spec, known[i])
+      known = [about[i] if isinstance(about, list) else about for about in kept]
+      about = self._place_teacher(i, spec, known)
       _say(f"teacher {spec.name}: {_scores(about)} ({spec.checkpoint})")
       abouts.append(about)
     about = _as_one(abouts, {})
-    if abouts and kept is None and processes.is_first():
-      checkpoint.write_json(path, about)
+    for path, known in zip(paths, kept, strict=True):
+      if abouts and known is None and processes.is_first():
+        checkpoint.write_json(path, about)
     return about
 
   def _train_teacher(self, spec):
@@ -489,7 +542,7 @@ class Run:
   def _has_result(self, folder):
     return processes.from_first(record.result(folder)) is not None
 
-  def _place_teacher(self, i, spec, about):
+  def _place_teacher(self, i, spec, known):
     loaded = self.teachers[i]
     weights = zlib.crc32(
       repr(checkpoint.fingerprint(loaded.variables)).encode()
@@ -498,7 +551,8 @@ class Run:
       loaded, variables=self.devices.replicate(loaded.variables)
     )
     self.teachers[i] = teacher
-    if about is None:
+    found = [about for about in known if about is not None]
+    if not found:
       evaluate = self._evaluator(teacher.network, None, _no_distiller())
       scores = evaluate({"student": teacher.variables, "distiller": {}}, {})
       return {
@@ -507,13 +561,15 @@ class Run:
         "fingerprint": weights,
         **scores,
       }
-    if about["fingerprint"] != weights:
-      raise ValueError(
-        f"{spec.where}.checkpoint: expected the weights that {self.workdir}"
-        f" began with, those of {about['checkpoint']}, got others in"
-        f" {spec.checkpoint}. Name the same teacher, or give another --workdir"
-      )
-    return about
+    for workdir, about in zip(self.trials, known, strict=True):
+      if about is not None and about["fingerprint"] != weights:
+        raise ValueError(
+          f"{spec.where}.checkpoint: expected the weights that {workdir} began"
+          f" with, those of {about['checkpoint']}, got others in"
+          f" {spec.checkpoint}. Name the same teacher, or give another"
+          " --workdir"
+        )
+    return found[0]
 
 
 def _as_one(items, nothing):
@@ -594,35 +650,227 @@ def _scores(values) -> str:
   )
 
 
-class Loop:
-  """The training loop of a run, and what has to survive a restart of it."""
+class Trial:
+  """What the loop of a run keeps of one trial: its scores, and its files."""
 
-  def __init__(self, run: Run, state: state_lib.TrainState):
-    """Restores the newest checkpoint into `state`, if there is one."""
-    self.run_, self.config = run, run.config
+  def __init__(self, run: Run, workdir: pathlib.Path):
+    """Opens the checkpoints."""
+    self.run_, self.workdir, self.config = run, workdir, run.trials[workdir]
+    keep = self.config.checkpoint.keep
+    if len(run.trials) > 1:
+      keep = max(keep, 2)  # a kill may come when some have saved, some not
     self.checkpoints = checkpoint.Checkpointer(
-      run.workdir / "checkpoints", keep=run.config.checkpoint.keep
+      workdir / "checkpoints", keep=keep
     )
-    self.best_checkpoint = checkpoint.Checkpointer(run.workdir / "best", keep=1)
-    self.state, self.step = state, 0
+    self.best_checkpoint = checkpoint.Checkpointer(workdir / "best", keep=1)
     self.best: dict[str, Any] = {}
     self.best_before: dict[str, Any] = {}
     self.last_eval: dict[str, Any] = {}
-    self.seconds, self.started = 0.0, time.monotonic()
     self.totals: dict[str, float] = {}
-    restored = self.checkpoints.restore_latest(state)
-    if restored is not None:
-      self.state, self.step = restored.state, restored.step
-      run.pipeline.set_state(restored.position)
-      self.best = restored.meta["best"]
-      self.last_eval = restored.meta["last_eval"]
-      self.seconds = restored.meta["seconds"]
-      self.totals = restored.meta["totals"]
-      _say(f"going on from step {self.step} of {run.total_steps}")
-    self.tried_step, self.tried_time = self.step, time.monotonic()
+    # Before what is said of it, if it is one of several.
+    self.name = f"{workdir.name}: " if len(run.trials) > 1 else ""
+
+  def begin(self, step: int, meta: dict[str, Any] | None) -> None:
+    """Goes on from a step, with what was saved there if it is not the first."""
+    if meta is not None:
+      self.best = meta["best"]
+      self.last_eval = meta["last_eval"]
+      self.totals = meta["totals"]
     self.writer = metrics.Writer(
-      run.workdir, resume_step=self.step, enabled=processes.is_first()
+      self.workdir, resume_step=step, enabled=processes.is_first()
     )
+
+  def close(self) -> None:
+    """Releases files and waits for what is being saved."""
+    self.writer.close()
+    self.checkpoints.close()
+    self.best_checkpoint.close()
+
+  def require_finite(self, first: int, sums: dict[str, np.ndarray]) -> None:
+    """Refuses sums [k] of the steps after `first` that are not finite."""
+    found = metrics.first_non_finite(sums)
+    if found is None:
+      return
+    offset, names = found
+    terms = [n for n in names if n in self.config.loss_weights] or names
+    kept = "No checkpoint had been written"
+    if self.checkpoints.newest:
+      kept = (
+        f"The last checkpoint, of step {self.checkpoints.newest}, is from"
+        " before it"
+      )
+    raise NonFiniteLossError(
+      f"{self.name}step {first + offset + 1}: the loss is not finite (terms:"
+      f" {', '.join(terms)}). {kept}. Lower config.optim.learning_rate (now"
+      f" {self.config.optim.learning_rate}) or set"
+      " config.optim.warmup_epochs or config.optim.gradient_clip",
+      self.workdir,
+    )
+
+  def add(self, sums: dict[str, np.ndarray]) -> None:
+    """Adds sums [k] of steps to those of which the next line is made."""
+    for name, value in sums.items():
+      total = self.totals.get(name, 0.0)
+      self.totals[name] = total + float(np.sum(value, dtype=np.float64))
+
+  def log(self, step: int) -> str:
+    """Writes a line of training metrics; says it in words."""
+    run, values = self.run_, metrics.means(self.totals)
+    self.totals = {}
+    values["learning_rate"] = float(run.schedule(step - 1))
+    values["epoch"] = step / run.steps_per_epoch
+    self.writer.write(step, "train", values)
+    return (
+      f"{self.name}step {step}/{run.total_steps} loss {values['loss']:.4f}"
+      f" top-1 {values['top1']:.2f} %"
+    )
+
+  def evaluate(self, step: int, epoch: int, state: state_lib.TrainState) -> str:
+    """Scores the state, and keeps it if it is the best; says it in words."""
+    run = self.run_
+    self.keep_best()
+    # Memories are of training alone, and may be split over the devices.
+    variables = {
+      name: {
+        collection: value
+        for collection, value in state.variables(name).items()
+        if collection != "memory"
+      }
+      for name in ("student", "distiller")
+    }
+    scores = run.evaluate(variables, run.teacher_variables)
+    self.writer.write(step, "eval", {**scores, "epoch": epoch})
+    self.last_eval = {**scores, "epoch": epoch}
+    if not self.best or scores["top1"] > self.best["top1"]:
+      self.best_before, self.best = self.best, self.last_eval
+      tree = export.inference_variables(state, run.distiller, run.teachers)
+      if not self.best_checkpoint.save(
+        step, tree, position={}, meta={"card": self._card()}
+      ):
+        self.best = self.best_before
+    return f"{self.name}epoch {epoch}/{self.config.epochs}: {_scores(scores)}"
+
+  def keep_best(self) -> None:
+    """The best is what is on disk: one that could not be written is none."""
+    if not self.best_checkpoint.wait():
+      self.best = self.best_before
+
+  def _card(self):
+    run = self.run_
+    return export.model_card(
+      self.config,
+      source=run.train_source,
+      distiller=run.distiller,
+      teachers=run.teachers,
+      scores=self.last_eval,
+    )
+
+  def save(
+    self, step: int, state: state_lib.TrainState, seconds: float
+  ) -> None:
+    """Starts saving a checkpoint."""
+    self.checkpoints.save(
+      step,
+      state,
+      position=self.run_.pipeline.get_state(),
+      meta={
+        "best": self.best,
+        "last_eval": self.last_eval,
+        "seconds": seconds,
+        "totals": self.totals,
+        "card": self._card(),
+      },
+    )
+
+  def require_saved(self, step: int) -> None:
+    """Refuses to end without the checkpoint of the last step."""
+    self.checkpoints.wait()
+    if self.checkpoints.newest != step or not self.best:
+      raise checkpoint.UnsavedError(
+        f"step {step}, the last, could not be saved in {self.workdir}. Make"
+        " room; the same command goes on from step"
+        f" {self.checkpoints.newest or 0}"
+      )
+
+  def conclude(
+    self,
+    state: state_lib.TrainState,
+    seconds: float,
+    skipped: dict[str, int],
+  ) -> dict[str, Any]:
+    """Exports, and writes the result: the first process does.
+
+    Args:
+      state: the last.
+      seconds: that the run has taken; a trial's are its share of them.
+      skipped: how many images could not be read.
+    """
+    run, together = self.run_, len(self.run_.trials)
+    export.export_run(self.workdir, self.workdir / "export")
+    steps, seconds = run.total_steps, seconds / together
+    result = {
+      "final": self.last_eval,
+      "best": self.best,
+      "teacher": run.teachers_about,
+      "student": self.config.student.name,
+      "method": self.config.distiller.name,
+      "seed": self.config.seed,
+      "parameters": setup.count(state.params["student"]),
+      "distiller_parameters": setup.count(state.params["distiller"]),
+      "steps": steps,
+      "seconds": round(seconds, 3),
+      "trained_together": together,
+      "images_per_second": round(steps * self.config.batch_size / seconds, 1),
+      "hardware": record.hardware(),
+      "skipped_images": skipped,
+    }
+    if self.config.verify_export:
+      _predict_in_fresh_process(self.workdir, run.test_source)
+    checkpoint.write_json(self.workdir / "result.json", result)
+    return result
+
+
+def _restore(
+  trials: Sequence[Trial], states: Sequence[state_lib.TrainState]
+) -> list[checkpoint.Restored | None]:
+  """Each one's newest checkpoint of a step of which all have one."""
+  limit: int | None = None
+  while True:
+    found = [
+      trial.checkpoints.restore_latest(state, up_to=limit)
+      for trial, state in zip(trials, states, strict=True)
+    ]
+    steps = [one.step if one else 0 for one in found]
+    if max(steps) == min(steps):
+      return found
+    limit = min(steps)
+
+
+class Loop:
+  """The training loop of a run, and what has to survive a restart of it."""
+
+  def __init__(self, run: Run, states: Sequence[state_lib.TrainState]):
+    """Restores the newest checkpoint into the trials' states, if there is one.
+
+    Args:
+      run: whose loop it is.
+      states: a fresh one of each trial, placed.
+    """
+    self.run_, self.config = run, run.config
+    self.trials = [Trial(run, workdir) for workdir in run.trials]
+    self.step, self.seconds, self.started = 0, 0.0, time.monotonic()
+    restored = _restore(self.trials, states)
+    first = restored[0]
+    if first is not None:
+      states = [one.state for one in restored if one is not None]
+      self.step = first.step
+      run.pipeline.set_state(first.position)
+      self.seconds = first.meta["seconds"]
+      _say(f"going on from step {self.step} of {run.total_steps}")
+    self.state = state_lib.join(states)
+    for trial, one in zip(self.trials, restored, strict=True):
+      trial.begin(self.step, None if one is None else one.meta)
+    self.tried_step, self.tried_time = self.step, time.monotonic()
     self.progress = metrics.Progress(
       total=run.total_steps,
       initial=self.step,
@@ -637,16 +885,16 @@ class Loop:
   def close(self) -> None:
     """Releases files and waits for what is being saved."""
     self.progress.close()
-    self.writer.close()
-    self.checkpoints.close()
-    self.best_checkpoint.close()
+    for trial in self.trials:
+      trial.close()
 
   def abandon(self) -> None:
     """As `close` after an error, when other processes may not come along."""
     if jax.process_count() == 1:
       return self.close()
     self.progress.close()
-    self.writer.close()
+    for trial in self.trials:
+      trial.writer.close()
 
   def run(self) -> dict[str, Any]:
     """Trains to the last step."""
@@ -679,8 +927,9 @@ class Loop:
     return time.monotonic() - self.tried_time >= 60 * minutes
 
   def _stopped(self) -> str:
-    self.checkpoints.wait()
-    saved, where = self.checkpoints.newest, self.run_.workdir
+    self._wait()
+    saved = min(trial.checkpoints.newest or 0 for trial in self.trials)
+    where = self.run_.workdir
     text = (
       f"stopped by {self.stop.received or 'a signal to another process'} at"
       f" step {self.step}"
@@ -689,7 +938,7 @@ class Loop:
       return f"{text}, saved in {where}: the same command goes on from there"
     return (
       f"{text}, which could not be saved in {where}: the same command goes on"
-      f" from step {saved or 0}"
+      f" from step {saved}"
     )
 
   def _dispatch(self):
@@ -716,156 +965,73 @@ class Loop:
       first, sums, wishes = self.pending.pop(0)
       sums, wishes = jax.device_get((sums, wishes))
       self.wishes += wishes
-      self._require_finite(first, sums)
-      for name, value in sums.items():
-        total = self.totals.get(name, 0.0)
-        self.totals[name] = total + float(np.sum(value, dtype=np.float64))
       done = first + len(sums[metrics.COUNT])
       every = self.config.log.every_steps
-      if done // every > first // every or done % run.steps_per_epoch == 0:
-        values = metrics.means(self.totals)
-        self.totals = {}
-        values["learning_rate"] = float(run.schedule(done - 1))
-        values["epoch"] = done / run.steps_per_epoch
-        self.writer.write(done, "train", values)
-        self.progress.line(
-          f"step {done}/{run.total_steps} loss {values['loss']:.4f}"
-          f" top-1 {values['top1']:.2f} %"
-        )
+      due = done // every > first // every or done % run.steps_per_epoch == 0
+      parts = [
+        {k: v[:, i] if v.ndim > 1 else v for k, v in sums.items()}
+        for i in range(len(self.trials))
+      ]
+      for trial, part in zip(self.trials, parts, strict=True):
+        trial.require_finite(first, part)
+      for trial, part in zip(self.trials, parts, strict=True):
+        trial.add(part)
+        if due:
+          self.progress.line(trial.log(done))
 
-  def _require_finite(self, first, sums):
-    found = metrics.first_non_finite(sums)
-    if found is None:
-      return
-    offset, names = found
-    terms = [n for n in names if n in self.config.loss_weights] or names
-    kept = "No checkpoint had been written"
-    if self.checkpoints.newest:
-      kept = (
-        f"The last checkpoint, of step {self.checkpoints.newest}, is from"
-        " before it"
-      )
-    raise NonFiniteLossError(
-      f"step {first + offset + 1}: the loss is not finite (terms:"
-      f" {', '.join(terms)}). {kept}. Lower config.optim.learning_rate (now"
-      f" {self.config.optim.learning_rate}) or set"
-      " config.optim.warmup_epochs or config.optim.gradient_clip"
-    )
+  def _states(self) -> list[tuple[Trial, state_lib.TrainState]]:
+    parts = state_lib.part(self.state, len(self.trials))
+    return list(zip(self.trials, parts, strict=True))
 
   def _evaluate(self, epoch: int):
     self._collect(leave=0)
-    run = self.run_
-    self._keep_best()
-    # Memories are of training alone, and may be split over the devices.
-    variables = {
-      name: {
-        collection: value
-        for collection, value in self.state.variables(name).items()
-        if collection != "memory"
-      }
-      for name in ("student", "distiller")
-    }
-    scores = run.evaluate(variables, run.teacher_variables)
-    self.writer.write(self.step, "eval", {**scores, "epoch": epoch})
-    self.last_eval = {**scores, "epoch": epoch}
-    self.progress.line(f"epoch {epoch}/{self.config.epochs}: {_scores(scores)}")
-    if not self.best or scores["top1"] > self.best["top1"]:
-      self.best_before, self.best = self.best, self.last_eval
-      tree = export.inference_variables(self.state, run.distiller, run.teachers)
-      if not self.best_checkpoint.save(
-        self.step, tree, position={}, meta={"card": self._card()}
-      ):
-        self.best = self.best_before
-
-  def _keep_best(self):
-    """The best is what is on disk: one that could not be written is none."""
-    if not self.best_checkpoint.wait():
-      self.best = self.best_before
-
-  def _card(self):
-    run = self.run_
-    return export.model_card(
-      run.config,
-      source=run.train_source,
-      distiller=run.distiller,
-      teachers=run.teachers,
-      scores=self.last_eval,
-    )
+    for trial, state in self._states():
+      self.progress.line(trial.evaluate(self.step, epoch, state))
 
   def _elapsed(self) -> float:
     return self.seconds + time.monotonic() - self.started
+
+  def _wait(self):
+    for trial in self.trials:
+      trial.checkpoints.wait()
 
   def _save(self):
     # What has not been looked at may not be finite, and must not be kept.
     self._collect(leave=0)
     self.wishes[:] = 0
-    self._keep_best()
-    if self.step == self.checkpoints.newest:
+    # No trial is more than one checkpoint ahead of another.
+    self._wait()
+    for trial in self.trials:
+      trial.keep_best()
+    if all(trial.checkpoints.newest == self.step for trial in self.trials):
       return
-    self.checkpoints.save(
-      self.step,
-      self.state,
-      position=self.run_.pipeline.get_state(),
-      meta={
-        "best": self.best,
-        "last_eval": self.last_eval,
-        "seconds": self._elapsed(),
-        "totals": self.totals,
-        "card": self._card(),
-      },
-    )
+    for trial, state in self._states():
+      trial.save(self.step, state, self._elapsed())
     self.tried_step, self.tried_time = self.step, time.monotonic()
 
   def _finish(self) -> dict[str, Any]:
-    run = self.run_
-    self.checkpoints.wait()
-    if self.checkpoints.newest != self.step or not self.best:
-      raise checkpoint.UnsavedError(
-        f"step {self.step}, the last, could not be saved in {run.workdir}. Make"
-        " room; the same command goes on from step"
-        f" {self.checkpoints.newest or 0}"
-      )
-    result, skipped = None, self._list_skipped()
+    for trial in self.trials:
+      trial.require_saved(self.step)
+    results, skipped = [], self._list_skipped()
     if processes.is_first():
-      result = self._conclude(skipped)
-    result = processes.from_first(result)
-    _say(f"{run.workdir}: last epoch {_scores(self.last_eval)}")
-    return result
+      seconds = self._elapsed()
+      results = [
+        trial.conclude(state, seconds, skipped)
+        for trial, state in self._states()
+      ]
+    results = processes.from_first(results)
+    for trial in self.trials:
+      _say(f"{trial.workdir}: last epoch {_scores(trial.last_eval)}")
+    return results[0]
 
   def _list_skipped(self) -> dict[str, int]:
     """Writes down the images that could not be read; how many, in all."""
     run, process = self.run_, jax.process_index()
     listed = {name: list(s.reasons()) for name, s in run.skipped.items()}
     if any(listed.values()):
-      path = run.workdir / f"skipped_images_{process}.json"
-      checkpoint.write_json(path, listed)
+      for workdir in run.trials:
+        path = workdir / f"skipped_images_{process}.json"
+        checkpoint.write_json(path, listed)
     counts = [len(reasons) for reasons in listed.values()]
     total = parallel.gather_processes(np.array(counts, np.int32)).sum(axis=0)
     return {name: int(n) for name, n in zip(listed, total, strict=True)}
-
-  def _conclude(self, skipped: dict[str, int]) -> dict[str, Any]:
-    """Exports, and writes the result: the first process does."""
-    run = self.run_
-    export.export_run(run.workdir, run.workdir / "export")
-    seconds = self._elapsed()
-    result = {
-      "final": self.last_eval,
-      "best": self.best,
-      "teacher": run.teachers_about,
-      "student": run.config.student.name,
-      "method": run.config.distiller.name,
-      "seed": run.config.seed,
-      "parameters": setup.count(self.state.params["student"]),
-      "distiller_parameters": setup.count(self.state.params["distiller"]),
-      "steps": self.step,
-      "seconds": round(seconds, 3),
-      "images_per_second": round(
-        self.step * run.config.batch_size / seconds, 1
-      ),
-      "hardware": record.hardware(),
-      "skipped_images": skipped,
-    }
-    if run.config.verify_export:
-      _predict_in_fresh_process(run.workdir, run.test_source)
-    checkpoint.write_json(run.workdir / "result.json", result)
-    return result

@@ -1,7 +1,7 @@
 """The train step and the evaluation step: one of each for every method."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -50,7 +50,8 @@ def make_loss_fn(
   ramp_steps: Mapping[str, int],
   transform: Transform,
   mixing: Mapping[str, float] | None = None,
-  seed: int,
+  seed: int | Sequence[int],
+  data_seed: int | None = None,
   axis_name: str | None,
 ) -> Callable[..., tuple[jax.Array, Any]]:
   """Builds `loss(params, collections, teacher_variables, batch, step)`.
@@ -59,22 +60,46 @@ def make_loss_fn(
 
   Returns:
     The function; it returns (total loss, (new collections, sums)), both of
-    this replica's batch.
+    this replica's batch. Of several trials, the total is the sum of theirs,
+    whose gradient for each one's parameters is that of its own.
   """
+  several = not isinstance(seed, int)
+  seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+  shown_seed = seeds[0] if data_seed is None else data_seed
+
+  def keys(seed, step):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.split(key, 3)
 
   def loss_fn(params, collections, teacher_variables, batch, step):
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    augment_key, example_key, replica_key = jax.random.split(key, 3)
+    augment_key, _, _ = keys(shown_seed, step)
     images = transform(augment_key, batch)
     if mixing:
       (mix_key,) = jax.random.split(augment_key, 1)
       images, share = augment.mix(mix_key, images, **mixing)
       neighbours = augment.partner(batch["label"])
       batch = {**batch, "share": share, "mixed_label": neighbours}
+    taught = run_teacher(teacher, teacher_variables, images)
+    if not several:
+      return trial_loss(
+        seeds[0], params, collections, taught, images, batch, step
+      )
+    totals, rest = zip(
+      *[
+        trial_loss(*trial, taught, images, batch, step)
+        for trial in zip(seeds, params, collections, strict=True)
+      ]
+    )
+    collections, sums = zip(*rest)
+    sums = jax.tree.map(lambda *values: jnp.stack(values), *sums)
+    return sum(totals), (collections, sums)
+
+  def trial_loss(seed, params, collections, taught, images, batch, step):
+    teacher_output, classify = taught
+    _, example_key, replica_key = keys(seed, step)
     replica_key = jax.random.fold_in(
       replica_key, parallel.axis_index(axis_name)
     )
-    teacher_output, classify = run_teacher(teacher, teacher_variables, images)
     student_output, student_updates = student.apply(
       {"params": params["student"], **collections["student"]},
       images,
@@ -137,10 +162,15 @@ def make_train_step(
       ramp_steps: term -> steps over which its weight grows to full size.
       transform: (key, batch) -> images [B, H, W, C] as the models want them.
       mixing: None, or `augment.mix`'s mixup and cutmix.
-      seed: of all randomness, which is derived from it and the step alone.
+      seed: of all randomness, which is derived from it and the step alone. A
+        sequence trains as many trials at once, on the same images; they share
+        the teacher's forward pass.
+      data_seed: of augmentation and mixing; None: `seed`, or the first.
 
   Returns:
-    `train_step(state, teacher_variables, batch) -> (state, sums)`.
+    `train_step(state, teacher_variables, batch) -> (state, sums)`; for several
+    trials the state is one of `state.join`, the optimiser of
+    `optim.for_each`, and the sums but "count" are [trials].
   """
   loss_fn = make_loss_fn(axis_name=axis_name, **loss_arguments)
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
@@ -193,6 +223,8 @@ def make_train_step(
 
 
 def _average_statistics(collections, axis_name):
+  if isinstance(collections, tuple):  # of several trials
+    return tuple(_average_statistics(each, axis_name) for each in collections)
   return {
     module: {
       name: parallel.axis_mean(value, axis_name)

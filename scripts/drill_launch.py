@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
   if _APART.value:
     processes._VISIBLE = 1.0
     whole = train.train_and_evaluate
-    train.train_and_evaluate = lambda config, workdir: whole(
+    train.train_and_evaluate = lambda config, workdir, *_: whole(
       config, f"{workdir}/{jax.process_index()}"
     )
   launch.main(argv)

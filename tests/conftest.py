@@ -65,9 +65,8 @@ def session_folder(tmp_path_factory) -> pathlib.Path:
   return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@pytest.fixture
-def fast_compile(session_folder):
-  """Compiles several times faster, into slower code, and only once."""
+@contextlib.contextmanager
+def _compiling_fast(session_folder):
   folder = session_folder / "compilation_cache"
   settings = {
     "jax_disable_most_optimizations": (True, False),
@@ -81,6 +80,20 @@ def fast_compile(session_folder):
   for name, (_, outside) in settings.items():
     jax.config.update(name, outside)
   compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def fast_compile(session_folder):
+  """Compiles several times faster, into slower code, and only once."""
+  with _compiling_fast(session_folder):
+    yield
+
+
+@pytest.fixture(scope="module")
+def fast_compile_module(session_folder):
+  """The same for all tests of a module, and for its own fixtures."""
+  with _compiling_fast(session_folder):
+    yield
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from benchmarks import guard, jax_side, measure, step, torch_side
+from benchmarks import guard, jax_side, measure, step, torch_side, trials
 from benchmarks import work as work_lib
 from benchmarks.cell import SIDES, Cell
 from configs import base
@@ -460,3 +460,23 @@ step.main(sys.argv[3:])
   assert run_gpu(tmp_path, stub, "1", SMALL="1").stderr == ""
   over = run_gpu(tmp_path, stub, "3", SMALL="1", SECONDS_EACH="0")
   assert "methods: not run, the piece's 0 s are over" in over.stderr
+
+
+def test_trials_beside_each_other(tmp_path, fast_compile, capsys):
+  out = tmp_path / "trials.json"
+  trials.main(
+    [
+      *("--pairs", "_tiny_wide:_tiny", "--methods", "kd", "--trials", "2"),
+      *("--batch", "8", "--examples", "32", "--image_size", "16"),
+      *("--devices", "2", "--steps", "1", "--turns", "3"),
+      *("--weights", str(tmp_path / "weights"), "--out", str(out)),
+    ]
+  )
+  (row,) = json.loads(out.read_text())["rows"]
+  alone, together = (
+    row[name]["ms_per_step_turns"] for name in ("alone", "together")
+  )
+  assert row["ratios"] == [a / b for a, b in zip(alone, together, strict=True)]
+  assert len(row["ratios"]) == 3 and len(row["compile_seconds"]) == 2
+  _, line, _ = capsys.readouterr().out.splitlines()
+  assert line.split()[:4] == ["_tiny_wide:_tiny", "kd", "8", "2"]

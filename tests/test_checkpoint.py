@@ -202,6 +202,23 @@ def test_damage_to_any_file_is_harmless_or_seen(saved, tmp_path, how, caplog):
   assert {"state", "position", "meta"} <= seen
 
 
+def test_later_steps_are_taken_back(copied):
+  assert checkpoint.steps(copied) == [1, 2]
+  runner = checkpoint.Checkpointer(copied, keep=2)
+  assert runner.restore_latest(make_state(0), up_to=1).step == 1
+  assert checkpoint.steps(copied) == [runner.newest] == [1]
+  assert not copied.with_name("checkpoints_corrupt").exists()
+  # Another 2: the one that was there would be left as it is.
+  runner.save(2, make_state(3), position={}, meta={})
+  runner.close()
+  assert_same_bits(restore(copied, make_state(0)).state, make_state(3))
+  runner = checkpoint.Checkpointer(copied, keep=2)
+  assert runner.restore_latest(make_state(0), up_to=0) is None
+  runner.close()
+  assert checkpoint.steps(copied) == []
+  assert checkpoint.steps(copied / "nothing") == []
+
+
 def test_after_that_the_run_goes_on(copied):
   """The step set aside is made, and saved, again."""
   cut(copied / "2" / "meta" / "metadata")

@@ -50,6 +50,9 @@ def test_identity_is_all_that_a_result_depends_on():
   } <= names
   free = ("parallel.", "checkpoint.", "log.", "data.dir", "teacher.checkpoint")
   assert not [name for name in names if name.startswith(free)]
+  # Runs of before there were these fields are the same runs.
+  assert not {"data.seed", "trials", "trials_together"} & names
+  assert record.identity(make(data__seed=3))["data.seed"] == 3
 
 
 def test_a_fresh_workdir_is_claimed_and_then_recognised(tmp_path):

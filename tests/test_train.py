@@ -30,10 +30,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _compile_fast():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+def _compile_fast(fast_compile_module):
+  """Runs of one program compile it once."""
 
 
 def make_config(name, changes=()):
@@ -92,6 +90,16 @@ def assert_same_bits(ours, theirs):
     strict=True,
   ):
     assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
+
+
+def assert_close(ours, theirs):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(ours),
+    jax.tree.leaves(theirs),
+    strict=True,
+  ):
+    error = np.abs(a - b).max() / (np.abs(b).max() or 1)
+    assert error < 1e-5, jax.tree_util.keystr(path)
 
 
 def contents(folder):
@@ -241,7 +249,7 @@ def test_an_interrupted_run_ends_the_same(first, monkeypatch, capsys):
 
   def cut(self):
     if self.step == 5:
-      self.checkpoints.wait()
+      self.trials[0].checkpoints.wait()
       raise _PowerCutError
     dispatch(self)
 
@@ -282,13 +290,7 @@ def test_other_devices_and_dispatches_give_the_same_run(first):
   }
   train.train_and_evaluate(make_config("kd", changes), str(workdir))
   ours, theirs = (newest(path).state for path in (workdir, first[0]))
-  for (path, a), b in zip(
-    jax.tree_util.tree_leaves_with_path(ours["params"]),
-    jax.tree.leaves(theirs["params"]),
-    strict=True,
-  ):
-    error = np.abs(a - b).max() / np.abs(b).max()
-    assert error < 1e-5, jax.tree_util.keystr(path)
+  assert_close(ours["params"], theirs["params"])
 
 
 def test_another_seed_is_another_run(first):
@@ -305,6 +307,91 @@ def test_another_seed_is_another_run(first):
   assert abs(ours["loss"] - theirs["loss"]) > 1e-3
 
 
+SHARED = {**GRAIN, "data.seed": 0}
+
+
+def train_together(workdir):
+  """Trials of seeds 0 and 1, in WORKDIR and WORKDIR_seed1."""
+  second = workdir.with_name(f"{workdir.name}_seed1")
+  config = make_config("kd", SHARED)
+  result = train.train_and_evaluate(config, str(workdir), {str(second): 1})
+  return [workdir, second], result
+
+
+@pytest.fixture(scope="module")
+def together(first):
+  with compilations() as names:
+    folders, result = train_together(first[0].with_name("together"))
+  assert names.count("train_chunk") == 1
+  return folders, result
+
+
+def test_trials_together_are_what_each_is_alone(first, together):
+  folders, result = together
+  second = first[0].with_name("second_alone")
+  config = make_config("kd", {**SHARED, "seed": 1})
+  train.train_and_evaluate(config, str(second))
+  for ours, theirs in zip(folders, (first[0], second), strict=True):
+    assert_close(*[newest(path).state["params"] for path in (ours, theirs)])
+    records = [metrics.read(path / "metrics.jsonl") for path in (ours, theirs)]
+    for a, b in zip(*records, strict=True):
+      assert a.pop("kind") == b.pop("kind")
+      assert a == pytest.approx(b, rel=1e-5)
+    # And leave what it leaves.
+    assert {p.name for p in ours.iterdir()} == {
+      p.name for p in theirs.iterdir()
+    }
+    own, alone = (
+      json.loads((folder / "result.json").read_text())
+      for folder in (ours, theirs)
+    )
+    assert own.keys() == alone.keys()
+    for name in ("seed", "teacher", "parameters", "steps", "method"):
+      assert own[name] == alone[name]
+    assert (own["trained_together"], alone["trained_together"]) == (2, 1)
+    assert own["best"] == pytest.approx(alone["best"], rel=1e-5)
+    for weights in ("best", "last"):
+      models = [
+        export.run_model(path, weights=weights) for path in (ours, theirs)
+      ]
+      assert_close(*[model.variables["params"] for model in models])
+    assert export.read_card(ours / "export")["test"] == own["best"]
+  assert result == json.loads((folders[0] / "result.json").read_text())
+  configs = [(folder / "config.json").read_text() for folder in folders]
+  assert configs[1] == (second / "config.json").read_text()
+  assert configs[0] == configs[1].replace('"seed": 1', '"seed": 0')
+  states = [newest(folder).state["params"] for folder in folders]
+  with pytest.raises(AssertionError):
+    assert_close(*states)
+
+
+def test_trials_cut_between_their_checkpoints_end_the_same(
+  first, together, monkeypatch, capsys
+):
+  """The first has saved step 6, the second only step 3."""
+  workdir = first[0].with_name("cut")
+  save = train.Trial.save
+
+  def cut(self, step, state, seconds):
+    if step == 6 and self.config.seed == 1:
+      raise _PowerCutError
+    save(self, step, state, seconds)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Trial, "save", cut)
+    with pytest.raises(_PowerCutError):
+      train_together(workdir)
+  folders = [workdir, workdir.with_name("cut_seed1")]
+  assert [steps_saved(folder) for folder in folders] == [[3, 6], [3]]
+  capsys.readouterr()
+  train_together(workdir)
+  assert f"going on from step 3 of {TOTAL}" in capsys.readouterr().out
+  for ours, theirs in zip(folders, together[0], strict=True):
+    assert steps_saved(ours) == [9, 12]
+    assert_same_bits(newest(ours).state, newest(theirs).state)
+    assert lines(ours) == lines(theirs)
+
+
 def build(tmp_path, name, changes):
   config = make_config(name, changes)
   sources = train._sources(config)
@@ -317,6 +404,7 @@ def test_data_depend_on_the_seed_alone(tmp_path):
     build(tmp_path, "kd", {"parallel.num_devices": 2}),
     build(tmp_path, "teacher", {"student.name": "_tiny_wide"}),
     build(tmp_path, "teacher", {"seed": 1}),
+    build(tmp_path, "kd", {"seed": 1, "data.seed": 0}),
   ]
   orders, images = [], []
   for run in runs:
@@ -327,6 +415,7 @@ def test_data_depend_on_the_seed_alone(tmp_path):
   np.testing.assert_array_equal(orders[0], orders[1])
   np.testing.assert_array_equal(images[0], images[1])
   assert (orders[0] != orders[2]).any()
+  np.testing.assert_array_equal(orders[0], orders[3])
   # Augmented: not what the normalisation alone makes of them.
   assert np.abs(images[0] - runs[0].normalize(batch["image"])).max() > 0.1
 

@@ -1,0 +1,169 @@
+"""Trials trained at once, beside the same trials one after another.
+
+    python -m benchmarks.trials [--pairs TEACHER:STUDENT ...] [--trials 4 ...]
+
+Both are kd_jax's train chunk on made-up images, as `config.trials_together`
+and `config.trials` have it, in one process and by turns. A turn of --steps
+steps is timed; "alone" is a single student's, times the number of trials.
+Compiling is the first dispatch, less a later one. Prints a table and writes a
+JSON file.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from benchmarks import measure
+from benchmarks import work as work_lib
+
+
+def compare(
+  work: work_lib.Work,
+  weights: pathlib.Path,
+  *,
+  trials: int,
+  devices: int,
+  steps: int,
+  turns: int,
+) -> dict[str, Any]:
+  """Times a student and several at once, turn by turn.
+
+  Args:
+    work: what is trained.
+    weights: folder of the initial weights.
+    trials: how many at once.
+    devices: over which the batch is spread.
+    steps: of a turn.
+    turns: that are timed.
+
+  Returns:
+    For JSON: the timings of both, the ratio of each turn, and the seconds that
+    both took to compile.
+  """
+  from benchmarks import jax_side
+
+  work_lib.prepare([work], weights)
+  programs = [
+    jax_side.Program(
+      work, weights, steps_per_dispatch=1, devices=devices, trials=count
+    )
+    for count in (1, trials)
+  ]
+  compiling = []
+  for program in programs:
+    marks = [time.perf_counter()]
+    for _ in range(2):
+      program.run(1)
+      marks.append(time.perf_counter())
+    compiling.append(marks[1] - marks[0] - (marks[2] - marks[1]))
+  timings: list[tuple[float, ...]] = []
+  for _ in range(turns):
+    alone, together = (
+      measure.take_turns(program.run, steps=steps, turns=1).turns[0]
+      for program in programs
+    )
+    timings.append((trials * alone, together))
+  alone, together = (measure.Timing(turn) for turn in zip(*timings))
+  return {
+    "work": dataclasses.asdict(work),
+    "trials": trials,
+    "devices": devices,
+    "alone": alone.summary(),
+    "together": together.summary(),
+    "ratios": [a / b for a, b in timings],
+    "compile_seconds": compiling,
+  }
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+  """A table of what `compare` has found."""
+  head = (
+    *("pair", "method", "batch", "trials", "alone, ms", "together, ms"),
+    *("ratio", "least", "most", "compiling, s"),
+  )
+  lines = []
+  for row in rows:
+    work, ratios = row["work"], sorted(row["ratios"])
+    alone, together = (
+      row[name]["ms_per_step"] for name in ("alone", "together")
+    )
+    lines.append(
+      (
+        *(f"{work['teacher']}:{work['student']}", work["method"]),
+        *(str(work["batch"]), str(row["trials"])),
+        *(f"{alone:.0f}", f"{together:.0f}", f"{alone / together:.2f}"),
+        *(f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"),
+        " and ".join(f"{s:.1f}" for s in row["compile_seconds"]),
+      )
+    )
+  return measure.table(head, lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Measures, prints and writes."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  methods = [name for name in work_lib.METHODS if name != "none"]
+  add("--pairs", nargs="+", default=[work_lib.PAIRS[0]])
+  add("--methods", nargs="+", choices=methods, default=["kd", "simkd"])
+  add("--trials", type=int, nargs="+", default=[4])
+  add("--batch", type=int, default=64)
+  add("--devices", type=int, help="default: all")
+  add("--steps", type=int, default=2, help="of a turn")
+  add("--turns", type=int, default=5)
+  add("--examples", type=int, default=512, help="in the training set")
+  add("--image_size", type=int, default=32, help="in pixels")
+  add("--weights", default="runs/benchmarks/weights")
+  add("--out", default="runs/benchmarks/trials.json")
+  args = parser.parse_args(arguments)
+  rows = []
+  for pair, method, trials in itertools.product(
+    args.pairs, args.methods, args.trials
+  ):
+    teacher, _, student = pair.partition(":")
+    work = work_lib.Work(
+      teacher=teacher,
+      student=student,
+      method=method,
+      batch=args.batch,
+      image_size=args.image_size,
+      examples=args.examples,
+    )
+    rows.append(
+      compare(
+        work,
+        pathlib.Path(args.weights),
+        trials=trials,
+        devices=args.devices or jax.device_count(),
+        steps=args.steps,
+        turns=args.turns,
+      )
+    )
+  out = pathlib.Path(args.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  result = {
+    "commit": measure.commit(),
+    "versions": measure.versions(),
+    "hardware": {
+      **measure.hardware(),
+      "device": jax.devices()[0].device_kind,
+      "platform": jax.default_backend(),
+    },
+    "rows": rows,
+  }
+  out.write_text(json.dumps(result, indent=2) + "\n")
+  print(report(rows))
+  print(f"written: {out}")
+
+
+if __name__ == "__main__":
+  main()
