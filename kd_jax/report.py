@@ -23,6 +23,10 @@ import numpy as np
 
 from kd_jax import figures, metrics, published, record
 
+# What a run writes line by line, and the same as `kd_jax.results` keeps it.
+METRICS = "metrics.jsonl"
+PACKED = "metrics.jsonl.gz"
+
 # The p below which one mean is called better than another.
 _LEVEL = 0.05
 
@@ -77,12 +81,18 @@ class Welch:
 
 
 def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The finished runs at or below a folder: teachers first, then by age."""
+  """The finished runs at or below a folder: teachers first, then by age.
 
-  def order(path):
-    return "teachers" not in path.parts, path.stat().st_mtime
+  What `kd_jax.results` has gathered is in the order of its names: files that
+  were committed are as old as their checkout.
+  """
 
-  return [p.parent for p in sorted(folder.rglob("result.json"), key=order)]
+  def order(run):
+    gathered = (run / PACKED).exists()
+    age = 0.0 if gathered else (run / "result.json").stat().st_mtime
+    return "teachers" not in run.parts, age, run
+
+  return sorted((p.parent for p in folder.rglob("result.json")), key=order)
 
 
 def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -97,17 +107,20 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     in order).
 
   Raises:
-    ValueError: if there is no finished run, or one without a config.
+    ValueError: if there is no finished run, or one without its config or its
+      metrics.
   """
   rows = []
   for run in find_runs(folder):
+    lines = run / (PACKED if (run / PACKED).exists() else METRICS)
+    for path in (run / "config.json", lines):
+      if not path.exists():
+        raise ValueError(
+          f"{run}: expected {path.name} beside result.json, found none. Copy it"
+          " from the run, or remove this folder"
+        )
     config = record.read_json(run / "config.json")
-    if config is None:
-      raise ValueError(
-        f"{run}: expected config.json beside result.json, found none. Copy it"
-        " from the run, or remove this folder"
-      )
-    records = metrics.read(run / "metrics.jsonl")
+    records = metrics.read(lines)
     rows.append(
       {
         "run": str(run.relative_to(folder)),
@@ -219,11 +232,11 @@ def _cells(groups: Sequence[Group]) -> list[list[str]]:
         g.first["student"],
         g.label,
         str(len(g.rows)),
-        _spread(g.values("final", "top1"), 2),
-        f"{_spread(g.values('best', 'top1'), 2)} ({span})",
+        spread(g.values("final", "top1"), 2),
+        f"{spread(g.values('best', 'top1'), 2)} ({span})",
         "; ".join(f"{v.top1:.2f} ({_words(v)})" for v in values) or "-",
         "; ".join(f"{_difference(g, v):+.2f}" for v in values) or "-",
-        _spread(g.values("final", "ce"), 4),
+        spread(g.values("final", "ce"), 4),
         f"{g.first['parameters']:,}" + (f" + {extra:,}" if extra else ""),
         f"{np.mean([row['seconds'] for row in g.rows]):.1f}",
         _hardware(g),
@@ -232,7 +245,8 @@ def _cells(groups: Sequence[Group]) -> list[list[str]]:
   return cells
 
 
-def _spread(values, digits):
+def spread(values: np.ndarray, digits: int) -> str:
+  """The mean of trials in words, ± their sample standard deviation."""
   text = f"{values.mean():.{digits}f}"
   if len(values) > 1:
     text += f" ± {values.std(ddof=1):.{digits}f}"
@@ -253,10 +267,30 @@ def _hardware(g):
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
   """The Markdown table of rows that `collect` made, a line for each group."""
-  return _markdown(_HEADER, _cells(group(rows)), _RIGHT)
+  return markdown(_HEADER, _cells(group(rows)), _RIGHT)
 
 
-def _markdown(header, cells, right):
+def table_of(groups: Sequence[Group], columns: Sequence[str]) -> str:
+  """A Markdown table of some columns, without those that nothing is in.
+
+  Args:
+    groups: a line for each.
+    columns: of the full table's header, in the order to write them.
+  """
+  places = [_HEADER.index(name) for name in columns]
+  cells = _cells(groups)
+  places = [i for i in places if any(line[i] != "-" for line in cells)]
+  return markdown(
+    [_HEADER[i] for i in places],
+    [[line[i] for i in places] for line in cells],
+    {place for place, i in enumerate(places) if i in _RIGHT},
+  )
+
+
+def markdown(
+  header: Sequence[str], cells: Sequence[Sequence[str]], right: set[int]
+) -> str:
+  """A Markdown table; the columns of these numbers are aligned right."""
   rule = ["---:" if i in right else "---" for i in range(len(header))]
   lines = [f"| {' | '.join(line)} |" for line in (header, *cells)]
   lines.insert(1, f"|{'|'.join(rule)}|")
@@ -424,9 +458,9 @@ def _html_table(header, cells, right):
 
 def text(groups: Sequence[Group]) -> str:
   """The whole report in Markdown: table, comparison and what they mean."""
-  parts = [_markdown(_HEADER, _cells(groups), _RIGHT), _NOTE + "\n"]
+  parts = [markdown(_HEADER, _cells(groups), _RIGHT), _NOTE + "\n"]
   if compared := _comparisons(groups):
-    parts.append(_markdown(_COMPARED, compared, _COMPARED_RIGHT))
+    parts.append(markdown(_COMPARED, compared, _COMPARED_RIGHT))
     parts.append(_COMPARED_NOTE + "\n")
   return "\n".join(parts)
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -14,73 +13,29 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from configs import kd_cifar, teacher_cifar
-from kd_jax import record, report
-
-
-def result(top1, **fields):
-  final = {"top1": top1, "top5": 90.0, "ce": 1.5, "epoch": 3}
-  return {
-    "final": final,
-    "best": {**final, "top1": top1 + 1.25, "epoch": 2},
-    "student": "resnet8x4",
-    "teacher": {},
-    "method": "none",
-    "seed": 0,
-    "parameters": 78042,
-    "distiller_parameters": 0,
-    "seconds": 12.34,
-    "hardware": "1 x CPU",
-    **fields,
-  }
-
-
-def write(folder, content, *, age, evals=2, changes=None):
-  """A finished run of that many evaluations, `age` seconds old."""
-  folder.mkdir(parents=True)
-  lines = [
-    {
-      **{"step": 8 * e, "kind": "eval", "epoch": e},
-      "ce": 2.0 / e + content["seed"],
-      "top1": 10.0 * e + content["seed"],
-    }
-    for e in range(1, evals + 1)
-  ]
-  lines.insert(1, {"step": 4, "kind": "train", "loss": 5.0, "epoch": 0.5})
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (folder / "metrics.jsonl").write_text(text)
-  module = teacher_cifar if content["method"] == "none" else kd_cifar
-  config = {
-    **record.as_json(module.get_config()),
-    "student": {"name": content["student"]},
-    "seed": content["seed"],
-    **(changes or {}),
-  }
-  (folder / "config.json").write_text(json.dumps(config))
-  path = folder / "result.json"
-  path.write_text(json.dumps(content))
-  os.utime(path, (1e9 - age, 1e9 - age))
-
+from kd_jax import report
 
 ALONE = (70.0, 70.5, 71.75)
 KD = (74.0, 74.25, 74.0)
 
 
 @pytest.fixture
-def runs(tmp_path):
+def runs(tmp_path, write):
   """Three trials alone and with KD, one of another temperature, a teacher."""
   folder = tmp_path / "runs"
   teacher = {"name": "resnet32x4", "checkpoint": "x"}
   kd = {"method": "kd", "teacher": teacher, "distiller_parameters": 1234}
   for seed in range(3):
     name = f"_seed{seed}" if seed else ""
-    alone = result(ALONE[seed], seed=seed, seconds=10.0 + seed)
-    write(folder / f"alone{name}", alone, age=20 - seed)
-    write(folder / f"kd{name}", result(KD[seed], seed=seed, **kd), age=9 - seed)
+    seconds = 10.0 + seed
+    write(
+      folder / f"alone{name}", ALONE[seed], seed=seed, seconds=seconds, age=20
+    )
+    write(folder / f"kd{name}", KD[seed], seed=seed, **kd, age=9)
   hot = {"distiller": {"name": "kd", "temperature": 8.0}}
-  write(folder / "hot", result(60.0, **kd), age=1, changes=hot)
-  wide = result(79.0, student="resnet32x4", parameters=7)
-  write(folder / "teachers" / "x", wide, age=0, evals=4)
+  write(folder / "hot", 60.0, **kd, age=1, changes=hot)
+  wide = {"student": "resnet32x4", "parameters": 7}
+  write(folder / "teachers" / "x", 79.0, **wide, age=0, evals=4)
   unfinished = folder / "unfinished"
   unfinished.mkdir()
   (unfinished / "config.json").write_text("{}")
@@ -138,20 +93,20 @@ def test_table_is_of_trials(runs):
   assert lines[3]["method"] == "kd (temperature=8.0)"
 
 
-def test_best_epochs_and_hardware_of_all_trials(tmp_path):
+def test_best_epochs_and_hardware_of_all_trials(tmp_path, write):
   for seed in range(2):
-    content = result(20.0, seed=seed, hardware=f"{seed + 1} x GPU")
-    content["best"]["epoch"] = 5 - seed
-    write(tmp_path / str(seed), content, age=seed)
+    best = {"top1": 21.0, "top5": 90.0, "ce": 1.5, "epoch": 5 - seed}
+    more = {"hardware": f"{seed + 1} x GPU", "best": best}
+    write(tmp_path / str(seed), 20.0, seed=seed, **more, age=seed)
   (line,) = lines_of(report.table(report.collect(tmp_path)))
   assert line["top-1, best epoch"].endswith("(4-5)")
   assert line["hardware"] == "1 x GPU; 2 x GPU"
   assert line["run"] == "0"  # of the lowest seed, though it is the younger
 
 
-def test_a_seed_that_was_run_twice_counts_once(tmp_path):
+def test_a_seed_that_was_run_twice_counts_once(tmp_path, write):
   for name in "ab":
-    write(tmp_path / name, result(20.0), age=ord(name))
+    write(tmp_path / name, 20.0, age=ord(name))
   (one,) = report.group(report.collect(tmp_path))
   assert [row["run"] for row in one.rows] == ["b"]  # the older
 
@@ -207,11 +162,11 @@ def test_better_only_with_a_test(runs):
   assert compared[1]["verdict"] == "no test: one trial"
 
 
-def test_not_told_apart(tmp_path):
+def test_not_told_apart(tmp_path, write):
   for seed, (one, other) in enumerate([(20.0, 19.0), (22.0, 23.0)]):
-    write(tmp_path / f"a{seed}", result(one, seed=seed), age=seed)
-    content = result(other - 0.5, seed=seed)
-    write(tmp_path / f"b{seed}", content, age=seed, changes={"epochs": 5})
+    write(tmp_path / f"a{seed}", one, seed=seed)
+    less = other - 0.5
+    write(tmp_path / f"b{seed}", less, seed=seed, changes={"epochs": 5})
   text = report.text(report.group(report.collect(tmp_path)))
   (line,) = lines_of(text.split("\n\n")[2])
   assert line["best"] == "none (epochs=240)"
@@ -233,11 +188,12 @@ def test_no_finished_run(runs, name, monkeypatch, capsys):
   )
 
 
-def test_a_run_without_its_config(runs, monkeypatch, capsys):
-  (runs / "hot" / "config.json").unlink()
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_run_without_its_parts(name, runs, monkeypatch, capsys):
+  (runs / "hot" / name).unlink()
   assert main(monkeypatch, runs) == 2
   assert capsys.readouterr().err == (
-    f"{runs / 'hot'}: expected config.json beside result.json, found none. Copy"
+    f"{runs / 'hot'}: expected {name} beside result.json, found none. Copy"
     " it from the run, or remove this folder\n"
   )
 
@@ -336,9 +292,9 @@ def test_curves_are_means_of_the_evaluations(runs, drawn):
   assert [text.get_text() for text in legend.get_texts()] == names
 
 
-def test_a_method_looks_the_same_in_every_panel(runs, drawn):
-  write(runs / "v_kd", result(70.0, student="vgg8", method="kd"), age=2)
-  write(runs / "v", result(70.0, student="vgg8"), age=1)
+def test_a_method_looks_the_same_in_every_panel(runs, drawn, write):
+  write(runs / "v_kd", 70.0, student="vgg8", method="kd", age=2)
+  write(runs / "v", 70.0, student="vgg8", age=1)
   figure = drawn(runs)
   assert len(figure.axes) == 4
   assert figure.axes[2].get_title() == "vgg8, cifar100"
@@ -358,25 +314,25 @@ def test_teachers_alone_are_drawn(runs, drawn):
   assert figure.axes[0].get_title() == "resnet32x4, cifar100"
 
 
-def test_one_evaluation_is_visible(tmp_path, drawn):
-  write(tmp_path / "runs", result(20.0), evals=1, age=0)
+def test_one_evaluation_is_visible(tmp_path, drawn, write):
+  write(tmp_path / "runs", 20.0, evals=1)
   for axes in drawn(tmp_path / "runs").axes:
     assert axes.lines[0].get_marker() not in ("None", "", None)
 
 
-def test_many_methods_stay_apart(tmp_path, drawn):
+def test_many_methods_stay_apart(tmp_path, drawn, write):
   for i in range(14):
     changes = {"epochs": 100 + i}
-    write(tmp_path / str(i), result(20.0), age=i, changes=changes)
+    write(tmp_path / str(i), 20.0, age=i, changes=changes)
   lines = drawn(tmp_path).axes[0].lines
   styles = {(line.get_color(), line.get_linestyle()) for line in lines}
   assert len(styles) == 14
 
 
-def test_a_band_below_zero_is_drawn(tmp_path):
+def test_a_band_below_zero_is_drawn(tmp_path, write):
   """Of a cross-entropy that spreads more than its mean, on a log axis."""
   for seed, ce in enumerate((0.001, 5.0)):
-    write(tmp_path / str(seed), result(20.0, seed=seed), age=seed)
+    write(tmp_path / str(seed), 20.0, seed=seed)
     line = {"step": 1, "kind": "eval", "epoch": 1, "ce": ce, "top1": 1.0}
     (tmp_path / str(seed) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
   with warnings.catch_warnings():
