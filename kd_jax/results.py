@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from kd_jax import checkpoint, distillers, published, record, report
+from kd_jax import checkpoint, distillers, page, published, record, report
 
 BEGIN = "<!-- results: written by python -m kd_jax.results -->"
 END = "<!-- results: end -->"
@@ -171,7 +171,7 @@ def _published_table(groups):
     header += [f"`{student}`, published", "kd_jax"]
   theirs, ours = cells(alone, _TEACHER)
   numbers = set(range(2, len(header)))
-  text = report.markdown(header, lines, numbers)
+  text = page.Table(header, lines, numbers).markdown()
   text += f"\nThe teacher, `{_TEACHER}`: published {theirs}, kd_jax {ours}.\n"
   return text, left
 

@@ -232,21 +232,22 @@ def test_what_others_do_is_left_to_them(no_training, tmp_path, capsys):
   )
 
 
-# Two methods x two students x two trials, of networks of a second.
+# Two methods x two students x two trials on digits, of networks of a second.
 CONFIG = """
 from configs import base, table_cifar
 
 
 def get_config(arg=""):
-  config = table_cifar.get_config("smoke")
+  config = base.digits(base.get_config(), epochs=2)
   config.grid = table_cifar.product(
     students={"a": "_tiny", "b": "_tiny_wide"},
     teacher="_tiny_wide",
     methods=["kd"],
   )
   config.trials = 2
-  config.epochs = 6
+  config.batch_size = 128
   config.data.image_size = 8
+  config.teacher.epochs = 2
   config.checkpoint.every_steps = 4
   config.log.every_steps = 1
   return config

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import pathlib
+import re
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from kd_jax import report
+from kd_jax import analysis, figures, report
 
 ALONE = (70.0, 70.5, 71.75)
 KD = (74.0, 74.25, 74.0)
@@ -162,6 +164,15 @@ def test_better_only_with_a_test(runs):
   assert compared[1]["verdict"] == "no test: one trial"
 
 
+def test_no_test_without_spread(tmp_path, write):
+  for seed in range(2):
+    write(tmp_path / f"a{seed}", 20.0, seed=seed)
+    write(tmp_path / f"b{seed}", 19.0, seed=seed, changes={"epochs": 5})
+  text = report.text(report.group(report.collect(tmp_path)))
+  (line,) = lines_of(text.split("\n\n")[2])
+  assert line["verdict"] == "no test: no spread"
+
+
 def test_not_told_apart(tmp_path, write):
   for seed, (one, other) in enumerate([(20.0, 19.0), (22.0, 23.0)]):
     write(tmp_path / f"a{seed}", one, seed=seed)
@@ -198,7 +209,10 @@ def test_a_run_without_its_parts(name, runs, monkeypatch, capsys):
   )
 
 
-FILES = ["table.md", "table.csv", "curves.png", "curves.svg", "report.html"]
+FILES = [
+  *("table.md", "table.csv", "curves.png", "curves.svg", "report.html"),
+  "hparams",
+]
 
 
 def test_command_line(runs, tmp_path, monkeypatch, capsys):
@@ -220,9 +234,28 @@ def test_command_line(runs, tmp_path, monkeypatch, capsys):
 def test_command_line_writes_beside_the_runs(runs, monkeypatch, capsys):
   assert main(monkeypatch, runs) == 0
   assert all((runs / name).exists() for name in FILES)
-  before = {name: (runs / name).read_bytes() for name in FILES}
+  before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
   assert main(monkeypatch, runs) == 0
-  assert {name: (runs / name).read_bytes() for name in FILES} == before
+  after = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
+  assert after == before
+
+
+def needs_no_other_file(root):
+  """Whether a page names nothing but its own parts, each by a name of its own.
+
+  Returns those names.
+  """
+  named = [e.attrib["id"] for e in root.iter() if "id" in e.attrib]
+  assert len(named) == len(set(named))
+  for element in root.iter():
+    for name, value in element.attrib.items():
+      parts = re.findall(r"url\((.*?)\)", value)
+      if name.rpartition("}")[2] in ("href", "src", "srcset", "data"):
+        parts.append(value)
+      for part in parts:
+        if not part.startswith("data:image/png;base64,"):
+          assert part[:1] == "#" and part[1:] in named, (element.tag, name)
+  return named
 
 
 def test_page_is_well_formed_and_needs_no_other_file(runs, tmp_path):
@@ -236,11 +269,7 @@ def test_page_is_well_formed_and_needs_no_other_file(runs, tmp_path):
   assert "better" in body
   assert len(list(root.iter(f"{svg}svg"))) == 1
   assert not list(root.iter(f"{xhtml}script"))
-  for element in root.iter():
-    for name, value in element.attrib.items():
-      if name.rpartition("}")[2] in ("href", "src", "srcset", "data"):
-        assert value.startswith("#"), (element.tag, name, value)
-      assert "url(" not in value or "url(#" in value
+  needs_no_other_file(root)
   styles = [e.text for e in root.iter() if e.tag.endswith("}style")]
   assert not any("@import" in text or "url(" in text for text in styles)
   assert page.count("<?xml") == 0 and page.count("<!DOCTYPE") == 1
@@ -259,6 +288,92 @@ def drawn(monkeypatch):
     return figures[-1]
 
   return draw
+
+
+@pytest.fixture
+def pairs():
+  """A teacher with three students of ten classes, one of them in two trials."""
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(7), 5)
+  students = {
+    name: analysis.Student(
+      agreement=np.array(agreement),
+      distances=np.full(len(agreement), 0.25),
+      difference=np.full((10, 10), 0.25 * i),
+      points=rng.normal(size=(35, 2)),
+    )
+    for i, (name, agreement) in enumerate(
+      {"none": [70.0], "kd": [80.0, 90.0], "simkd (factor=2)": [95.0]}.items()
+    )
+  }
+  names = {k: f"<{k}>" for k in range(7)}
+  points = rng.normal(size=(35, 2))
+  pair = analysis.Pair("resnet32x4", points, labels, names, students)
+  return {("cifar100", "resnet8x4", "resnet32x4"): pair}
+
+
+def test_page_of_an_analysis(runs, pairs, tmp_path):
+  report.write(runs, tmp_path, pairs)
+  root = ElementTree.fromstring((tmp_path / "report.html").read_text())
+  assert needs_no_other_file(root)
+  drawings = list(root.iter("{http://www.w3.org/2000/svg}svg"))
+  assert [drawing.attrib["aria-label"] for drawing in drawings] == [
+    *("Curves", "Agreement with the teacher"),
+    "Correlation of logits: difference from the teacher",
+    "Features before the classifier (t-SNE)",
+  ]
+  assert all(drawing.attrib["role"] == "img" for drawing in drawings)
+  cells = [cell.text for cell in root.iter("{http://www.w3.org/1999/xhtml}td")]
+  assert (cells[cells.index("85.00 ± 7.07") - 2 :][:4]) == [
+    "kd",
+    "2",
+    "85.00 ± 7.07",
+    "0.2500 ± 0.0000",
+  ]
+  for name in ("agreement", "correlations", "features"):
+    with Image.open(tmp_path / f"{name}.png") as image:
+      assert image.format == "PNG"
+
+
+def test_figures_of_an_analysis(pairs, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    matplotlib.figure.Figure, "savefig", lambda f, *a, **k: made.append(f)
+  )
+  titled = {"one": next(iter(pairs.values())), "two": pairs.popitem()[1]}
+  path = [pathlib.Path("x.png")]
+  for draw in (figures.agreement, figures.correlations, figures.embeddings):
+    draw(titled, path)
+  agreement, correlations, features = made
+  assert [axes.get_title() for axes in agreement.axes] == ["one", "two"]
+  for axes in agreement.axes:
+    shown = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert shown == ["none", "kd", "simkd (factor=2)"]
+    means = [
+      line.get_xdata() for line in axes.lines if len(line.get_xdata()) < 2
+    ]
+    assert np.ravel(means).tolist() == [70.0, 85.0, 95.0]
+    trials = [
+      line.get_xdata() for line in axes.lines if len(line.get_xdata()) > 1
+    ]
+    assert np.ravel(trials).tolist() == [80.0, 90.0]
+  maps = [axes for axes in correlations.axes if axes.images]
+  assert [axes.get_title() for axes in maps] == 2 * [
+    *("none\nmean 0.000", "kd\nmean 0.250", "simkd (factor=2)\nmean 0.500")
+  ]
+  assert {axes.images[0].get_clim() for axes in maps} == {(0.0, 0.5)}
+  titles = [axes.get_title() for axes in features.axes]
+  assert titles == 2 * ["teacher resnet32x4", "none", "kd", "simkd (factor=2)"]
+  for axes in features.axes:
+    looks = {
+      (tuple(dots.get_facecolor()[0]), dots.get_paths()[0].vertices.tobytes())
+      for dots in axes.collections
+    }
+    assert len({colour for colour, _ in looks}) == len(looks) == 7
+  for part in features.subfigs:
+    (legend,) = part.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [f"<{k}>" for k in range(7)]
 
 
 def test_curves_are_means_of_the_evaluations(runs, drawn):
@@ -327,6 +442,13 @@ def test_many_methods_stay_apart(tmp_path, drawn, write):
   lines = drawn(tmp_path).axes[0].lines
   styles = {(line.get_color(), line.get_linestyle()) for line in lines}
   assert len(styles) == 14
+
+
+def test_no_power_of_ten_on_the_axis(runs, drawn, write):
+  write(runs / "small", 70.0, changes={"epochs": 5}, evals=300)
+  axes = drawn(runs).axes[0]
+  labels = axes.yaxis.get_major_formatter().format_ticks([0.01, 0.1, 1, 10])
+  assert labels == ["0.01", "0.1", "1", "10"]
 
 
 def test_a_band_below_zero_is_drawn(tmp_path, write):
