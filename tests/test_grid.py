@@ -344,3 +344,19 @@ def test_killed_shared_and_resumed_grids_are_one(tmp_path, repo):
   assert drill.numbers("killed") == (lines, evals)
   claimed = os.listdir(tmp_path / "killed" / "b_kd" / "claims")
   assert sorted(claimed) == ["1", "2"]
+
+  # The moved runs are analysed where they are now.
+  shutil.rmtree(tmp_path / "shared")
+  groups = report.group(report.collect(tmp_path / "killed"))
+  pairs = report.analyse(tmp_path / "killed", groups)
+  assert [key[:2] for key in pairs] == [
+    ("digits", "_tiny"),
+    ("digits", "_tiny_wide"),
+  ]
+  for pair in pairs.values():
+    assert {k: len(s.agreement) for k, s in pair.students.items()} == {
+      "kd": 2,
+      "none": 2,
+    }
+  for path in report.write(tmp_path / "killed", tmp_path / "out", pairs):
+    assert path.exists()
