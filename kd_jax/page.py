@@ -72,11 +72,13 @@ p { max-width: 60rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.875rem; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #ccc;
-  text-align: left; max-width: 11rem; overflow-wrap: break-word; }
+  text-align: left; }
 th { border-bottom: 2px solid #111; vertical-align: bottom; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+td:first-child { white-space: normal; max-width: 11rem;
+  overflow-wrap: break-word; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; max-width: none; }
 svg { width: 100%; min-width: 44rem; max-width: 66rem; height: auto; }
 """
 
