@@ -189,8 +189,8 @@ class Model:
     """The network, without variables."""
     return build(self.card)
 
-  def apply(self, variables: Variables, images: jax.Array) -> jax.Array:
-    """What `logits` compiles: a pure function of both arguments."""
+  def output(self, variables: Variables, images: jax.Array) -> ModelOutput:
+    """Logits and features of raw images: a pure function of both arguments."""
     card = self.card
     x = augment.normalize(
       images,
@@ -199,7 +199,11 @@ class Model:
       dtype=jnp.dtype(card["dtype"]),
     )
     output: Any = self.network.apply(variables, x, train=False)
-    return output.logits
+    return output
+
+  def apply(self, variables: Variables, images: jax.Array) -> jax.Array:
+    """What `logits` compiles: a pure function of both arguments."""
+    return self.output(variables, images).logits
 
   @functools.cached_property
   def _compiled(self):

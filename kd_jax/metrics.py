@@ -6,6 +6,7 @@ count, so that means over any number of steps, batches or devices are exact.
 
 import contextlib
 import errno
+import gzip
 import json
 import logging
 import os
@@ -264,9 +265,16 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads a `metrics.jsonl`; a last line cut short by a crash is left out."""
+  """Reads a `metrics.jsonl`; a last line cut short by a crash is left out.
+
+  Args:
+    path: of the file, or of one compressed by gzip, whose name ends in .gz.
+  """
+  raw = path.read_bytes()
+  if path.suffix == ".gz":
+    raw = gzip.decompress(raw)
   records = []
-  for line in path.read_text(encoding="utf-8").splitlines():
+  for line in raw.decode("utf-8").splitlines():
     try:
       records.append(json.loads(line))
     except json.JSONDecodeError:

@@ -94,6 +94,51 @@ _TABLES: dict[tuple[str, str], tuple[tuple[str, ...], list[tuple]]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A method, as a table has it.
+
+  Attributes:
+    source: short name of the table.
+    teacher: network; "" for networks alone.
+    method: its word.
+    settings: fields of the method that the row is of.
+    top1: student -> percent.
+  """
+
+  source: str
+  teacher: str
+  method: str
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  top1: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def has(self, config: Mapping[str, Any]) -> bool:
+    """Whether a run is of this row, whichever its student is.
+
+    Args:
+      config: the content of its `config.json`.
+    """
+    weights = {k: v for k, v in config["loss_weights"].items() if v}
+    return (
+      config["data"]["name"].rpartition(":")[2] == "cifar100"
+      and all(config[name] == value for name, value in _RECIPE.items())
+      and config["teacher"]["name"] == self.teacher
+      and config["distiller"]["name"] == self.method
+      and self.settings.items() <= config["distiller"].items()
+      # Of a method that the table has not, any weights are as good.
+      and weights == WEIGHTS[self.source].get(self.method, weights)
+    )
+
+
+def rows(source: str, teacher: str) -> list[Row]:
+  """The rows of a table for one teacher, or for networks alone ("")."""
+  students, lines = _TABLES[source, teacher]
+  return [
+    Row(source, teacher, method, settings, dict(zip(students, values)))
+    for method, settings, *values in lines
+  ]
+
+
 def find(config: Mapping[str, Any]) -> list[Published]:
   """The published values of a run.
 
@@ -103,22 +148,10 @@ def find(config: Mapping[str, Any]) -> list[Published]:
   Returns:
     One for each table that has it; none if its recipe is no table's.
   """
-  if config["data"]["name"].rpartition(":")[2] != "cifar100":
-    return []
-  if any(config[name] != value for name, value in _RECIPE.items()):
-    return []
-  method, student = config["distiller"]["name"], config["student"]["name"]
-  weights = {k: v for k, v in config["loss_weights"].items() if v}
-  found = []
-  for (source, teacher), (students, rows) in _TABLES.items():
-    if teacher != config["teacher"]["name"] or student not in students:
-      continue
-    for name, settings, *values in rows:
-      if (
-        name == method
-        and weights == WEIGHTS[source][name]
-        and settings.items() <= config["distiller"].items()
-      ):
-        top1 = values[students.index(student)]
-        found.append(Published(top1, source, _EPOCH[source]))
-  return found
+  student = config["student"]["name"]
+  return [
+    Published(row.top1[student], row.source, _EPOCH[row.source])
+    for table in _TABLES
+    for row in rows(*table)
+    if student in row.top1 and row.has(config)
+  ]

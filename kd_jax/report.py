@@ -1,6 +1,7 @@
-"""Tables, a figure and a page from finished runs.
+"""Tables, figures and a page from finished runs.
 
-python -m kd_jax.report RUNS
+    python -m kd_jax.report RUNS
+    python -m kd_jax.report RUNS --analysis
 
 Runs that differ in their seed alone are trials of one line. Accuracies are of
 the test set, in percent: after the last epoch, and at the best one, which was
@@ -10,18 +11,31 @@ chosen on the test set.
 import argparse
 import csv
 import dataclasses
-import html
 import io
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from kd_jax import figures, metrics, published, record
+from kd_jax import (
+  analysis,
+  data,
+  export,
+  figures,
+  hparams,
+  metrics,
+  page,
+  published,
+  record,
+)
+
+# What a run writes line by line, and the same as `kd_jax.results` keeps it.
+METRICS = "metrics.jsonl"
+PACKED = "metrics.jsonl.gz"
 
 # The p below which one mean is called better than another.
 _LEVEL = 0.05
@@ -77,12 +91,18 @@ class Welch:
 
 
 def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The finished runs at or below a folder: teachers first, then by age."""
+  """The finished runs at or below a folder: teachers first, then by age.
 
-  def order(path):
-    return "teachers" not in path.parts, path.stat().st_mtime
+  What `kd_jax.results` has gathered is in the order of its names: files that
+  were committed are as old as their checkout.
+  """
 
-  return [p.parent for p in sorted(folder.rglob("result.json"), key=order)]
+  def order(run):
+    gathered = (run / PACKED).exists()
+    age = 0.0 if gathered else (run / "result.json").stat().st_mtime
+    return "teachers" not in run.parts, age, run
+
+  return sorted((p.parent for p in folder.rglob("result.json")), key=order)
 
 
 def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -97,17 +117,20 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     in order).
 
   Raises:
-    ValueError: if there is no finished run, or one without a config.
+    ValueError: if there is no finished run, or one without its config or its
+      metrics.
   """
   rows = []
   for run in find_runs(folder):
+    lines = run / (PACKED if (run / PACKED).exists() else METRICS)
+    for path in (run / "config.json", lines):
+      if not path.exists():
+        raise ValueError(
+          f"{run}: expected {path.name} beside result.json, found none. Copy it"
+          " from the run, or remove this folder"
+        )
     config = record.read_json(run / "config.json")
-    if config is None:
-      raise ValueError(
-        f"{run}: expected config.json beside result.json, found none. Copy it"
-        " from the run, or remove this folder"
-      )
-    records = metrics.read(run / "metrics.jsonl")
+    records = metrics.read(lines)
     rows.append(
       {
         "run": str(run.relative_to(folder)),
@@ -219,11 +242,11 @@ def _cells(groups: Sequence[Group]) -> list[list[str]]:
         g.first["student"],
         g.label,
         str(len(g.rows)),
-        _spread(g.values("final", "top1"), 2),
-        f"{_spread(g.values('best', 'top1'), 2)} ({span})",
+        spread(g.values("final", "top1"), 2),
+        f"{spread(g.values('best', 'top1'), 2)} ({span})",
         "; ".join(f"{v.top1:.2f} ({_words(v)})" for v in values) or "-",
         "; ".join(f"{_difference(g, v):+.2f}" for v in values) or "-",
-        _spread(g.values("final", "ce"), 4),
+        spread(g.values("final", "ce"), 4),
         f"{g.first['parameters']:,}" + (f" + {extra:,}" if extra else ""),
         f"{np.mean([row['seconds'] for row in g.rows]):.1f}",
         _hardware(g),
@@ -232,7 +255,8 @@ def _cells(groups: Sequence[Group]) -> list[list[str]]:
   return cells
 
 
-def _spread(values, digits):
+def spread(values: np.ndarray, digits: int) -> str:
+  """The mean of trials in words, ± their sample standard deviation."""
   text = f"{values.mean():.{digits}f}"
   if len(values) > 1:
     text += f" ± {values.std(ddof=1):.{digits}f}"
@@ -253,14 +277,31 @@ def _hardware(g):
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
   """The Markdown table of rows that `collect` made, a line for each group."""
-  return _markdown(_HEADER, _cells(group(rows)), _RIGHT)
+  return _table(group(rows)).markdown()
 
 
-def _markdown(header, cells, right):
-  rule = ["---:" if i in right else "---" for i in range(len(header))]
-  lines = [f"| {' | '.join(line)} |" for line in (header, *cells)]
-  lines.insert(1, f"|{'|'.join(rule)}|")
-  return "\n".join(lines) + "\n"
+def _table(groups):
+  return page.Table(_HEADER, _cells(groups), _RIGHT)
+
+
+def table_of(groups: Sequence[Group], columns: Sequence[str]) -> str:
+  """A Markdown table of some columns, without those that nothing is in.
+
+  Args:
+    groups: a line for each.
+    columns: of the full table's header, in the order to write them.
+  """
+  cells = _cells(groups)
+  places = [
+    place
+    for place in map(_HEADER.index, columns)
+    if any(line[place] != "-" for line in cells)
+  ]
+  return page.Table(
+    [_HEADER[place] for place in places],
+    [[line[place] for place in places] for line in cells],
+    {i for i, place in enumerate(places) if place in _RIGHT},
+  ).markdown()
 
 
 _COMPARED = (
@@ -286,12 +327,14 @@ def _comparisons(groups: Sequence[Group]) -> list[list[str]]:
       if other is best:
         continue
       theirs = other.values("final", "top1")
-      test, numbers, verdict = welch(ours, theirs), ["-"] * 3, "no test"
+      test, numbers = welch(ours, theirs), ["-"] * 3
       if test is not None:
         numbers = [f"{test.t:.2f}", f"{test.degrees:.1f}", f"{test.p:.2g}"]
         verdict = "better" if test.p < _LEVEL else "not told apart"
       elif min(len(ours), len(theirs)) < 2:
         verdict = "no test: one trial"
+      else:
+        verdict = "no test: no spread"
       lines.append(
         [
           *task,
@@ -360,101 +403,211 @@ def panels(groups: Sequence[Group]) -> dict[str, dict[str, list[list[dict]]]]:
   return made
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 90rem; padding: 0 1rem; color: #111; background: #fff; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ccc;
-  text-align: left; white-space: nowrap; }
-thead th { border-bottom: 2px solid #111; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-svg { max-width: 100%; height: auto; }
-"""
+def analyse(
+  folder: pathlib.Path, groups: Sequence[Group], data_dir: str | None = None
+) -> dict[tuple[str, str, str], analysis.Pair]:
+  """Compares students with the teacher that they, or others like them, had.
 
+  Args:
+    folder: that the groups were collected from.
+    groups: of `group`.
+    data_dir: folder of the data set; None: the one that the runs had.
 
-def _page(groups: Sequence[Group], svg: str) -> str:
-  """One file of XHTML's syntax that needs no other."""
-  # In a page, the drawing stands without its own XML declaration and type.
-  drawing = svg[svg.index("<svg") :]
-  drawing = drawing.replace(
-    "<svg ", '<svg role="img" aria-label="test curves" ', 1
-  )
-  parts = [
-    "<!DOCTYPE html>",
-    '<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head>',
-    '<meta charset="utf-8"/><title>kd_jax: results</title>',
-    '<meta name="viewport" content="width=device-width"/>',
-    f"<style>{_STYLE}</style></head><body>",
-    "<h1>Results</h1>",
-    _html_table(_HEADER, _cells(groups), _RIGHT),
-    f"<p>{html.escape(_NOTE)}</p>",
-  ]
-  if compared := _comparisons(groups):
-    parts += [
-      "<h2>Comparison</h2>",
-      _html_table(_COMPARED, compared, _COMPARED_RIGHT),
-      f"<p>{html.escape(_COMPARED_NOTE)}</p>",
-    ]
-  parts += [
-    "<h2>Curves</h2>",
-    "<p>Mean over trials; the band is one sample standard deviation to each"
-    " side.</p>",
-    drawing,
-    "</body></html>",
-  ]
-  return "\n".join(parts) + "\n"
+  Returns:
+    (data, network, teacher) -> the comparison. Students of several teachers at
+    once are left out.
 
-
-def _html_table(header, cells, right):
-  def line(texts, tag):
-    kinds = [' class="number"' if i in right else "" for i in range(len(texts))]
-    inner = "".join(
-      f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-      for kind, cell in zip(kinds, texts)
+  Raises:
+    ValueError: if no student has a teacher, or if a model or the data cannot be
+      read.
+    ImportError: if a teacher takes PyTorch and there is none.
+  """
+  students = [g for g in groups if not g.is_teacher]
+  made = {}
+  for task in dict.fromkeys(g.task for g in students):
+    members = [g for g in students if g.task == task]
+    # By the fingerprint of their weights.
+    teachers = {
+      row["teacher"]["fingerprint"]: row
+      for g in reversed(members)
+      for row in reversed(g.rows)
+      if isinstance(row["teacher"], dict) and row["teacher"]
+    }
+    for fingerprint, row in reversed(teachers.items()):
+      about = row["teacher"]
+      name = about["name"]
+      if [r["teacher"]["name"] for r in teachers.values()].count(name) > 1:
+        name += f" {fingerprint:08x}"
+      made[*task, name] = analysis.compare(
+        analysis.find_teacher(folder / row["run"], about),
+        about["name"],
+        _trials(folder, members, fingerprint),
+        _test_set(row["config"]["data"], data_dir),
+      )
+  if not made:
+    raise ValueError(
+      f"{folder}: expected a run with a teacher, to compare students with it,"
+      " found none"
     )
-    return f"<tr>{inner}</tr>"
+  return made
 
-  body = "\n".join(line(texts, "td") for texts in cells)
-  return (
-    f'<div class="wide"><table><thead>{line(header, "th")}</thead>\n'
-    f"<tbody>{body}</tbody></table></div>"
+
+def _trials(folder, groups, fingerprint):
+  """label -> the runs that had this teacher, or none at all."""
+  found = {}
+  for g in groups:
+    runs = [
+      folder / row["run"]
+      for row in g.rows
+      if not row["teacher"]
+      or (
+        isinstance(row["teacher"], dict)
+        and row["teacher"]["fingerprint"] == fingerprint
+      )
+    ]
+    if runs:
+      found[g.label] = runs
+  return found
+
+
+def _test_set(config, data_dir):
+  options = {
+    name: config[name] for name in (*export.DATA_OPTIONS, "on_bad_image")
+  }
+  folder = data_dir or config["dir"]
+  return data.load(config["name"], split="test", dir=folder, **options)
+
+
+Pairs = Mapping[tuple[str, str, str], analysis.Pair]
+_ANALYSED = (
+  *("data", "network", "teacher", "method", "n", "agreement"),
+  "difference of correlations",
+)
+_ANALYSED_RIGHT = {4, 5, 6}
+_ANALYSED_NOTE = (
+  "Of the weights that a run exports, those of its best epoch, on the test set."
+  " Agreement: the share of images, in percent, for which student and teacher"
+  " name the same class. Difference of correlations: each two classes' logits"
+  " have a correlation over the images; the student's less the teacher's, its"
+  " absolute value, mean over all pairs. A student alone (none) is compared"
+  " with the teacher of the others."
+)
+
+
+def _analysed(pairs: Pairs) -> list[list[str]]:
+  return [
+    [
+      *task,
+      label,
+      str(len(student.agreement)),
+      spread(student.agreement, 2),
+      spread(student.distances, 4),
+    ]
+    for task, pair in pairs.items()
+    for label, student in pair.students.items()
+  ]
+
+
+def _tables(groups, pairs) -> list[tuple[str, page.Table, str]]:
+  """Title, table and note of each part of the report."""
+  made = [("Accuracy", _table(groups), _NOTE)]
+  if compared := _comparisons(groups):
+    table = page.Table(_COMPARED, compared, _COMPARED_RIGHT)
+    made.append(("Comparison", table, _COMPARED_NOTE))
+  if pairs:
+    table = page.Table(_ANALYSED, _analysed(pairs), _ANALYSED_RIGHT)
+    made.append(("Student and teacher", table, _ANALYSED_NOTE))
+  return made
+
+
+def text(groups: Sequence[Group], pairs: Pairs | None = None) -> str:
+  """The whole report in Markdown: tables, and what they mean.
+
+  Args:
+    groups: of `group`.
+    pairs: of `analyse`, if they are to be in it.
+  """
+  return "\n".join(
+    f"{table.markdown()}\n{note}\n"
+    for _, table, note in _tables(groups, pairs or {})
   )
 
 
-def text(groups: Sequence[Group]) -> str:
-  """The whole report in Markdown: table, comparison and what they mean."""
-  parts = [_markdown(_HEADER, _cells(groups), _RIGHT), _NOTE + "\n"]
-  if compared := _comparisons(groups):
-    parts.append(_markdown(_COMPARED, compared, _COMPARED_RIGHT))
-    parts.append(_COMPARED_NOTE + "\n")
-  return "\n".join(parts)
+# File, title and note of each figure, and what draws it.
+_CURVES: tuple[str, str, str, Callable] = (
+  "curves",
+  "Curves",
+  "Mean over trials; the band is one sample standard deviation to each side.",
+  figures.curves,
+)
+_ANALYSES: tuple[tuple[str, str, str, Callable], ...] = (
+  (
+    "agreement",
+    "Agreement with the teacher",
+    "Large dots are means over trials, small ones the trials.",
+    figures.agreement,
+  ),
+  (
+    "correlations",
+    "Correlation of logits: difference from the teacher",
+    "Of the first trial, for each two classes; dark is like the teacher.",
+    figures.correlations,
+  ),
+  (
+    "features",
+    "Features before the classifier (t-SNE)",
+    f"Of the first trial: the first {analysis.SHOWN_EACH} test images of each"
+    f" of the first {analysis.SHOWN_CLASSES} classes. Neighbours have similar"
+    " features; sizes of groups and distances between them mean little.",
+    figures.embeddings,
+  ),
+)
 
 
-def write(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
+def write(
+  folder: pathlib.Path, to: pathlib.Path, pairs: Pairs | None = None
+) -> list[pathlib.Path]:
   """Writes the whole report of the finished runs at or below a folder.
 
   Args:
     folder: of a run or of many.
     to: folder to write into; it is made.
+    pairs: of `analyse`, if they are to be in it.
 
   Returns:
-    `table.md`, `table.csv`, `curves.png`, `curves.svg` and `report.html` there.
+    `table.md`, `table.csv`, `curves.png` and `curves.svg`, of pairs the same of
+    `agreement`, `correlations` and `features`, `report.html` and `hparams`
+    there.
 
   Raises:
     ValueError: as `collect`.
   """
-  groups = group(collect(folder))
+  rows, pairs = collect(folder), pairs or {}
+  groups = group(rows)
   to.mkdir(parents=True, exist_ok=True)
-  names = ("table.md", "table.csv", "curves.png", "curves.svg", "report.html")
-  # Several processes of a grid may write at once: each file is one's whole.
-  drafts = [to / f".{os.getpid()}-{name}" for name in names]
-  drafts[0].write_text(text(groups), encoding="utf-8")
-  drafts[1].write_text(_csv(groups), encoding="utf-8")
-  figures.curves(panels(groups), drafts[2:4])
-  svg = drafts[3].read_text(encoding="utf-8")
-  drafts[4].write_text(_page(groups, svg), encoding="utf-8")
-  return [draft.replace(to / name) for draft, name in zip(drafts, names)]
+  drafts = []
+
+  def draft(name):
+    # Several processes of a grid may write at once: each file is one's whole.
+    drafts.append(to / f".{os.getpid()}-{name}")
+    return drafts[-1]
+
+  draft("table.md").write_text(text(groups, pairs), encoding="utf-8")
+  draft("table.csv").write_text(_csv(groups), encoding="utf-8")
+  sections = [page.Section(*part) for part in _tables(groups, pairs)]
+  titled = {f"{n}, {d}, teacher {t}": p for (d, n, t), p in pairs.items()}
+  for (name, title, note, draw), content in [
+    (_CURVES, panels(groups)),
+    *((figure, titled) for figure in _ANALYSES if pairs),
+  ]:
+    paths = [draft(f"{name}.png"), draft(f"{name}.svg")]
+    draw(content, paths)
+    svg = paths[1].read_text(encoding="utf-8")
+    sections.append(page.Section(title, svg, note))
+  draft("report.html").write_text(page.write(sections), encoding="utf-8")
+  hparams.write(rows, to / "hparams")
+  written = [path.replace(to / path.name.partition("-")[2]) for path in drafts]
+  return [*written, to / "hparams"]
 
 
 def main() -> None:
@@ -462,20 +615,33 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     prog="python -m kd_jax.report",
     description="Prints a table of the finished runs at or below a folder, and"
-    " writes it (table.md, table.csv), their curves (.png, .svg) and a page"
-    " with both (report.html).",
+    " writes it (table.md, table.csv), their curves (.png, .svg), a page with"
+    " both (report.html) and TensorBoard's view of their settings (hparams).",
   )
   parser.add_argument("runs", type=pathlib.Path, help="folder of runs")
   parser.add_argument(
     "--to", type=pathlib.Path, help="folder to write into (default: RUNS)"
   )
+  parser.add_argument(
+    "--analysis",
+    action="store_true",
+    help="compare students with their teachers on the test set too: agreement,"
+    " correlations of logits, features",
+  )
+  parser.add_argument(
+    "--data_dir",
+    help="of --analysis: folder of the data set (default: as the runs had it)",
+  )
   args = parser.parse_args()
   try:
     groups = group(collect(args.runs))
-    paths = write(args.runs, args.to or args.runs)
-  except ValueError as error:
+    pairs = {}
+    if args.analysis:
+      pairs = analyse(args.runs, groups, args.data_dir)
+    paths = write(args.runs, args.to or args.runs, pairs)
+  except (ValueError, ImportError) as error:
     parser.exit(2, f"{error}\n")
-  print(text(groups))
+  print(text(groups, pairs))
   print(*paths, sep="\n")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import sys
@@ -127,6 +128,57 @@ def smoke_run(session_folder, fast_compile):
         run(config, str(root / name))
         (root / name / "done").touch()
     return root / name
+
+  return make
+
+
+@pytest.fixture
+def write():
+  """write(folder, top1, **more): a finished run that nobody has trained."""
+  from configs import kd_cifar, teacher_cifar
+  from kd_jax import record
+
+  def make(folder, top1, *, age=0, evals=2, changes=None, **fields):
+    """A run of that many evaluations, `age` seconds old.
+
+    `changes` are to its config, `fields` to its result.
+    """
+    final = {"top1": top1, "top5": 90.0, "ce": 1.5, "epoch": 3}
+    result = {
+      "final": final,
+      "best": {**final, "top1": top1 + 1.25, "epoch": 2},
+      "student": "resnet8x4",
+      "teacher": {},
+      "method": "none",
+      "seed": 0,
+      "parameters": 78042,
+      "distiller_parameters": 0,
+      "seconds": 12.34,
+      "hardware": "1 x CPU",
+      **fields,
+    }
+    module = teacher_cifar if result["method"] == "none" else kd_cifar
+    config = {
+      **record.as_json(module.get_config()),
+      "student": {"name": result["student"]},
+      "seed": result["seed"],
+      **(changes or {}),
+    }
+    lines = [
+      {
+        **{"step": 8 * e, "kind": "eval", "epoch": e},
+        "ce": 2.0 / e + result["seed"],
+        "top1": 10.0 * e + result["seed"],
+      }
+      for e in range(1, evals + 1)
+    ]
+    lines.insert(1, {"step": 4, "kind": "train", "loss": 5.0, "epoch": 0.5})
+    folder.mkdir(parents=True)
+    for name, content in (("config", config), ("result", result)):
+      (folder / f"{name}.json").write_text(json.dumps(content))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    os.utime(folder / "result.json", (1e9 - age, 1e9 - age))
 
   return make
 

@@ -338,21 +338,22 @@ def test_what_others_do_is_left_to_them(no_training, tmp_path, capsys):
   )
 
 
-# Two methods x two students x two trials, of networks of a second.
+# Two methods x two students x two trials on digits, of networks of a second.
 CONFIG = """
 from configs import base, table_cifar
 
 
 def get_config(arg=""):
-  config = table_cifar.get_config("smoke")
+  config = base.digits(base.get_config(), epochs=2)
   config.grid = table_cifar.product(
     students={"a": "_tiny", "b": "_tiny_wide"},
     teacher="_tiny_wide",
     methods=["kd"],
   )
   config.trials = 2
-  config.epochs = 6
+  config.batch_size = 128
   config.data.image_size = 8
+  config.teacher.epochs = 2
   config.checkpoint.every_steps = 4
   config.log.every_steps = 1
   return config
@@ -449,3 +450,19 @@ def test_killed_shared_and_resumed_grids_are_one(tmp_path, repo):
   assert drill.numbers("killed") == (lines, evals)
   claimed = os.listdir(tmp_path / "killed" / "b_kd" / "claims")
   assert sorted(claimed) == ["1", "2"]
+
+  # The moved runs are analysed where they are now.
+  shutil.rmtree(tmp_path / "shared")
+  groups = report.group(report.collect(tmp_path / "killed"))
+  pairs = report.analyse(tmp_path / "killed", groups)
+  assert [key[:2] for key in pairs] == [
+    ("digits", "_tiny"),
+    ("digits", "_tiny_wide"),
+  ]
+  for pair in pairs.values():
+    assert {k: len(s.agreement) for k, s in pair.students.items()} == {
+      "kd": 2,
+      "none": 2,
+    }
+  for path in report.write(tmp_path / "killed", tmp_path / "out", pairs):
+    assert path.exists()

@@ -53,7 +53,7 @@ ABOVE = {
   f"kd_jax.{name}"
   for name in (
     *("train", "setup", "export", "evaluate", "predict", "report", "convert"),
-    *("grid", "teachers", "figures", "published"),
+    *("grid", "teachers", "figures", "published", "results", "analysis"),
   )
 }
 # Heavy packages, each with the one file that may import it.

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-import os
+import pathlib
+import re
 import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -14,73 +15,29 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from configs import kd_cifar, teacher_cifar
-from kd_jax import record, report
-
-
-def result(top1, **fields):
-  final = {"top1": top1, "top5": 90.0, "ce": 1.5, "epoch": 3}
-  return {
-    "final": final,
-    "best": {**final, "top1": top1 + 1.25, "epoch": 2},
-    "student": "resnet8x4",
-    "teacher": {},
-    "method": "none",
-    "seed": 0,
-    "parameters": 78042,
-    "distiller_parameters": 0,
-    "seconds": 12.34,
-    "hardware": "1 x CPU",
-    **fields,
-  }
-
-
-def write(folder, content, *, age, evals=2, changes=None):
-  """A finished run of that many evaluations, `age` seconds old."""
-  folder.mkdir(parents=True)
-  lines = [
-    {
-      **{"step": 8 * e, "kind": "eval", "epoch": e},
-      "ce": 2.0 / e + content["seed"],
-      "top1": 10.0 * e + content["seed"],
-    }
-    for e in range(1, evals + 1)
-  ]
-  lines.insert(1, {"step": 4, "kind": "train", "loss": 5.0, "epoch": 0.5})
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (folder / "metrics.jsonl").write_text(text)
-  module = teacher_cifar if content["method"] == "none" else kd_cifar
-  config = {
-    **record.as_json(module.get_config()),
-    "student": {"name": content["student"]},
-    "seed": content["seed"],
-    **(changes or {}),
-  }
-  (folder / "config.json").write_text(json.dumps(config))
-  path = folder / "result.json"
-  path.write_text(json.dumps(content))
-  os.utime(path, (1e9 - age, 1e9 - age))
-
+from kd_jax import analysis, figures, report
 
 ALONE = (70.0, 70.5, 71.75)
 KD = (74.0, 74.25, 74.0)
 
 
 @pytest.fixture
-def runs(tmp_path):
+def runs(tmp_path, write):
   """Three trials alone and with KD, one of another temperature, a teacher."""
   folder = tmp_path / "runs"
   teacher = {"name": "resnet32x4", "checkpoint": "x"}
   kd = {"method": "kd", "teacher": teacher, "distiller_parameters": 1234}
   for seed in range(3):
     name = f"_seed{seed}" if seed else ""
-    alone = result(ALONE[seed], seed=seed, seconds=10.0 + seed)
-    write(folder / f"alone{name}", alone, age=20 - seed)
-    write(folder / f"kd{name}", result(KD[seed], seed=seed, **kd), age=9 - seed)
+    seconds = 10.0 + seed
+    write(
+      folder / f"alone{name}", ALONE[seed], seed=seed, seconds=seconds, age=20
+    )
+    write(folder / f"kd{name}", KD[seed], seed=seed, **kd, age=9)
   hot = {"distiller": {"name": "kd", "temperature": 8.0}}
-  write(folder / "hot", result(60.0, **kd), age=1, changes=hot)
-  wide = result(79.0, student="resnet32x4", parameters=7)
-  write(folder / "teachers" / "x", wide, age=0, evals=4)
+  write(folder / "hot", 60.0, **kd, age=1, changes=hot)
+  wide = {"student": "resnet32x4", "parameters": 7}
+  write(folder / "teachers" / "x", 79.0, **wide, age=0, evals=4)
   unfinished = folder / "unfinished"
   unfinished.mkdir()
   (unfinished / "config.json").write_text("{}")
@@ -138,20 +95,20 @@ def test_table_is_of_trials(runs):
   assert lines[3]["method"] == "kd (temperature=8.0)"
 
 
-def test_best_epochs_and_hardware_of_all_trials(tmp_path):
+def test_best_epochs_and_hardware_of_all_trials(tmp_path, write):
   for seed in range(2):
-    content = result(20.0, seed=seed, hardware=f"{seed + 1} x GPU")
-    content["best"]["epoch"] = 5 - seed
-    write(tmp_path / str(seed), content, age=seed)
+    best = {"top1": 21.0, "top5": 90.0, "ce": 1.5, "epoch": 5 - seed}
+    more = {"hardware": f"{seed + 1} x GPU", "best": best}
+    write(tmp_path / str(seed), 20.0, seed=seed, **more, age=seed)
   (line,) = lines_of(report.table(report.collect(tmp_path)))
   assert line["top-1, best epoch"].endswith("(4-5)")
   assert line["hardware"] == "1 x GPU; 2 x GPU"
   assert line["run"] == "0"  # of the lowest seed, though it is the younger
 
 
-def test_a_seed_that_was_run_twice_counts_once(tmp_path):
+def test_a_seed_that_was_run_twice_counts_once(tmp_path, write):
   for name in "ab":
-    write(tmp_path / name, result(20.0), age=ord(name))
+    write(tmp_path / name, 20.0, age=ord(name))
   (one,) = report.group(report.collect(tmp_path))
   assert [row["run"] for row in one.rows] == ["b"]  # the older
 
@@ -207,11 +164,20 @@ def test_better_only_with_a_test(runs):
   assert compared[1]["verdict"] == "no test: one trial"
 
 
-def test_not_told_apart(tmp_path):
+def test_no_test_without_spread(tmp_path, write):
+  for seed in range(2):
+    write(tmp_path / f"a{seed}", 20.0, seed=seed)
+    write(tmp_path / f"b{seed}", 19.0, seed=seed, changes={"epochs": 5})
+  text = report.text(report.group(report.collect(tmp_path)))
+  (line,) = lines_of(text.split("\n\n")[2])
+  assert line["verdict"] == "no test: no spread"
+
+
+def test_not_told_apart(tmp_path, write):
   for seed, (one, other) in enumerate([(20.0, 19.0), (22.0, 23.0)]):
-    write(tmp_path / f"a{seed}", result(one, seed=seed), age=seed)
-    content = result(other - 0.5, seed=seed)
-    write(tmp_path / f"b{seed}", content, age=seed, changes={"epochs": 5})
+    write(tmp_path / f"a{seed}", one, seed=seed)
+    less = other - 0.5
+    write(tmp_path / f"b{seed}", less, seed=seed, changes={"epochs": 5})
   text = report.text(report.group(report.collect(tmp_path)))
   (line,) = lines_of(text.split("\n\n")[2])
   assert line["best"] == "none (epochs=240)"
@@ -233,16 +199,20 @@ def test_no_finished_run(runs, name, monkeypatch, capsys):
   )
 
 
-def test_a_run_without_its_config(runs, monkeypatch, capsys):
-  (runs / "hot" / "config.json").unlink()
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
+def test_a_run_without_its_parts(name, runs, monkeypatch, capsys):
+  (runs / "hot" / name).unlink()
   assert main(monkeypatch, runs) == 2
   assert capsys.readouterr().err == (
-    f"{runs / 'hot'}: expected config.json beside result.json, found none. Copy"
+    f"{runs / 'hot'}: expected {name} beside result.json, found none. Copy"
     " it from the run, or remove this folder\n"
   )
 
 
-FILES = ["table.md", "table.csv", "curves.png", "curves.svg", "report.html"]
+FILES = [
+  *("table.md", "table.csv", "curves.png", "curves.svg", "report.html"),
+  "hparams",
+]
 
 
 def test_command_line(runs, tmp_path, monkeypatch, capsys):
@@ -264,9 +234,28 @@ def test_command_line(runs, tmp_path, monkeypatch, capsys):
 def test_command_line_writes_beside_the_runs(runs, monkeypatch, capsys):
   assert main(monkeypatch, runs) == 0
   assert all((runs / name).exists() for name in FILES)
-  before = {name: (runs / name).read_bytes() for name in FILES}
+  before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
   assert main(monkeypatch, runs) == 0
-  assert {name: (runs / name).read_bytes() for name in FILES} == before
+  after = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
+  assert after == before
+
+
+def needs_no_other_file(root):
+  """Whether a page names nothing but its own parts, each by a name of its own.
+
+  Returns those names.
+  """
+  named = [e.attrib["id"] for e in root.iter() if "id" in e.attrib]
+  assert len(named) == len(set(named))
+  for element in root.iter():
+    for name, value in element.attrib.items():
+      parts = re.findall(r"url\((.*?)\)", value)
+      if name.rpartition("}")[2] in ("href", "src", "srcset", "data"):
+        parts.append(value)
+      for part in parts:
+        if not part.startswith("data:image/png;base64,"):
+          assert part[:1] == "#" and part[1:] in named, (element.tag, name)
+  return named
 
 
 def test_page_is_well_formed_and_needs_no_other_file(runs, tmp_path):
@@ -280,11 +269,7 @@ def test_page_is_well_formed_and_needs_no_other_file(runs, tmp_path):
   assert "better" in body
   assert len(list(root.iter(f"{svg}svg"))) == 1
   assert not list(root.iter(f"{xhtml}script"))
-  for element in root.iter():
-    for name, value in element.attrib.items():
-      if name.rpartition("}")[2] in ("href", "src", "srcset", "data"):
-        assert value.startswith("#"), (element.tag, name, value)
-      assert "url(" not in value or "url(#" in value
+  needs_no_other_file(root)
   styles = [e.text for e in root.iter() if e.tag.endswith("}style")]
   assert not any("@import" in text or "url(" in text for text in styles)
   assert page.count("<?xml") == 0 and page.count("<!DOCTYPE") == 1
@@ -303,6 +288,86 @@ def drawn(monkeypatch):
     return figures[-1]
 
   return draw
+
+
+@pytest.fixture
+def pairs():
+  """A teacher with three students of ten classes, one of them in two trials."""
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(7), 5)
+  students = {
+    name: analysis.Student(
+      agreement=np.array(agreement),
+      distances=np.full(len(agreement), 0.25),
+      difference=np.full((10, 10), 0.25 * i),
+      points=rng.normal(size=(35, 2)),
+    )
+    for i, (name, agreement) in enumerate(
+      {"none": [70.0], "kd": [80.0, 90.0], "simkd (factor=2)": [95.0]}.items()
+    )
+  }
+  names = {k: f"<{k}>" for k in range(7)}
+  points = rng.normal(size=(35, 2))
+  pair = analysis.Pair("resnet32x4", points, labels, names, students)
+  return {("cifar100", "resnet8x4", "resnet32x4"): pair}
+
+
+def test_page_of_an_analysis(runs, pairs, tmp_path):
+  report.write(runs, tmp_path, pairs)
+  root = ElementTree.fromstring((tmp_path / "report.html").read_text())
+  assert needs_no_other_file(root)
+  drawings = list(root.iter("{http://www.w3.org/2000/svg}svg"))
+  assert [drawing.attrib["aria-label"] for drawing in drawings] == [
+    *("Curves", "Agreement with the teacher"),
+    "Correlation of logits: difference from the teacher",
+    "Features before the classifier (t-SNE)",
+  ]
+  assert all(drawing.attrib["role"] == "img" for drawing in drawings)
+  cells = [cell.text for cell in root.iter("{http://www.w3.org/1999/xhtml}td")]
+  assert (cells[cells.index("85.00 ± 7.07") - 2 :][:4]) == [
+    "kd",
+    "2",
+    "85.00 ± 7.07",
+    "0.2500 ± 0.0000",
+  ]
+  for name in ("agreement", "correlations", "features"):
+    with Image.open(tmp_path / f"{name}.png") as image:
+      assert image.format == "PNG"
+
+
+def test_figures_of_an_analysis(pairs, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    matplotlib.figure.Figure, "savefig", lambda f, *a, **k: made.append(f)
+  )
+  titled = {"one": next(iter(pairs.values())), "two": pairs.popitem()[1]}
+  path = [pathlib.Path("x.png")]
+  for draw in (figures.agreement, figures.correlations, figures.embeddings):
+    draw(titled, path)
+  agreement, correlations, features = made
+  assert [axes.get_title() for axes in agreement.axes] == ["one", "two"]
+  for axes in agreement.axes:
+    shown = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert shown == ["none", "kd", "simkd (factor=2)"]
+    drawn = [np.ravel(line.get_xdata()).tolist() for line in axes.lines]
+    assert drawn == [[70.0], [80.0, 90.0], [85.0], [95.0]]
+  maps = [axes for axes in correlations.axes if axes.images]
+  assert [axes.get_title() for axes in maps] == 2 * [
+    *("none\nmean 0.000", "kd\nmean 0.250", "simkd (factor=2)\nmean 0.500")
+  ]
+  assert {axes.images[0].get_clim() for axes in maps} == {(0.0, 0.5)}
+  titles = [axes.get_title() for axes in features.axes]
+  assert titles == 2 * ["teacher resnet32x4", "none", "kd", "simkd (factor=2)"]
+  for axes in features.axes:
+    looks = {
+      (tuple(dots.get_facecolor()[0]), dots.get_paths()[0].vertices.tobytes())
+      for dots in axes.collections
+    }
+    assert len({colour for colour, _ in looks}) == len(looks) == 7
+  for part in features.subfigs:
+    (legend,) = part.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [f"<{k}>" for k in range(7)]
 
 
 def test_curves_are_means_of_the_evaluations(runs, drawn):
@@ -336,9 +401,9 @@ def test_curves_are_means_of_the_evaluations(runs, drawn):
   assert [text.get_text() for text in legend.get_texts()] == names
 
 
-def test_a_method_looks_the_same_in_every_panel(runs, drawn):
-  write(runs / "v_kd", result(70.0, student="vgg8", method="kd"), age=2)
-  write(runs / "v", result(70.0, student="vgg8"), age=1)
+def test_a_method_looks_the_same_in_every_panel(runs, drawn, write):
+  write(runs / "v_kd", 70.0, student="vgg8", method="kd", age=2)
+  write(runs / "v", 70.0, student="vgg8", age=1)
   figure = drawn(runs)
   assert len(figure.axes) == 4
   assert figure.axes[2].get_title() == "vgg8, cifar100"
@@ -358,25 +423,32 @@ def test_teachers_alone_are_drawn(runs, drawn):
   assert figure.axes[0].get_title() == "resnet32x4, cifar100"
 
 
-def test_one_evaluation_is_visible(tmp_path, drawn):
-  write(tmp_path / "runs", result(20.0), evals=1, age=0)
+def test_one_evaluation_is_visible(tmp_path, drawn, write):
+  write(tmp_path / "runs", 20.0, evals=1)
   for axes in drawn(tmp_path / "runs").axes:
     assert axes.lines[0].get_marker() not in ("None", "", None)
 
 
-def test_many_methods_stay_apart(tmp_path, drawn):
+def test_many_methods_stay_apart(tmp_path, drawn, write):
   for i in range(14):
     changes = {"epochs": 100 + i}
-    write(tmp_path / str(i), result(20.0), age=i, changes=changes)
+    write(tmp_path / str(i), 20.0, age=i, changes=changes)
   lines = drawn(tmp_path).axes[0].lines
   styles = {(line.get_color(), line.get_linestyle()) for line in lines}
   assert len(styles) == 14
 
 
-def test_a_band_below_zero_is_drawn(tmp_path):
+def test_no_power_of_ten_on_the_axis(runs, drawn, write):
+  write(runs / "small", 70.0, changes={"epochs": 5}, evals=300)
+  axes = drawn(runs).axes[0]
+  labels = axes.yaxis.get_major_formatter().format_ticks([0.01, 0.1, 1, 10])
+  assert labels == ["0.01", "0.1", "1", "10"]
+
+
+def test_a_band_below_zero_is_drawn(tmp_path, write):
   """Of a cross-entropy that spreads more than its mean, on a log axis."""
   for seed, ce in enumerate((0.001, 5.0)):
-    write(tmp_path / str(seed), result(20.0, seed=seed), age=seed)
+    write(tmp_path / str(seed), 20.0, seed=seed)
     line = {"step": 1, "kind": "eval", "epoch": 1, "ce": ce, "top1": 1.0}
     (tmp_path / str(seed) / "metrics.jsonl").write_text(json.dumps(line) + "\n")
   with warnings.catch_warnings():

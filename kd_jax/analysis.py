@@ -1,0 +1,234 @@
+"""What a student has in common with its teacher: answers, classes, features.
+
+Of models that predict, on a test set:
+
+- agreement: the share of the images for which both name the same class;
+- correlation of the logits: how similar a model takes two classes to be, as the
+  correlation of their logits over the images, and by how much the student
+  differs from its teacher (as Tian et al., ICLR 2020, and Zhao et al., CVPR
+  2022, show it);
+- features before the classifier, in two dimensions by t-SNE (van der Maaten and
+  Hinton, JMLR 2008), of a few classes.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_jax import convert, data, export
+from kd_jax.inference import Model
+
+# Of the test set, what t-SNE shows: its first classes, as many as there are
+# colours that everybody can tell apart, and the first images of each.
+SHOWN_CLASSES = 7
+SHOWN_EACH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What a model makes of a test set.
+
+  Attributes:
+    choices: [N] int, the class that it names for each image.
+    correlation: [K, K], see `correlation`.
+    features: [M, C], before the classifier, of the images that `shown` chose.
+    labels: [M] int, theirs.
+  """
+
+  choices: np.ndarray
+  correlation: np.ndarray
+  features: np.ndarray
+  labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+  """Trials of one method beside their teacher.
+
+  Attributes:
+    agreement: [n], in percent.
+    distances: [n], the means of |difference| over pairs of classes.
+    difference: [K, K], of the first trial, its |difference| of correlations.
+    points: [M, 2], of the first trial.
+  """
+
+  agreement: np.ndarray
+  distances: np.ndarray
+  difference: np.ndarray
+  points: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A teacher and all that were compared with it on one test set.
+
+  Attributes:
+    teacher: name of its network.
+    points: [M, 2], of the teacher.
+    labels: [M] int, of the images whose points are given.
+    class_names: of the classes in `labels`, by class.
+    students: label -> its trials.
+  """
+
+  teacher: str
+  points: np.ndarray
+  labels: np.ndarray
+  class_names: Mapping[int, str]
+  students: Mapping[str, Student]
+
+
+def correlation(logits: np.ndarray) -> np.ndarray:
+  """Pearson's correlation of each two classes' logits over the images.
+
+  Args:
+    logits: [N, K].
+
+  Returns:
+    [K, K]; 0 for a class whose logit never varies.
+  """
+  centred = logits - logits.mean(axis=0, dtype=np.float64)
+  norms = np.linalg.norm(centred, axis=0)
+  unit = centred / np.where(norms > 0, norms, 1.0)
+  return unit.T @ unit
+
+
+def shown(labels: np.ndarray) -> np.ndarray:
+  """The images that t-SNE shows: positions [M] in the test set, in order."""
+  chosen = [
+    np.flatnonzero(labels == label)[:SHOWN_EACH]
+    for label in np.unique(labels)[:SHOWN_CLASSES]
+  ]
+  return np.sort(np.concatenate(chosen))
+
+
+def embed(features: np.ndarray) -> np.ndarray:
+  """t-SNE in two dimensions; the same features give the same points.
+
+  Args:
+    features: [M, C].
+
+  Returns:
+    [M, 2]; all zeros if the features are the same for all images.
+  """
+  import threadpoolctl
+  from sklearn import manifold  # takes a second
+
+  wide = np.asarray(features, np.float64)
+  if not np.ptp(wide, axis=0).any():
+    return np.zeros((len(wide), 2))
+  tsne = manifold.TSNE(
+    init="pca", perplexity=min(30.0, (len(wide) - 1) / 3), random_state=0
+  )
+  # Its threads wait for each other at every step, which takes 25 times as long
+  # where other processes have the cores too.
+  with threadpoolctl.threadpool_limits(1):
+    return tsne.fit_transform(wide)
+
+
+def look(model: Model, source: Any, *, batch_size: int = 500) -> Seen:
+  """Shows a test set to a model.
+
+  Args:
+    model: to ask.
+    source: the test set.
+    batch_size: images at a time.
+  """
+
+  @jax.jit
+  def ask(variables, images):
+    output = model.output(variables, images)
+    return output.logits, output.features["pooled"]
+
+  found: list[tuple[np.ndarray, ...]] = []
+  for batch in data.eval_stream(source, batch_size):
+    arrays = (*ask(model.variables, batch["image"]), batch["label"])
+    found.append(tuple(np.asarray(x)[batch["mask"]] for x in arrays))
+  logits, features, labels = map(np.concatenate, zip(*found))
+  few = shown(labels)
+  return Seen(
+    logits.argmax(axis=1), correlation(logits), features[few], labels[few]
+  )
+
+
+def find_teacher(run: pathlib.Path, about: Mapping[str, Any]) -> pathlib.Path:
+  """Where a run's teacher is.
+
+  Args:
+    run: its folder.
+    about: what its `result.json` says of the teacher.
+
+  Returns:
+    The path that it was at while the run lasted or, if the runs have been
+    moved since, that beside the run.
+
+  Raises:
+    ValueError: if it is at neither.
+  """
+  then = pathlib.Path(about["checkpoint"])
+  beside = run.parent / "teachers" / then.name
+  for path in (then, beside):
+    if path.exists():
+      return path
+  raise ValueError(
+    f"{run}: expected its teacher {about['name']} at {then} or {beside}, found"
+    " it at neither. Copy it from where the run was made to the second"
+  )
+
+
+def open_run(run: pathlib.Path) -> Model:
+  """The export of a finished run.
+
+  Raises:
+    ValueError: if there is none, as in a folder of results.
+  """
+  if not (run / "export").exists():
+    raise ValueError(
+      f"{run}: expected the export of a finished run (export/{export.CARD}),"
+      " found none. An analysis takes the runs themselves: name the --workdir"
+      " of launch.py"
+    )
+  return export.load(run)
+
+
+def compare(
+  teacher: pathlib.Path,
+  name: str,
+  students: Mapping[str, Sequence[pathlib.Path]],
+  source: Any,
+) -> Pair:
+  """Compares students with a teacher.
+
+  Args:
+    teacher: a finished run, an export or a file of weights.
+    name: of its network.
+    students: label -> the folders of the runs that are its trials.
+    source: the test set.
+
+  Returns:
+    The pair.
+
+  Raises:
+    ValueError: if a model cannot be read.
+    ImportError: if the teacher takes PyTorch and there is none.
+  """
+  origin = convert.Origin(source=source)
+  theirs = look(
+    convert.open_model(teacher, model_name=name, origin=origin), source
+  )
+  found = {}
+  for label, runs in students.items():
+    seen = [look(open_run(run), source) for run in runs]
+    differences = [np.abs(s.correlation - theirs.correlation) for s in seen]
+    agreement = [100.0 * (s.choices == theirs.choices).mean() for s in seen]
+    found[label] = Student(
+      np.array(agreement),
+      np.array([difference.mean() for difference in differences]),
+      differences[0],
+      embed(seen[0].features),
+    )
+  names = {int(k): source.class_names[k] for k in np.unique(theirs.labels)}
+  return Pair(name, embed(theirs.features), theirs.labels, names, found)
