@@ -4,7 +4,8 @@
 
 All of CIFAR-100: ResNet-20 teaches ResNet-8. The schedule of the table's
 recipe, squeezed: batch 64, a cosine instead of the steps at 150, 180 and 210,
-8 epochs for the teacher and 4 for each student. About 70 minutes on 2 cores.
+8 epochs for the teacher and 4 for each student. Not run to its
+end.
 """
 
 from configs import base, table_cifar

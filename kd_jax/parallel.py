@@ -238,9 +238,9 @@ def split_cpu(*batch_sizes: int) -> None:
   Args:
     *batch_sizes: of all that is to be trained, in examples.
   """
-  if jax.config.jax_num_cpu_devices > 0 or (
-    "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-  ):
+  named = getattr(jax.config, "jax_num_cpu_devices", -1)
+  forced = "xla_force_host_platform_device_count"
+  if named > 0 or forced in os.environ.get("XLA_FLAGS", ""):
     return
   size = math.gcd(*batch_sizes)
   most = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES)

@@ -13,7 +13,7 @@ from kd_jax import distillers, grid, models, published, record, train
 REPO = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
 RUNS = [name for name in NAMES if name != "base"]
-GRIDS = ["cpu_cifar", "quickstart", "table_cifar"]
+GRIDS = ["quickstart", "table_cifar", "table_cpu"]
 METHODS = [
   name.removesuffix("_cifar")
   for name in RUNS
@@ -204,9 +204,10 @@ def test_unknown_argument(name):
 
 
 # Smoke runs of ImageNet's configs are those of CIFAR's but for the rates, and
-# test_grid.py runs the table's: that they can begin is enough of most.
+# test_grid.py runs grids of trials: that they can begin is enough of most.
 BEGUN = sorted(
-  {*IMAGENET, "table_cifar"} - {"teacher_imagenet", "simkd_imagenet"}
+  {*IMAGENET, "table_cifar", "table_cpu"}
+  - {"teacher_imagenet", "simkd_imagenet"}
 )
 
 

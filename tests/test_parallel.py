@@ -186,7 +186,7 @@ def test_a_cpu_is_left_as_the_user_has_cut_it(monkeypatch):
 
 
 class Config:
-  """What `split_cpu` reads and sets of JAX's, which tests cannot set twice."""
+  """What `split_cpu` reads and sets of JAX's, which a process may set once."""
 
   def __init__(self, jax_num_cpu_devices):
     self.jax_num_cpu_devices = jax_num_cpu_devices
