@@ -455,14 +455,11 @@ def test_killed_shared_and_resumed_grids_are_one(tmp_path, repo):
   shutil.rmtree(tmp_path / "shared")
   groups = report.group(report.collect(tmp_path / "killed"))
   pairs = report.analyse(tmp_path / "killed", groups)
-  assert [key[:2] for key in pairs] == [
-    ("digits", "_tiny"),
-    ("digits", "_tiny_wide"),
-  ]
+  students = {("digits", "_tiny"), ("digits", "_tiny_wide")}
+  assert {key[:2] for key in pairs} == students and len(pairs) == 2
   for pair in pairs.values():
-    assert {k: len(s.agreement) for k, s in pair.students.items()} == {
-      "kd": 2,
-      "none": 2,
-    }
+    # "none (...)" where the teacher has been trained alone, too.
+    trials = {k.split()[0]: len(s.agreement) for k, s in pair.students.items()}
+    assert trials == {"kd": 2, "none": 2}
   for path in report.write(tmp_path / "killed", tmp_path / "out", pairs):
     assert path.exists()
