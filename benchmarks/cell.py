@@ -69,6 +69,11 @@ def side_module(cell: Cell) -> Any:
     return torch_side
   from benchmarks import jax_side
 
+  if cell.devices > 1:
+    import jax
+
+    # Of a CPU each core, as `launch.py` does; before JAX first looks at it.
+    jax.config.update("jax_num_cpu_devices", cell.devices)
   return jax_side
 
 

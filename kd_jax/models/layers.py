@@ -5,6 +5,7 @@ accuracy (paddings, initialisers, BatchNorm's running variance) are therefore
 PyTorch's here, so that weights are interchangeable and training starts alike.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -71,22 +72,24 @@ def _convolve(
   feature_group_count: int,
   **options: Any,
 ) -> jax.Array:
-  """`lax.conv_general_dilated` of `nn.Conv`, for small maps by other means.
+  """`lax.conv_general_dilated` of `nn.Conv`, by other means where that is slow.
 
-  On maps smaller than the kernel XLA's convolutions for the CPU, and those for
-  their gradients, take hundreds of times as long as on larger ones (a 3x3 of
-  512 channels on 32 maps of 2x2: 1.4 s instead of 4 ms). There a window is
-  gathered for each of the few pixels, and it is one matrix product, or, in a
-  depthwise convolution, a sum.
+  XLA's convolutions for the CPU, and those for their gradients, are slow in
+  three cases (figures in docs/speed.md):
+  - on maps smaller than the kernel, hundreds of times as slow as on larger ones
+    (a 3x3 of 512 channels on 32 maps of 2x2: 1.4 s instead of 4 ms). There a
+    window is gathered for each of the few pixels, and it is a matrix product;
+  - depthwise, 3 to 100 times as slow as the sum of shifted and scaled maps;
+  - of 1x1, for the kernel's gradient, 2 to 30 times as slow as the matrix
+    product that it is.
   """
   height, width, inputs, outputs = kernel.shape
   rows, columns = (
     (x.shape[1 + i] + sum(padding[i]) - kernel.shape[i]) // strides[i] + 1
     for i in (0, 1)
   )
-  depthwise = inputs == 1 and feature_group_count == outputs
-  is_small = 0 < min(rows, columns) < max(height, width)
-  if not is_small or not (feature_group_count == 1 or depthwise):
+
+  def by_xla(x, kernel):
     return jax.lax.conv_general_dilated(
       x,
       kernel,
@@ -95,22 +98,43 @@ def _convolve(
       feature_group_count=feature_group_count,
       **options,
     )
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-  windows = [
-    x[
-      :,
-      i : i + (rows - 1) * strides[0] + 1 : strides[0],
-      j : j + (columns - 1) * strides[1] + 1 : strides[1],
+
+  def windows(x):
+    """What each pixel of the kernel sees: [B, rows, columns, C] for each."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return [
+      x[
+        :,
+        i : i + (rows - 1) * strides[0] + 1 : strides[0],
+        j : j + (columns - 1) * strides[1] + 1 : strides[1],
+      ]
+      for i in range(height)
+      for j in range(width)
     ]
-    for i in range(height)
-    for j in range(width)
-  ]
-  if depthwise:
-    weights = kernel.reshape(-1, outputs)
-    return sum(w * k for w, k in zip(windows[1:], weights[1:])) + (
-      windows[0] * weights[0]
-    )
-  return jnp.dot(jnp.concatenate(windows, -1), kernel.reshape(-1, outputs))
+
+  def by_sum(x, kernel):
+    weights = kernel.reshape(-1, outputs).astype(jnp.float32)
+    terms = [w * k for w, k in zip(windows(x), weights)]
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+  def by_product(x, kernel):
+    found = jnp.concatenate(windows(x), -1)
+    if feature_group_count == 1:
+      return jnp.dot(found, kernel.reshape(-1, outputs))
+    found = found.reshape(*found.shape[:-1], feature_group_count, inputs)
+    kernel = kernel.reshape(inputs, feature_group_count, -1)
+    y = jnp.einsum("bhwgi,igo->bhwgo", found, kernel)
+    return y.reshape(*y.shape[:-2], outputs)
+
+  choose = jax.lax.platform_dependent
+  if inputs == 1 and feature_group_count == outputs > 1:
+    return choose(x, kernel, cpu=by_sum, default=by_xla)
+  if height == width == 1:
+    return choose(x, kernel, cpu=by_product, default=by_xla)
+  is_small = 0 < min(rows, columns) < max(height, width)
+  if is_small and feature_group_count == 1:
+    return by_product(x, kernel)
+  return by_xla(x, kernel)
 
 
 def conv(

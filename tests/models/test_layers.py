@@ -148,25 +148,25 @@ def test_stages_stop_at_the_last():
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("groups", [1, 6, 2])
-def test_convolutions_of_small_maps_are_those_of_large_ones(
-  size, strides, groups
-):
+@pytest.mark.parametrize("width", [1, 3])
+def test_convolutions_are_those_of_xla(size, strides, groups, width):
   """Values and gradients against XLA's convolution, wherever ours differs."""
   rng = np.random.default_rng(0)
   x = rng.standard_normal((3, size, size, 6), np.float32)
-  kernel = rng.standard_normal((3, 3, 6 // groups, 6), np.float32)
-  arguments = ((strides, strides), ((1, 1), (1, 1)))
+  kernel = rng.standard_normal((width, width, 6 // groups, 6), np.float32)
+  padding = 2 * ((width // 2, width // 2),)
   options = {
     "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
     "feature_group_count": groups,
   }
 
   def run(convolve):
-    def loss(x, kernel):
-      y = convolve(x, kernel, *arguments, **options)
+    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+    def run(x, kernel):
+      y = convolve(x, kernel, (strides, strides), padding, **options)
       return jnp.sum(jnp.sin(y)), y
 
-    grads, y = jax.grad(loss, (0, 1), has_aux=True)(x, kernel)
+    grads, y = jax.jit(run)(x, kernel)
     return y, *grads
 
   ours, xla = run(layers._convolve), run(jax.lax.conv_general_dilated)
@@ -174,18 +174,48 @@ def test_convolutions_of_small_maps_are_those_of_large_ones(
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_small_maps_need_no_convolution():
-  def primitives(size, groups):
-    x = jnp.zeros((1, size, size, 4))
-    apply = functools.partial(
-      layers._convolve,
+@pytest.mark.parametrize(
+  ("size", "width", "groups", "convolved"),
+  [
+    (2, 3, 1, {"cpu": False, "cuda": False}),  # a small map
+    (3, 3, 1, {"cpu": True, "cuda": True}),
+    (2, 3, 4, {"cpu": False, "cuda": True}),  # depthwise
+    (9, 3, 4, {"cpu": False, "cuda": True}),
+    (9, 3, 2, {"cpu": True, "cuda": True}),
+    (9, 1, 1, {"cpu": False, "cuda": True}),  # 1x1
+    (9, 1, 2, {"cpu": False, "cuda": True}),
+  ],
+)
+def test_what_needs_no_convolution(size, width, groups, convolved):
+  @jax.jit
+  def apply(x, kernel):
+    return layers._convolve(
+      x,
+      kernel,
       strides=(1, 1),
-      padding=((1, 1), (1, 1)),
+      padding=2 * ((width // 2, width // 2),),
       feature_group_count=groups,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    jaxpr = jax.make_jaxpr(apply)(x, jnp.zeros((3, 3, 4 // groups, 4)))
-    return "conv_general_dilated" in str(jaxpr)
 
-  assert [primitives(size, 1) for size in (2, 3)] == [False, True]
-  assert [primitives(size, 4) for size in (2, 3)] == [False, True]
+  traced = apply.trace(
+    jnp.zeros((1, size, size, 4)), jnp.zeros((width, width, 4 // groups, 4))
+  )
+  for platform, expected in convolved.items():
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.convolution" in text) == expected, platform
+
+
+def test_depthwise_sums_of_bfloat16_lose_nothing():
+  x = jnp.ones((1, 3, 3, 2), jnp.bfloat16)
+  kernel = jnp.full((3, 3, 1, 2), 2.0**-9, jnp.bfloat16).at[0, 0].set(1.0)
+  y = layers._convolve(
+    x,
+    kernel,
+    (1, 1),
+    ((0, 0), (0, 0)),
+    feature_group_count=2,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  assert y.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(y, np.full((1, 1, 1, 2), 1 + 2.0**-6))
