@@ -336,7 +336,7 @@ def test_trials_together_are_what_each_is_alone(first, together):
     records = [metrics.read(path / "metrics.jsonl") for path in (ours, theirs)]
     for a, b in zip(*records, strict=True):
       assert a.pop("kind") == b.pop("kind")
-      assert a == pytest.approx(b, rel=1e-5)
+      assert a == pytest.approx(b, rel=1e-4)
     # And leave what it leaves.
     assert {p.name for p in ours.iterdir()} == {
       p.name for p in theirs.iterdir()
