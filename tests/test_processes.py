@@ -258,7 +258,7 @@ def test_processes_find_each_other(launcher):
 COMMANDS = {
   "srun": """
 while [[ $1 == --* ]]; do shift; done
-"$@" & echo $! > task
+"$@" &
 wait $!
 """,
   "scancel": 'echo "$@" >> calls; kill -TERM "$(cat task)"',
@@ -266,6 +266,7 @@ wait $!
   # It saves for a while.
   "trainer": """
 trap 'sleep 0.5; exit 75' TERM
+echo $$ > task  # before the file that the tests wait for
 echo "$@" > arguments
 while [[ $4 != fail ]]; do sleep 0.1; done
 exit 3
