@@ -22,6 +22,7 @@ import jax
 
 from benchmarks import measure
 from benchmarks import work as work_lib
+from benchmarks.step import make_work
 
 
 def compare(
@@ -121,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--steps", type=int, default=2, help="of a turn")
   add("--turns", type=int, default=5)
   add("--examples", type=int, default=512, help="in the training set")
-  add("--image_size", type=int, default=32, help="in pixels")
+  add("--image_size", type=int, help="in pixels (32; of ResNets 224)")
+  add("--negatives", type=int, default=16384, help="of crd")
   add("--weights", default="runs/benchmarks/weights")
   add("--out", default="runs/benchmarks/trials.json")
   args = parser.parse_args(arguments)
@@ -129,15 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   for pair, method, trials in itertools.product(
     args.pairs, args.methods, args.trials
   ):
-    teacher, _, student = pair.partition(":")
-    work = work_lib.Work(
-      teacher=teacher,
-      student=student,
-      method=method,
-      batch=args.batch,
-      image_size=args.image_size,
-      examples=args.examples,
-    )
+    work = make_work(pair, method, args.batch, args)
     rows.append(
       compare(
         work,

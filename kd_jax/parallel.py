@@ -230,8 +230,8 @@ def split_cpu(*batch_sizes: int) -> None:
   """Makes a device of each core of a CPU, if all batches divide by them.
 
   Of a program for one device, XLA spreads only the large operations over the
-  cores; of several devices' programs, everything runs side by side (on 2 cores
-  1.5 times as fast, see docs/speed.md). To be called before JAX is first used.
+  cores; of several devices' programs, everything runs side by side (faster by a
+  third on 2 cores, see docs/speed.md). To be called before JAX is first used.
   Leaves alone what JAX_NUM_CPU_DEVICES or XLA_FLAGS have settled, and changes
   nothing on accelerators.
 

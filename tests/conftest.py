@@ -183,6 +183,21 @@ def write():
   return make
 
 
+@pytest.fixture
+def run_main(monkeypatch):
+  """Runs a module's `main` with arguments, and returns its exit code."""
+
+  def run(module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    try:
+      module.main()
+    except SystemExit as stop:
+      return stop.code
+    return 0
+
+  return run
+
+
 def _load_launch():
   """launch.py as a module: its flags can be defined only once."""
   if "launch" not in sys.modules:

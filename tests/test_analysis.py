@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -184,21 +183,12 @@ def test_a_teacher_is_looked_for_beside_the_run(tmp_path):
   assert analysis.find_teacher(run, about) == there
 
 
-def main(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-  try:
-    report.main()
-  except SystemExit as stop:
-    return stop.code
-  return 0
-
-
-def test_results_have_nothing_to_ask(grid, tmp_path, monkeypatch, capsys):
+def test_results_have_nothing_to_ask(grid, tmp_path, run_main, capsys):
   kept = tmp_path / "kept"
   results.gather(grid[0], kept)
   for folder in kept.rglob("teachers/*"):
     shutil.copytree(grid[1], folder, dirs_exist_ok=True)
-  assert main(monkeypatch, kept, "--analysis") == 2
+  assert run_main(report, kept, "--analysis") == 2
   assert capsys.readouterr().err == (
     f"{kept / 'alone'}: expected the export of a finished run"
     " (export/model.json), found none. An analysis takes the runs themselves:"
@@ -207,16 +197,16 @@ def test_results_have_nothing_to_ask(grid, tmp_path, monkeypatch, capsys):
   assert not (kept / "table.md").exists()
 
 
-def test_nothing_to_compare(grid, tmp_path, monkeypatch, capsys):
+def test_nothing_to_compare(grid, tmp_path, run_main, capsys):
   shutil.copytree(grid[0] / "alone", tmp_path / "alone")
-  assert main(monkeypatch, tmp_path, "--analysis") == 2
+  assert run_main(report, tmp_path, "--analysis") == 2
   assert capsys.readouterr().err == (
     f"{tmp_path}: expected a run with a teacher, to compare students with it,"
     " found none\n"
   )
 
 
-def test_data_elsewhere(grid, monkeypatch, capsys):
+def test_data_elsewhere(grid, monkeypatch, run_main, capsys):
   asked = []
 
   def load(name, **options):
@@ -225,6 +215,6 @@ def test_data_elsewhere(grid, monkeypatch, capsys):
 
   monkeypatch.setattr(data, "load", load)
   for given, folder in (([], "../data"), (["--data_dir", "there"], "there")):
-    assert main(monkeypatch, grid[0], "--analysis", *given) == 2
+    assert run_main(report, grid[0], "--analysis", *given) == 2
     assert capsys.readouterr().err == "no such data\n"
     assert asked.pop() == ("synthetic", "test", folder)

@@ -29,15 +29,6 @@ def source():
   return data.load("synthetic", split="test", image_size=16, num_examples=64)
 
 
-def main(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-  try:
-    evaluate.main()
-  except SystemExit as stop:
-    return stop.code
-  return 0
-
-
 def test_figures_are_the_runs(simkd, source):
   got = evaluate.evaluate(export.load(simkd), source)
   best = record.result(simkd)["best"]
@@ -89,9 +80,9 @@ def test_a_fresh_process_prints_the_runs_figures(simkd, source, tmp_path):
   )
 
 
-def test_command_line_on_the_training_set(simkd, monkeypatch, capsys):
+def test_command_line_on_the_training_set(simkd, run_main, capsys):
   arguments = ("--model", simkd / "export", "--split", "train")
-  assert main(monkeypatch, *arguments, "--batch_size", "64") == 0
+  assert run_main(evaluate, *arguments, "--batch_size", "64") == 0
   printed = capsys.readouterr().out
   assert printed.startswith("resnet8 on synthetic (train, 64 images): top-1 ")
   assert math.isfinite(float(printed.split()[-2]))
@@ -111,8 +102,8 @@ def test_command_line_on_the_training_set(simkd, monkeypatch, capsys):
     (("--model", "/no/such"), "/no/such does not exist: expected the workdir"),
   ],
 )
-def test_command_line_errors(simkd, arguments, words, monkeypatch, capsys):
-  assert main(monkeypatch, "--model", simkd, *arguments) == 2
+def test_command_line_errors(simkd, arguments, words, run_main, capsys):
+  assert run_main(evaluate, "--model", simkd, *arguments) == 2
   output = capsys.readouterr()
   assert words in output.err
   assert output.out == ""
@@ -166,7 +157,7 @@ def kd(smoke_run):
 
 
 def test_a_file_of_weights_on_a_folder_of_cifars_layout(
-  tmp_path, monkeypatch, capsys
+  tmp_path, run_main, capsys
 ):
   """A model of each kind, told apart by its tensors, and its teacher."""
   rng = np.random.default_rng(0)
@@ -195,17 +186,17 @@ def test_a_file_of_weights_on_a_folder_of_cifars_layout(
     *("--data", tmp_path / "data", "--batch_size", 7),
     *("--teacher", tmp_path / "resnet14.npz"),
   )
-  assert main(monkeypatch, *arguments) == 0
+  assert run_main(evaluate, *arguments) == 0
   printed = capsys.readouterr().out
   assert printed.startswith("resnet8 on cifar100 (test, 20 images): top-1 ")
   assert ", agreement with resnet14 (top-1 " in printed
   wrong = (*arguments[:2], "--model_name", "vgg8", *arguments[4:])
-  assert main(monkeypatch, *wrong) == 2
+  assert run_main(evaluate, *wrong) == 2
   assert "It looks like resnet8 with 100 classes" in capsys.readouterr().err
 
 
 def test_a_file_of_weights_on_a_folder_of_images(
-  tmp_path, monkeypatch, capsys, fast_compile
+  tmp_path, run_main, capsys, fast_compile
 ):
   rng = np.random.default_rng(0)
   for split in ("train", "val"):
@@ -225,12 +216,12 @@ def test_a_file_of_weights_on_a_folder_of_images(
     *("--model", path, "--data", tmp_path / "data"),
     *("--image_size", 32, "--resize", 36),
   )
-  assert main(monkeypatch, *arguments) == 0
+  assert run_main(evaluate, *arguments) == 0
   printed = capsys.readouterr().out
   assert printed.startswith("resnet8 on folder (test, 6 images): top-1 ")
   broken.write_bytes(broken.read_bytes()[:100])
-  assert main(monkeypatch, *arguments) == 2
+  assert run_main(evaluate, *arguments) == 2
   assert str(broken) in capsys.readouterr().err
-  assert main(monkeypatch, *arguments, "--on_bad_image", "skip") == 0
+  assert run_main(evaluate, *arguments, "--on_bad_image", "skip") == 0
   printed = capsys.readouterr().out
   assert printed.startswith("resnet8 on folder (test, 5 images): top-1 ")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -312,20 +311,10 @@ def test_damaged_card(kd, tmp_path, card, words):
     export.load(tmp_path / "export")
 
 
-def main(monkeypatch, *arguments):
-  argv = ["export", *map(str, arguments)]
-  monkeypatch.setattr(sys, "argv", argv)
-  try:
-    export.main()
-  except SystemExit as stop:
-    return stop.code
-  return 0
-
-
-def test_command_line(simkd, tmp_path, monkeypatch, capsys):
+def test_command_line(simkd, tmp_path, run_main, capsys):
   to = tmp_path / "a" / "b"
   arguments = ("--workdir", simkd, "--to", to)
-  assert main(monkeypatch, *arguments, "--weights", "last") == 0
+  assert run_main(export, *arguments, "--weights", "last") == 0
   printed = capsys.readouterr().out
   parameters = json.loads((to / "model.json").read_text())["parameters"]
   assert printed == (
@@ -339,10 +328,10 @@ def test_command_line(simkd, tmp_path, monkeypatch, capsys):
   assert export.read_card(to)["test"] == record.result(simkd)["final"]
 
 
-def test_command_line_errors(tmp_path, monkeypatch, capsys):
+def test_command_line_errors(tmp_path, run_main, capsys):
   to = tmp_path / "export"
-  assert main(monkeypatch, "--workdir", tmp_path / "x", "--to", to) == 2
+  assert run_main(export, "--workdir", tmp_path / "x", "--to", to) == 2
   assert "expected the workdir of a run" in capsys.readouterr().err
-  assert main(monkeypatch, "--workdir", tmp_path) == 2
+  assert run_main(export, "--workdir", tmp_path) == 2
   assert "the following arguments are required: --to" in capsys.readouterr().err
   assert not to.exists()

@@ -1,6 +1,5 @@
 """Classifying image files: names, sizes, formats, and what is no image."""
 
-import sys
 import types
 
 import numpy as np
@@ -20,22 +19,13 @@ def source():
   return data.load("synthetic", split="test", image_size=16, num_examples=64)
 
 
-def main(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
-  try:
-    predict.main()
-  except SystemExit as stop:
-    return stop.code
-  return 0
-
-
 def test_command_line_prints_five_names_for_each_image(
-  model, source, tmp_path, monkeypatch, capsys
+  model, source, tmp_path, run_main, capsys
 ):
   paths = [tmp_path / f"{i}.png" for i in range(3)]
   for path, image in zip(paths, source.images, strict=False):
     Image.fromarray(image).save(path)
-  assert main(monkeypatch, "--model", model, *paths) == 0
+  assert run_main(predict, "--model", model, *paths) == 0
   lines = capsys.readouterr().out.splitlines()
   logits = np.asarray(export.load(model).logits(source.images[:3]))
   p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -131,10 +121,10 @@ def broken(path, how):
 @pytest.mark.parametrize(
   "how", ["text", "empty", "cut short", "damaged", "damaged chunk"]
 )
-def test_what_is_no_image_is_refused(model, tmp_path, how, monkeypatch, capsys):
+def test_what_is_no_image_is_refused(model, tmp_path, how, run_main, capsys):
   path = tmp_path / "x.png"
   broken(path, how)
-  assert main(monkeypatch, "--model", model, path) == 2
+  assert run_main(predict, "--model", model, path) == 2
   output = capsys.readouterr()
   assert output.err.startswith(
     f"{path}: expected an image file, got one that cannot be decoded ("
@@ -149,14 +139,12 @@ def test_what_is_no_image_is_refused(model, tmp_path, how, monkeypatch, capsys):
     ("", "expected an image file, got one that cannot be read (Is a dir"),
   ],
 )
-def test_no_file_and_a_folder(
-  model, tmp_path, name, words, monkeypatch, capsys
-):
-  assert main(monkeypatch, "--model", model, tmp_path / name) == 2
+def test_no_file_and_a_folder(model, tmp_path, name, words, run_main, capsys):
+  assert run_main(predict, "--model", model, tmp_path / name) == 2
   assert words in capsys.readouterr().err
 
 
-def test_no_model(tmp_path, monkeypatch, capsys):
-  assert main(monkeypatch, "--model", tmp_path, "x.png") == 2
+def test_no_model(tmp_path, run_main, capsys):
+  assert run_main(predict, "--model", tmp_path, "x.png") == 2
   error = capsys.readouterr().err
   assert "got a folder with neither" in error

@@ -5,7 +5,6 @@ import io
 import json
 import pathlib
 import re
-import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 
@@ -42,15 +41,6 @@ def runs(tmp_path, write):
   unfinished.mkdir()
   (unfinished / "config.json").write_text("{}")
   return folder
-
-
-def main(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-  try:
-    report.main()
-  except SystemExit as stop:
-    return stop.code
-  return 0
 
 
 def lines_of(markdown):
@@ -191,8 +181,8 @@ def test_a_run_is_its_own_table(runs):
 
 
 @pytest.mark.parametrize("name", ["unfinished", "nothing"])
-def test_no_finished_run(runs, name, monkeypatch, capsys):
-  assert main(monkeypatch, runs / name) == 2
+def test_no_finished_run(runs, name, run_main, capsys):
+  assert run_main(report, runs / name) == 2
   assert capsys.readouterr().err == (
     f"{runs / name}: expected finished runs (result.json) at or below it, found"
     " none. Give the --workdir of launch.py, or the folder above it\n"
@@ -200,9 +190,9 @@ def test_no_finished_run(runs, name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl"])
-def test_a_run_without_its_parts(name, runs, monkeypatch, capsys):
+def test_a_run_without_its_parts(name, runs, run_main, capsys):
   (runs / "hot" / name).unlink()
-  assert main(monkeypatch, runs) == 2
+  assert run_main(report, runs) == 2
   assert capsys.readouterr().err == (
     f"{runs / 'hot'}: expected {name} beside result.json, found none. Copy"
     " it from the run, or remove this folder\n"
@@ -215,9 +205,9 @@ FILES = [
 ]
 
 
-def test_command_line(runs, tmp_path, monkeypatch, capsys):
+def test_command_line(runs, tmp_path, run_main, capsys):
   to = tmp_path / "out"
-  assert main(monkeypatch, runs, "--to", to) == 0
+  assert run_main(report, runs, "--to", to) == 0
   out = capsys.readouterr().out
   text = (to / "table.md").read_text()
   assert out == text + "\n" + "".join(f"{to / name}\n" for name in FILES)
@@ -231,11 +221,11 @@ def test_command_line(runs, tmp_path, monkeypatch, capsys):
     assert (pixels == colour).all(1).sum() > 100
 
 
-def test_command_line_writes_beside_the_runs(runs, monkeypatch, capsys):
-  assert main(monkeypatch, runs) == 0
+def test_command_line_writes_beside_the_runs(runs, run_main, capsys):
+  assert run_main(report, runs) == 0
   assert all((runs / name).exists() for name in FILES)
   before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
-  assert main(monkeypatch, runs) == 0
+  assert run_main(report, runs) == 0
   after = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
   assert after == before
 

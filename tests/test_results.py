@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 
 import pytest
 
@@ -318,44 +317,35 @@ def test_rewrite_wants_its_markers(text):
     results.rewrite(text, "")
 
 
-def main(monkeypatch, *arguments):
-  monkeypatch.setattr(sys, "argv", ["results", *map(str, arguments)])
-  try:
-    results.main()
-  except SystemExit as stop:
-    return stop.code
-  return 0
-
-
-def test_command_line(runs, tmp_path, monkeypatch, capsys):
+def test_command_line(runs, tmp_path, run_main, capsys):
   kept, document = tmp_path / "kept", tmp_path / "README.md"
-  assert main(monkeypatch, runs, "--to", kept / "table") == 0
+  assert run_main(results, runs, "--to", kept / "table") == 0
   assert capsys.readouterr().out.splitlines() == [
     str(kept / "table" / run) for run in ("teachers/t", "a", "b")
   ]
   document.write_text(DOCUMENT)
-  assert main(monkeypatch, kept, "--readme", document) == 0
+  assert run_main(results, kept, "--readme", document) == 0
   assert capsys.readouterr().out == f"{document}: written\n"
   text = document.read_text()
   assert text == results.rewrite(DOCUMENT, results.tables(kept))
   assert "71.25 (1)" in text
-  assert main(monkeypatch, kept, "--readme", document) == 0
+  assert run_main(results, kept, "--readme", document) == 0
   assert capsys.readouterr().out == f"{document}: unchanged\n"
 
 
-def test_mistakes_on_the_command_line(runs, tmp_path, monkeypatch, capsys):
-  assert main(monkeypatch, runs) == 2
+def test_mistakes_on_the_command_line(runs, tmp_path, run_main, capsys):
+  assert run_main(results, runs) == 2
   assert "one of the arguments --to --readme is required" in (
     capsys.readouterr().err
   )
   document = tmp_path / "README.md"
-  assert main(monkeypatch, runs, "--readme", document) == 2
+  assert run_main(results, runs, "--readme", document) == 2
   assert "No such file or directory" in capsys.readouterr().err
   document.write_text("nothing to see")
-  assert main(monkeypatch, runs, "--readme", document) == 2
+  assert run_main(results, runs, "--readme", document) == 2
   assert capsys.readouterr().err.startswith(
     f"{document}: expected one line '<!-- results:"
   )
   shutil.rmtree(runs)
-  assert main(monkeypatch, runs, "--to", tmp_path / "kept") == 2
+  assert run_main(results, runs, "--to", tmp_path / "kept") == 2
   assert "expected finished runs (result.json)" in capsys.readouterr().err
