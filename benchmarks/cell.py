@@ -31,7 +31,8 @@ class Cell:
     work: what is trained.
     dtype: "float32" or "bfloat16"; eager is float32, compiled bfloat16.
     steps_per_dispatch: of kd_jax; 0: as a run of kd_jax settles it.
-    devices: over which kd_jax spreads the batch.
+    devices: over which kd_jax spreads the batch; 0: each core of a CPU, as
+      `launch.py` has it, else one.
     steps: of a turn, at least.
     turns: that are timed.
     workers: of the eager side's loader.
@@ -72,9 +73,22 @@ def side_module(cell: Cell) -> Any:
   if cell.devices > 1:
     import jax
 
-    # Of a CPU each core, as `launch.py` does; before JAX first looks at it.
+    # Before JAX first looks at its devices.
     jax.config.update("jax_num_cpu_devices", cell.devices)
+  elif not cell.devices:
+    from kd_jax import parallel
+
+    parallel.split_cpu(cell.work.batch)
   return jax_side
+
+
+def count_devices(cell: Cell) -> int:
+  """How many devices the cell takes, once its side is imported."""
+  if cell.devices or cell.side in ("eager", "compiled"):
+    return cell.devices or 1
+  import jax
+
+  return jax.device_count() if jax.default_backend() == "cpu" else 1
 
 
 def build(cell: Cell, side: Any) -> Any:
@@ -85,13 +99,15 @@ def build(cell: Cell, side: Any) -> Any:
   if cell.side == "eager":
     return side.Eager(cell.work, weights, workers=cell.workers)
   if cell.side == "teacher":
-    return side.TeacherForward(cell.work, weights, dtype=cell.dtype)
+    return side.TeacherForward(
+      cell.work, weights, dtype=cell.dtype, devices=count_devices(cell)
+    )
   return side.Program(
     cell.work,
     weights,
     dtype=cell.dtype,
     steps_per_dispatch=cell.steps_per_dispatch,
-    devices=cell.devices,
+    devices=count_devices(cell),
   )
 
 
@@ -99,8 +115,9 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
   """Builds, warms up and times.
 
   Returns:
-    For JSON: the timings of `measure.Timing.summary`, and images_per_second,
-    first_step_seconds (imports and making up images left out),
+    For JSON: the timings of `measure.Timing.summary`, and devices,
+    images_per_second, first_step_seconds (imports and making up images left
+    out),
     host_ms_per_dispatch, peak_bytes (and of what), flops_per_step,
     share_of_peak, first_losses, device.
   """
@@ -126,10 +143,12 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
   flops = program.flops() if hasattr(program, "flops") else None
   seconds = summary["ms_per_step"] / 1e3
   most = measure.peak(device["device"], cell.dtype)
+  devices = count_devices(cell)
   if most is not None:
-    most *= cell.devices
+    most *= devices
   return {
     **summary,
+    "devices": devices,
     "images_per_second": cell.work.batch / seconds,
     "first_step_seconds": first,
     "steps_per_dispatch": program.steps,

@@ -7,7 +7,8 @@ Seconds depend on the machine; that kd_jax's step takes so many times as long
 as eager PyTorch's, or as its own parts, hardly does. In at most two minutes on
 2 cores it measures ResNet-32x4 -> ResNet-8x4 on the cells below and divides:
 
-  simkd / eager   images/s of kd_jax's SimKD step over eager PyTorch's
+  simkd / eager   images/s of kd_jax's SimKD step, on as many devices as a run
+                  takes, over eager PyTorch's
   none / eager    likewise of training the student alone
   simkd / parts   ms of the SimKD step over those of its parts, the teacher's
                   forward pass and the student's own step
@@ -89,7 +90,13 @@ def entry(result: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     "kind": {
       "cpu": hardware["cpu"],
       "cores": hardware["cores"],
-      "devices": sorted({row["result"]["device"] for row in rows}),
+      "devices": sorted(
+        {
+          f"{row['result']['devices']} {row['result']['device']}"
+          for row in rows
+          if row["cell"]["side"] == "jax"
+        }
+      ),
     },
     "load_average": hardware["load_average"],
     "versions": result["versions"],

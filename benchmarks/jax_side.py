@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import work as work_lib
 from kd_jax import (
@@ -212,12 +213,18 @@ class TeacherForward:
   """The frozen teacher alone, on the batches that a step would show it."""
 
   def __init__(
-    self, work: work_lib.Work, weights: pathlib.Path, *, dtype: str = "float32"
+    self,
+    work: work_lib.Work,
+    weights: pathlib.Path,
+    *,
+    dtype: str = "float32",
+    devices: int = 1,
   ):
     """Builds it; nothing is compiled yet. See `Program`."""
     network = models.create(work.teacher, work.classes, dtype=jnp.dtype(dtype))
     self.steps, self.host_seconds, self.dispatches = 1, 0.0, 0
-    self._variables = jax.device_put(
+    placed = parallel.make_devices(num_devices=devices)
+    self._variables = placed.replicate(
       pytorch.from_state_dict(
         work.teacher,
         work.classes,
@@ -229,7 +236,15 @@ class TeacherForward:
       "device", source, batch_size=work.batch, seed=work_lib.SEED
     )
 
+    self._resident = placed.replicate(self._pipeline.resident)
+
     @jax.jit
+    @functools.partial(
+      jax.shard_map,
+      mesh=placed.mesh,
+      in_specs=(P(), P(), P(parallel.AXIS)),
+      out_specs=P(parallel.AXIS),
+    )
     def forward(variables, resident, index):
       batch = self._pipeline.load(resident, {"index": index})
       images = augment.normalize(
@@ -246,7 +261,7 @@ class TeacherForward:
     for _ in range(steps):
       begin = time.perf_counter()
       index = self._pipeline.next_chunk(1)["index"][0]
-      found = self._forward(self._variables, self._pipeline.resident, index)
+      found = self._forward(self._variables, self._resident, index)
       self.host_seconds += time.perf_counter() - begin
       self.dispatches += 1
     jax.block_until_ready(found)

@@ -85,9 +85,8 @@ def make_cells(args: Any) -> list[Cell]:
       if side == "teacher" and not work.has_teacher:
         continue
       fixed = {"eager": ["float32"], "compiled": ["bfloat16"]}
-      counts, devices = [0], [1]
-      if side == "jax":
-        counts, devices = args.steps_per_dispatch, args.devices
+      counts = args.steps_per_dispatch if side == "jax" else [0]
+      devices = args.devices if side in ("jax", "teacher") else [1]
       for dtype, count, device in itertools.product(
         fixed.get(side, args.dtype), counts, devices
       ):
@@ -256,8 +255,8 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
   side = f"{cell['side']} {cell['dtype']}"
   if cell["steps_per_dispatch"]:
     side += f" x{cell['steps_per_dispatch']}"
-  if cell["devices"] > 1:
-    side += f" on {cell['devices']}"
+  if (devices := result.get("devices", cell["devices"])) > 1:
+    side += f" on {devices}"
   if "error" in result:
     return [name, side, result["error"], *[""] * 6]
   host, share = result["host_ms_per_dispatch"], result["share_of_peak"]
@@ -323,7 +322,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     default=[0],
     help="of kd_jax's side; 0: 1 on a CPU, else an epoch",
   )
-  add("--devices", type=int, nargs="+", default=[1], help="of kd_jax's side")
+  add(
+    *("--devices",),
+    type=int,
+    nargs="+",
+    default=[0],
+    help="of kd_jax's side; 0: each core of a CPU, as a run has it, else 1",
+  )
   add("--examples", type=int, help="in the training set (50,000)")
   add("--image_size", type=int, help="in pixels (32; of ResNets 224)")
   add("--negatives", type=int, default=16384, help="of crd")

@@ -23,6 +23,7 @@ import jax
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.step import make_work
+from kd_jax import parallel
 
 
 def compare(
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--methods", nargs="+", choices=methods, default=["kd", "simkd"])
   add("--trials", type=int, nargs="+", default=[4])
   add("--batch", type=int, default=64)
-  add("--devices", type=int, help="default: all")
+  add("--devices", type=int, help="default: all; of a CPU, each core")
   add("--steps", type=int, default=2, help="of a turn")
   add("--turns", type=int, default=5)
   add("--examples", type=int, default=512, help="in the training set")
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--weights", default="runs/benchmarks/weights")
   add("--out", default="runs/benchmarks/trials.json")
   args = parser.parse_args(arguments)
+  parallel.split_cpu(args.batch)
   rows = []
   for pair, method, trials in itertools.product(
     args.pairs, args.methods, args.trials

@@ -210,7 +210,7 @@ print([name for name in absent if name in sys.modules])
 
 
 def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
-  for name, value in ENVIRONMENT.items():
+  for name, value in {**ENVIRONMENT, "JAX_NUM_CPU_DEVICES": "2"}.items():
     monkeypatch.setenv(name, value)
   out = tmp_path / "step.json"
   arguments = [
@@ -218,14 +218,14 @@ def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
     *("--batch", "8", "--steps", "3", "--turns", "2", "--examples", "32"),
     *("--image_size", "16", "--workers", "1", "--dtype", "float32"),
     *("--steps_per_dispatch", "2", "--weights", str(tmp_path / "weights")),
-    *("--out", str(out)),
+    *("--sides", *SIDES, "--out", str(out)),
   ]
   step.main(arguments)
   shown = capsys.readouterr().out
   result = json.loads(out.read_text())
   assert {"commit", "date", "hardware", "versions", "command"} <= set(result)
   assert set(result["versions"]) == {"python", *measure.PACKAGES}
-  assert [r["cell"]["side"] for r in result["rows"]] == list(SIDES[:3])
+  assert [r["cell"]["side"] for r in result["rows"]] == list(SIDES)
   for row in result["rows"]:
     found, cell = row["result"], row["cell"]
     assert "error" not in found, found
@@ -240,8 +240,10 @@ def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
     assert found["share_of_peak"] is None  # no table has a CPU's
     assert (found["host_ms_per_dispatch"] is None) == (cell["side"] == "eager")
     assert np.isfinite(found["first_losses"]).all()
+    ours = cell["side"] in ("jax", "teacher")
+    assert found["devices"] == (2 if ours else 1)
     assert f"{found['images_per_second']:,.0f}" in shown
-  jax_row, eager, compiled = (row["result"] for row in result["rows"])
+  jax_row, eager, compiled, _ = (row["result"] for row in result["rows"])
   # Steps are rounded up to whole dispatches.
   assert jax_row["steps_per_turn"] == 4 and eager["steps_per_turn"] == 3
   assert jax_row["flops_per_step"] > 1e6
@@ -262,6 +264,7 @@ MADE_UP = {
   "share_of_peak": None,
   "flops_per_step": None,
   "peak_bytes": 1,
+  "devices": 1,
   "device": "cpu",
 }
 
@@ -313,7 +316,7 @@ def rows_of(**ms: float) -> list[dict]:
   for name, value in ms.items():
     method, side = name.split("_")
     cell = {"side": side, "work": {"method": method}}
-    result = {"ms_per_step": value, "device": "cpu"}
+    result = {"ms_per_step": value, "devices": 2, "device": "cpu"}
     rows.append({"cell": cell, "result": result})
   return rows
 
@@ -389,6 +392,10 @@ def test_guard_asks_for_what_it_divides(monkeypatch, tmp_path):
   assert found == {
     (r["cell"]["work"]["method"], r["cell"]["side"]) for r in ROWS
   }
+  # kd_jax's on what a run takes, the frozen teacher's part as well.
+  assert {c.side: c.devices for c in asked} == {
+    "jax": 0, "teacher": 0, "eager": 1
+  }  # fmt: skip
 
 
 GPU = pathlib.Path(step.__file__).parent / "gpu.sh"
