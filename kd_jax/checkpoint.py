@@ -305,7 +305,7 @@ class Checkpointer:
     return not problems
 
   def restore_latest(
-    self, like: Any, *, up_to: int | None = None
+    self, like: Any, *, up_to: int | None = None, or_none: bool = False
   ) -> Restored | None:
     """Reads the newest good checkpoint.
 
@@ -315,12 +315,14 @@ class Checkpointer:
         None takes what is there, as nested dicts of numpy arrays. An array may
         have rows of zeros that were added for other devices.
       up_to: those of later steps are removed: these are about to be made again.
+      or_none: if none can be read, all are set aside.
 
     Returns:
       What was read, or None if the folder has no checkpoint.
 
     Raises:
-      ValueError: if there are checkpoints and none can be read.
+      ValueError: if there are checkpoints and none can be read, without
+        `or_none`.
     """
     bad: list[int] = []
     if up_to is not None:
@@ -347,7 +349,9 @@ class Checkpointer:
         if bad and not self._read_only:
           self._set_aside(bad)
         return restored
-    if bad:  # left where they are: an empty folder would mean a fresh start
+    if bad and or_none:
+      self._set_aside(bad)
+    elif bad:  # left where they are: an empty folder would mean a fresh start
       raise ValueError(
         f"none of the {len(bad)} checkpoints of {self._directory} can be read."
         " Nothing was changed. Start again in another --workdir, or remove"

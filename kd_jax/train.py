@@ -17,8 +17,8 @@ import sys
 import time
 import types
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -436,12 +436,15 @@ class Run:
       chunk, donate=True, carry_specs=specs
     )
     self.resident = self.devices.replicate(self.pipeline.resident)
-    self.evaluate = self._evaluator(
+    self.begin_evaluation = self._evaluator(
       self.student, self.teacher_model, self.distiller
     )
 
   def _evaluator(self, student, teacher, distiller):
-    """A function from variables to mean metrics over the whole test set."""
+    """A function that gives the devices the whole test set to score.
+
+    It takes the variables, and returns a function that waits for the scores.
+    """
     chunks = self._eval_chunks()
     step = train_step.make_eval_step(
       student=student,
@@ -452,20 +455,21 @@ class Run:
     )
     mapped = self.devices.map_chunk(train_step.make_eval_chunk(step))
 
-    def evaluate(variables, teacher_variables):
+    def begin(variables, teacher_variables):
       sums: list[dict[str, Any]] = []
       for chunk in chunks():
         sums.append(mapped(variables, teacher_variables, {}, chunk))
         if len(sums) > 1:  # one late: batches do not pile up on the device
           sums[-2] = jax.device_get(sums[-2])
-      sums = jax.device_get(sums)
-      return processes.from_first(
-        metrics.means(
-          {name: np.stack([s[name] for s in sums]) for name in sums[0]}
-        )
-      )
 
-    return evaluate
+      def scores():
+        fetched = jax.device_get(sums)
+        stacked = {k: np.stack([s[k] for s in fetched]) for k in fetched[0]}
+        return processes.from_first(metrics.means(stacked))
+
+      return scores
+
+    return begin
 
   def _eval_chunks(self):
     """A function that gives the test set, on the devices, in parts."""
@@ -553,8 +557,8 @@ class Run:
     self.teachers[i] = teacher
     found = [about for about in known if about is not None]
     if not found:
-      evaluate = self._evaluator(teacher.network, None, _no_distiller())
-      scores = evaluate({"student": teacher.variables, "distiller": {}}, {})
+      begin = self._evaluator(teacher.network, None, _no_distiller())
+      scores = begin({"student": teacher.variables, "distiller": {}}, {})()
       return {
         "name": spec.name,
         "checkpoint": spec.checkpoint,
@@ -650,6 +654,26 @@ def _scores(values) -> str:
   )
 
 
+# The loop gives its state away to the next dispatch.
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+class Evaluation(NamedTuple):
+  """A state that the devices are scoring.
+
+  Attributes:
+    step: of the state.
+    epoch: that it ends.
+    scores: waits for them.
+    variables: of the state, those to keep if it is the best.
+  """
+
+  step: int
+  epoch: int
+  scores: Callable[[], dict[str, float]]
+  variables: Any
+
+
 class Trial:
   """What the loop of a run keeps of one trial: its scores, and its files."""
 
@@ -666,14 +690,17 @@ class Trial:
     self.best: dict[str, Any] = {}
     self.best_before: dict[str, Any] = {}
     self.last_eval: dict[str, Any] = {}
+    self.unscored: Evaluation | None = None
     self.totals: dict[str, float] = {}
     # Before what is said of it, if it is one of several.
     self.name = f"{workdir.name}: " if len(run.trials) > 1 else ""
 
   def begin(self, step: int, meta: dict[str, Any] | None) -> None:
     """Goes on from a step, with what was saved there if it is not the first."""
+    # What is on disk, which may be of after the checkpoint.
+    kept = self.best_checkpoint.restore_latest(None, or_none=True)
+    self.best = {} if kept is None else kept.meta["card"]["test"]
     if meta is not None:
-      self.best = meta["best"]
       self.last_eval = meta["last_eval"]
       self.totals = meta["totals"]
     self.writer = metrics.Writer(
@@ -725,10 +752,11 @@ class Trial:
       f" top-1 {values['top1']:.2f} %"
     )
 
-  def evaluate(self, step: int, epoch: int, state: state_lib.TrainState) -> str:
-    """Scores the state, and keeps it if it is the best; says it in words."""
+  def begin_evaluation(
+    self, step: int, epoch: int, state: state_lib.TrainState
+  ) -> None:
+    """Has the devices score a state, which may be given away thereafter."""
     run = self.run_
-    self.keep_best()
     # Memories are of training alone, and may be split over the devices.
     variables = {
       name: {
@@ -738,12 +766,25 @@ class Trial:
       }
       for name in ("student", "distiller")
     }
-    scores = run.evaluate(variables, run.teacher_variables)
+    scores = run.begin_evaluation(variables, run.teacher_variables)
+    tree = export.inference_variables(state, run.distiller, run.teachers)
+    self.unscored = Evaluation(step, epoch, scores, _copy(tree))
+
+  def score(self) -> str:
+    """Waits for the scores of what is being evaluated, and keeps the best.
+
+    Returns:
+      The scores in words; "" if nothing is being evaluated.
+    """
+    if self.unscored is None:
+      return ""
+    (step, epoch, wait, tree), self.unscored = self.unscored, None
+    scores = wait()
+    self.keep_best()
     self.writer.write(step, "eval", {**scores, "epoch": epoch})
     self.last_eval = {**scores, "epoch": epoch}
     if not self.best or scores["top1"] > self.best["top1"]:
       self.best_before, self.best = self.best, self.last_eval
-      tree = export.inference_variables(state, run.distiller, run.teachers)
       if not self.best_checkpoint.save(
         step, tree, position={}, meta={"card": self._card()}
       ):
@@ -906,11 +947,14 @@ class Loop:
         epoch, within = divmod(self.step, run.steps_per_epoch)
         last = self.step == run.total_steps
         if last or (within == 0 and epoch % self.config.eval.every_epochs == 0):
-          self._evaluate(epoch)
+          self._begin_evaluation(epoch)
         if last or stopping or due:
           self._save()
         if stopping and not last:
           raise PreemptedError(self._stopped())
+      if not all(trial.best for trial in self.trials):  # lost since the last
+        self._begin_evaluation(self.config.epochs)
+        self._save()
     return self._finish()
 
   def _agree(self) -> tuple[bool, bool]:
@@ -957,6 +1001,7 @@ class Loop:
     self.progress.advance(size)
     # One dispatch late: the device already has its next work.
     self._collect(leave=1)
+    self._score()
 
   def _collect(self, *, leave: int):
     """Fetches metrics, writes those that are due."""
@@ -983,10 +1028,14 @@ class Loop:
     parts = state_lib.part(self.state, len(self.trials))
     return list(zip(self.trials, parts, strict=True))
 
-  def _evaluate(self, epoch: int):
-    self._collect(leave=0)
+  def _begin_evaluation(self, epoch: int):
     for trial, state in self._states():
-      self.progress.line(trial.evaluate(self.step, epoch, state))
+      trial.begin_evaluation(self.step, epoch, state)
+
+  def _score(self):
+    for trial in self.trials:
+      if text := trial.score():
+        self.progress.line(text)
 
   def _elapsed(self) -> float:
     return self.seconds + time.monotonic() - self.started
@@ -998,6 +1047,7 @@ class Loop:
   def _save(self):
     # What has not been looked at may not be finite, and must not be kept.
     self._collect(leave=0)
+    self._score()
     self.wishes[:] = 0
     # No trial is more than one checkpoint ahead of another.
     self._wait()

@@ -280,6 +280,96 @@ def test_an_interrupted_run_ends_the_same(first, monkeypatch, capsys):
   assert_same_bits(*exported)
 
 
+def test_evaluation_does_not_stop_the_devices(first, monkeypatch):
+  """They have the next epoch's work before anybody waits for its scores."""
+  events = []
+  dispatch, evaluator = train.Loop._dispatch, train.Run._evaluator
+
+  def noted_dispatch(self):
+    map_chunk = self.run_.train_chunk
+
+    def chunk(*arguments):
+      events.append("train")
+      return map_chunk(*arguments)
+
+    with monkeypatch.context() as patch:
+      patch.setattr(self.run_, "train_chunk", chunk)
+      dispatch(self)
+
+  def noted_evaluator(self, *networks):
+    begin = evaluator(self, *networks)
+
+    def noted(*variables):
+      scores = begin(*variables)
+      events.append("evaluate")
+
+      def wait():
+        events.append("score")
+        return scores()
+
+      return wait
+
+    return noted
+
+  monkeypatch.setattr(train.Loop, "_dispatch", noted_dispatch)
+  monkeypatch.setattr(train.Run, "_evaluator", noted_evaluator)
+  workdir = first[0].with_name("beside")
+  changes = {
+    "steps_per_dispatch": STEPS_PER_EPOCH,
+    "checkpoint.every_steps": 0,
+    "teacher.checkpoint": first[1]["teacher"]["checkpoint"],
+  }
+  result = train.train_and_evaluate(
+    make_config("kd", {**GRAIN, **changes}), str(workdir)
+  )
+  # The teacher's, then that of three epochs.
+  assert events == ["evaluate", "score", "train", "evaluate"] + (
+    ["train", "score", "evaluate"] * 2 + ["score"]
+  )
+  for name in ("final", "best"):
+    assert result[name] == pytest.approx(first[1][name], rel=1e-5)
+  # The best was kept though its arrays had been given away.
+  best, other = (
+    export.run_model(path).variables for path in (workdir, first[0])
+  )
+  assert_close(best, other)
+
+
+def test_the_best_is_what_is_on_disk(first):
+  """A restart finds one of after its checkpoint; another finds none."""
+  workdir = first[0].with_name("best_on_disk")
+  ends = shutil.ignore_patterns("export", "result.json")
+  shutil.copytree(first[0], workdir, ignore=ends)
+  shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
+  reader = checkpoint.Checkpointer(workdir / "best", read_only=True)
+  kept = reader.restore_latest(None)
+  reader.close()
+  shutil.rmtree(workdir / "best")
+  # An epoch that the restart makes again, and scores otherwise.
+  scores = {**first[1]["best"], "top1": 100.0, "epoch": EPOCHS}
+  card = {**kept.meta["card"], "test": scores}
+  writer = checkpoint.Checkpointer(workdir / "best")
+  assert writer.save(TOTAL, kept.state, position={}, meta={"card": card})
+  writer.close()
+  config = make_config("kd", GRAIN)
+  result = train.train_and_evaluate(config, str(workdir))
+  assert result["best"] == scores
+  assert export.read_card(workdir / "export")["test"] == scores
+  assert result["final"] == first[1]["final"]
+
+  # After the last step, the best cannot be read.
+  (workdir / "result.json").unlink()
+  shutil.rmtree(workdir / "export")
+  (step,) = (workdir / "best").iterdir()
+  for path in (step / "state").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  result = train.train_and_evaluate(config, str(workdir))
+  assert result["best"] == result["final"] == first[1]["final"]
+  assert export.read_card(workdir / "export")["test"] == result["best"]
+  assert (workdir / "best_corrupt" / step.name).exists()
+
+
 def test_other_devices_and_dispatches_give_the_same_run(first):
   workdir = first[0].with_name("others")
   changes = {
