@@ -162,9 +162,9 @@ def test_trials_are_compared_with_their_own_teacher(grid, tmp_path):
   assert [key[2] for key in pairs] == [
     f"resnet8x2 {fingerprint + i:08x}" for i in range(2)
   ]
-  for pair in pairs.values():
+  for (_, _, name), pair in pairs.items():
     trials = {k: len(s.agreement) for k, s in pair.students.items()}
-    assert trials == {"none": 2, "kd": 1}
+    assert trials == {"none": 2, f"kd (teacher={name})": 1}
 
 
 def test_a_teacher_is_looked_for_beside_the_run(tmp_path):
