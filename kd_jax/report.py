@@ -467,11 +467,11 @@ def analyse(
     networks = [_names(row) for row in teachers.values()]
     for row in teachers.values():
       name = _names(row, precise=networks.count(_names(row)) > 1)
+      source = _test_set(row["config"]["data"], data_dir)
       made[*task, name] = analysis.compare(
-        analysis.find_teacher(folder / row["run"], row["teacher"]),
-        _names(row),
+        analysis.open_teacher(folder / row["run"], row["teacher"], source),
         _trials(folder, members, row),
-        _test_set(row["config"]["data"], data_dir),
+        source,
       )
   if not made:
     raise ValueError(
