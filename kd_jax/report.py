@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -606,12 +605,12 @@ def write(
   rows, pairs = collect(folder), pairs or {}
   groups = group(rows)
   to.mkdir(parents=True, exist_ok=True)
-  drafts = []
+  drafts: dict[pathlib.Path, pathlib.Path] = {}
 
   def draft(name):
     # Several processes of a grid may write at once: each file is one's whole.
-    drafts.append(to / f".{os.getpid()}-{name}")
-    return drafts[-1]
+    drafts[to / name] = record.draft(to / name)
+    return drafts[to / name]
 
   draft("table.md").write_text(text(groups, pairs), encoding="utf-8")
   draft("table.csv").write_text(_csv(groups), encoding="utf-8")
@@ -627,8 +626,9 @@ def write(
     sections.append(page.Section(title, svg, note))
   draft("report.html").write_text(page.write(sections), encoding="utf-8")
   hparams.write(rows, to / "hparams")
-  written = [path.replace(to / path.name.partition("-")[2]) for path in drafts]
-  return [*written, to / "hparams"]
+  for path, written in drafts.items():
+    written.replace(path)
+  return [*drafts, to / "hparams"]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import socket
 import warnings
 import xml.etree.ElementTree as ElementTree
 
@@ -291,6 +292,21 @@ def test_command_line_writes_beside_the_runs(runs, run_main, capsys):
   assert run_main(report, runs) == 0
   after = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
   assert after == before
+
+
+def test_containers_of_two_machines_write_at_once(runs, tmp_path, monkeypatch):
+  """They may have the same process id."""
+  real, to = report.hparams.write, tmp_path / "out"
+
+  def interrupt(*arguments):
+    monkeypatch.setattr(report.hparams, "write", real)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    report.write(runs, to)
+    real(*arguments)
+
+  monkeypatch.setattr(report.hparams, "write", interrupt)
+  assert report.write(runs, to) == [to / name for name in FILES]
+  assert sorted(path.name for path in to.iterdir()) == sorted(FILES)
 
 
 def needs_no_other_file(root):
