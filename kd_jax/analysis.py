@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import convert, data, export
+from kd_jax import convert, data, export, teachers
 from kd_jax.inference import Model
 
 # Of the test set, what t-SNE shows: its first classes, as many as there are
@@ -154,28 +154,47 @@ def look(model: Model, source: Any, *, batch_size: int = 500) -> Seen:
   )
 
 
-def find_teacher(run: pathlib.Path, about: Mapping[str, Any]) -> pathlib.Path:
-  """Where a run's teacher is.
+def open_teacher(
+  run: pathlib.Path, about: Mapping[str, Any], source: Any
+) -> Model:
+  """A run's teacher: a finished run, an export or a file of weights.
+
+  It is at the path where it was while the run lasted or, if the runs have been
+  moved since, beside the run. What has other weights is another teacher.
 
   Args:
     run: its folder.
     about: what its `result.json` says of the teacher.
+    source: the test set.
 
   Returns:
-    The path that it was at while the run lasted or, if the runs have been
-    moved since, that beside the run.
+    The model.
 
   Raises:
-    ValueError: if it is at neither.
+    ValueError: if it is at neither, or cannot be read.
+    ImportError: if it takes PyTorch and there is none.
   """
   then = pathlib.Path(about["checkpoint"])
   beside = run.parent / "teachers" / then.name
-  for path in (then, beside):
-    if path.exists():
-      return path
+  name, expected = about["name"], about.get("fingerprint")
+  origin, others = convert.Origin(source=source), []
+  for path in filter(pathlib.Path.exists, dict.fromkeys((then, beside))):
+    try:
+      model = convert.open_model(path, model_name=name, origin=origin)
+    except ValueError as error:
+      others.append(str(error))
+      continue
+    found = teachers.fingerprint(model.variables)
+    if expected in (None, found):
+      return model
+    others.append(
+      f"{path}: expected the weights that the run had, of fingerprint"
+      f" {expected:08x}, got others, of {found:08x}"
+    )
   raise ValueError(
-    f"{run}: expected its teacher {about['name']} at {then} or {beside}, found"
-    " it at neither. Copy it from where the run was made to the second"
+    f"{run}: expected its teacher {name} at {then} or {beside}, found it at"
+    f" neither{''.join(f' ({text})' for text in others)}. Copy it from where"
+    " the run was made to the second"
   )
 
 
@@ -195,16 +214,14 @@ def open_run(run: pathlib.Path) -> Model:
 
 
 def compare(
-  teacher: pathlib.Path,
-  name: str,
+  teacher: Model,
   students: Mapping[str, Sequence[pathlib.Path]],
   source: Any,
 ) -> Pair:
   """Compares students with a teacher.
 
   Args:
-    teacher: a finished run, an export or a file of weights.
-    name: of its network.
+    teacher: of `open_teacher`.
     students: label -> the folders of the runs that are its trials.
     source: the test set.
 
@@ -212,13 +229,9 @@ def compare(
     The pair.
 
   Raises:
-    ValueError: if a model cannot be read.
-    ImportError: if the teacher takes PyTorch and there is none.
+    ValueError: if a student cannot be read.
   """
-  origin = convert.Origin(source=source)
-  theirs = look(
-    convert.open_model(teacher, model_name=name, origin=origin), source
-  )
+  theirs = look(teacher, source)
   found = {}
   for label, runs in students.items():
     seen = [look(open_run(run), source) for run in runs]
@@ -231,4 +244,10 @@ def compare(
       embed(seen[0].features),
     )
   names = {int(k): source.class_names[k] for k in np.unique(theirs.labels)}
-  return Pair(name, embed(theirs.features), theirs.labels, names, found)
+  return Pair(
+    teacher.card["architecture"],
+    embed(theirs.features),
+    theirs.labels,
+    names,
+    found,
+  )

@@ -50,7 +50,7 @@ class Claim:
     self._path: pathlib.Path | None = None
     self._released = threading.Event()
     self._seen: tuple[int, int] | None = None
-    self._seen_at = 0.0
+    self._seen_at = self._looked_at = 0.0
     # Whether another has been seen to be at work; None: not known yet.
     self.others_alive: bool | None = None
 
@@ -103,10 +103,14 @@ class Claim:
       holder, beat = file.read(), os.fstat(file.fileno()).st_mtime_ns
     if beat == 0 or holder == _identity(lock):
       return True
+    now = time.monotonic()
     if self._seen != (number, beat):
-      self.others_alive = None if self._seen is None else True
-      self._seen, self._seen_at = (number, beat), time.monotonic()
-    return time.monotonic() - self._seen_at > STALE
+      # A beat since a look of long ago may itself be of long ago.
+      recent = self._seen is not None and now - self._looked_at <= STALE
+      self.others_alive = True if recent else None
+      self._seen, self._seen_at = (number, beat), now
+    self._looked_at = now
+    return now - self._seen_at > STALE
 
   def _make(self, number: int, lock: IO[str]) -> bool:
     self._folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 tensorboard --logdir RUNS/hparams
 """
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ def write(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> None:
   """Writes events of which the HParams view is made.
 
   A session has the settings that are not the same in all runs, and the scores
-  of the last and of the best epoch.
+  of the last and of the best epoch. Sessions of other runs are removed.
 
   Args:
     rows: of `report.collect`.
@@ -58,6 +57,9 @@ def write(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> None:
     events += [(0, begin), *scalars, (0, end)]
   for place, events in files.items():
     _write_events(place, events)
+  for path in folder.rglob(_FILE):
+    if path.parent not in files:
+      path.unlink(missing_ok=True)
 
 
 def _values(config):
@@ -75,7 +77,7 @@ def _write_events(folder, events):
   from tensorboardX.proto import event_pb2
 
   folder.mkdir(parents=True, exist_ok=True)
-  draft = folder / f".{os.getpid()}-draft"
+  draft = record.draft(folder / "draft")
   writer = record_writer.RecordWriter(str(draft))
   for event in (
     event_pb2.Event(file_version="brain.Event:2"),

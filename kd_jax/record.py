@@ -11,9 +11,11 @@ Accuracies are percentages, cross-entropies nats, times seconds.
 import contextlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,6 +158,12 @@ def read_json(path: pathlib.Path) -> Any:
     ) from error
 
 
+def draft(path: pathlib.Path) -> pathlib.Path:
+  """A hidden file beside a path, of this process alone, to write it whole."""
+  # Containers on two machines may have the same process id.
+  return path.with_name(f".{socket.gethostname()}-{os.getpid()}-{path.name}")
+
+
 def hardware() -> str:
   """The devices of this run, in words."""
   devices = jax.devices()
@@ -166,8 +174,6 @@ def hardware() -> str:
 
 
 def _cores() -> int:
-  import os
-
   return len(os.sched_getaffinity(0))
 
 

@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -47,8 +46,9 @@ class Group:
 
   Attributes:
     rows: of `collect`, by seed.
-    label: the method, and the settings by which it differs from other groups
-      of the same method.
+    label: the method, its teacher if those of the task have several, and the
+      settings by which it differs from other groups of the same method. No
+      other group of the task has the same.
   """
 
   rows: list[dict[str, Any]]
@@ -62,9 +62,7 @@ class Group:
   @property
   def teacher(self) -> str:
     """The teacher's network, or those of several; "" if there is none."""
-    teacher = self.first["teacher"] or []
-    entries = teacher if isinstance(teacher, list) else [teacher]
-    return " + ".join(entry["name"] for entry in entries)
+    return _names(self.first)
 
   @property
   def task(self) -> tuple[str, str]:
@@ -150,6 +148,8 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
 def group(rows: Iterable[dict[str, Any]]) -> list[Group]:
   """Puts trials together; a seed that was run twice counts once.
 
+  Trials of one line have had the same teacher's weights.
+
   Args:
     rows: of `collect`.
 
@@ -159,7 +159,8 @@ def group(rows: Iterable[dict[str, Any]]) -> list[Group]:
   found: dict[str, dict[int, dict[str, Any]]] = {}
   for row in rows:
     same = {**record.identity(row["config"]), "seed": None}
-    trials = found.setdefault(json.dumps(same, sort_keys=True), {})
+    key = json.dumps([same, _fingerprints(row)], sort_keys=True)
+    trials = found.setdefault(key, {})
     trials.setdefault(row["seed"], row)
   groups = [
     Group([trials[seed] for seed in sorted(trials)])
@@ -170,10 +171,36 @@ def group(rows: Iterable[dict[str, Any]]) -> list[Group]:
   return [dataclasses.replace(g, label=_label(g, groups)) for g in groups]
 
 
+def _teachers(row):
+  """What a row says of its teachers: a list of dicts."""
+  teacher = row["teacher"] or []
+  return teacher if isinstance(teacher, list) else [teacher]
+
+
+def _fingerprints(row):
+  """Those of its teachers' weights; None of one that was noted without."""
+  return [entry.get("fingerprint") for entry in _teachers(row)]
+
+
+def _names(row, *, precise=False):
+  """The networks of its teachers; if precise, with their fingerprints."""
+  return " + ".join(
+    f"{entry['name']} {entry['fingerprint']:08x}"
+    if precise and entry.get("fingerprint") is not None
+    else entry["name"]
+    for entry in _teachers(row)
+  )
+
+
 def _label(one, groups):
-  """The method, and what tells it from other groups of the same method."""
+  """The method, and what tells it from the task's other groups."""
   settings = record.identity(one.first["config"])
   differ: dict[str, str] = {}
+  taught = [g.first for g in groups if g.task == one.task and g.teacher]
+  if one.teacher and len({_names(row, precise=True) for row in taught}) > 1:
+    same = [row for row in taught if _names(row) == one.teacher]
+    precise = len({_names(row, precise=True) for row in same}) > 1
+    differ["teacher"] = f"teacher={_names(one.first, precise=precise)}"
   for other in groups:
     alike = (other.task, other.first["method"], other.teacher)
     if alike != (one.task, one.first["method"], one.teacher):
@@ -393,11 +420,17 @@ def panels(groups: Sequence[Group]) -> dict[str, dict[str, list[list[dict]]]]:
   for task in dict.fromkeys(g.task for g in students):
     members = [g for g in students if g.task == task]
     names = {g.teacher for g in members}
-    lines = {
-      f"teacher {g.first['student']}": [row["evals"] for row in g.rows]
+    teachers = [
+      g
       for g in groups
-      if g.is_teacher and g not in members and g.first["student"] in names
-    }
+      if g.is_teacher and g not in members and g.task[0] == task[0]
+    ]
+    networks = [g.first["student"] for g in teachers]
+    lines = {}
+    for g, network in zip(teachers, networks, strict=True):
+      if network in names:
+        more = f", {g.label}" if networks.count(network) > 1 else ""
+        lines[f"teacher {network}{more}"] = [row["evals"] for row in g.rows]
     lines.update({g.label: [row["evals"] for row in g.rows] for g in members})
     made[f"{task[1]}, {task[0]}"] = lines
   return made
@@ -426,23 +459,18 @@ def analyse(
   made = {}
   for task in dict.fromkeys(g.task for g in students):
     members = [g for g in students if g.task == task]
-    # By the fingerprint of their weights.
-    teachers = {
-      row["teacher"]["fingerprint"]: row
-      for g in reversed(members)
-      for row in reversed(g.rows)
-      if isinstance(row["teacher"], dict) and row["teacher"]
-    }
-    for fingerprint, row in reversed(teachers.items()):
-      about = row["teacher"]
-      name = about["name"]
-      if [r["teacher"]["name"] for r in teachers.values()].count(name) > 1:
-        name += f" {fingerprint:08x}"
+    teachers: dict[str, dict[str, Any]] = {}
+    for g in members:
+      if g.teacher and isinstance(g.first["teacher"], dict):
+        teachers.setdefault(_names(g.first, precise=True), g.first)
+    networks = [_names(row) for row in teachers.values()]
+    for row in teachers.values():
+      name = _names(row, precise=networks.count(_names(row)) > 1)
+      source = _test_set(row["config"]["data"], data_dir)
       made[*task, name] = analysis.compare(
-        analysis.find_teacher(folder / row["run"], about),
-        about["name"],
-        _trials(folder, members, fingerprint),
-        _test_set(row["config"]["data"], data_dir),
+        analysis.open_teacher(folder / row["run"], row["teacher"], source),
+        _trials(folder, members, row),
+        source,
       )
   if not made:
     raise ValueError(
@@ -452,22 +480,14 @@ def analyse(
   return made
 
 
-def _trials(folder, groups, fingerprint):
-  """label -> the runs that had this teacher, or none at all."""
-  found = {}
-  for g in groups:
-    runs = [
-      folder / row["run"]
-      for row in g.rows
-      if not row["teacher"]
-      or (
-        isinstance(row["teacher"], dict)
-        and row["teacher"]["fingerprint"] == fingerprint
-      )
-    ]
-    if runs:
-      found[g.label] = runs
-  return found
+def _trials(folder, groups, taught):
+  """label -> the runs that had the teacher of a row, or none at all."""
+  ours = ("", _names(taught, precise=True))
+  return {
+    g.label: [folder / row["run"] for row in g.rows]
+    for g in groups
+    if _names(g.first, precise=True) in ours
+  }
 
 
 def _test_set(config, data_dir):
@@ -585,12 +605,12 @@ def write(
   rows, pairs = collect(folder), pairs or {}
   groups = group(rows)
   to.mkdir(parents=True, exist_ok=True)
-  drafts = []
+  drafts: dict[pathlib.Path, pathlib.Path] = {}
 
   def draft(name):
     # Several processes of a grid may write at once: each file is one's whole.
-    drafts.append(to / f".{os.getpid()}-{name}")
-    return drafts[-1]
+    drafts[to / name] = record.draft(to / name)
+    return drafts[to / name]
 
   draft("table.md").write_text(text(groups, pairs), encoding="utf-8")
   draft("table.csv").write_text(_csv(groups), encoding="utf-8")
@@ -606,8 +626,9 @@ def write(
     sections.append(page.Section(title, svg, note))
   draft("report.html").write_text(page.write(sections), encoding="utf-8")
   hparams.write(rows, to / "hparams")
-  written = [path.replace(to / path.name.partition("-")[2]) for path in drafts]
-  return [*written, to / "hparams"]
+  for path, written in drafts.items():
+    written.replace(path)
+  return [*drafts, to / "hparams"]
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 import types
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -548,9 +547,7 @@ class Run:
 
   def _place_teacher(self, i, spec, known):
     loaded = self.teachers[i]
-    weights = zlib.crc32(
-      repr(checkpoint.fingerprint(loaded.variables)).encode()
-    )
+    weights = teachers.fingerprint(loaded.variables)
     teacher = dataclasses.replace(
       loaded, variables=self.devices.replicate(loaded.variables)
     )

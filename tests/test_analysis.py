@@ -8,7 +8,16 @@ import shutil
 import numpy as np
 import pytest
 
-from kd_jax import analysis, data, evaluate, export, record, report, results
+from kd_jax import (
+  analysis,
+  data,
+  evaluate,
+  export,
+  record,
+  report,
+  results,
+  teachers,
+)
 
 
 def test_correlation_is_numpys():
@@ -89,7 +98,9 @@ def test_look(grid):
 def test_a_teacher_is_like_itself(grid):
   workdir, teacher = grid
   source = open_test_set(workdir / "kd")
-  pair = analysis.compare(teacher, "resnet8x2", {"itself": [teacher]}, source)
+  model = export.load(teacher)
+  pair = analysis.compare(model, {"itself": [teacher]}, source)
+  assert pair.teacher == "resnet8x2"
   (student,) = pair.students.values()
   assert student.agreement.tolist() == [100.0]
   assert student.distances.tolist() == [0.0]
@@ -139,8 +150,13 @@ def test_report_compares_all_with_the_teacher(grid, tmp_path):
   ]
 
 
-def test_trials_are_compared_with_their_own_teacher(grid, tmp_path):
-  workdir, _ = grid
+def test_trials_are_compared_with_their_own_teacher(
+  grid, tmp_path, monkeypatch
+):
+  workdir, teacher = grid
+  # Two of which only the results know that they differ.
+  model = export.load(teacher)
+  monkeypatch.setattr(analysis, "open_teacher", lambda *_: model)
   for name in ("alone", "kd", "simkd"):
     shutil.copytree(workdir / name, tmp_path / name)
   for name in ("alone", "kd"):
@@ -162,25 +178,55 @@ def test_trials_are_compared_with_their_own_teacher(grid, tmp_path):
   assert [key[2] for key in pairs] == [
     f"resnet8x2 {fingerprint + i:08x}" for i in range(2)
   ]
-  for pair in pairs.values():
+  for (_, _, name), pair in pairs.items():
     trials = {k: len(s.agreement) for k, s in pair.students.items()}
-    assert trials == {"none": 2, "kd": 1}
+    assert trials == {"none": 2, f"kd (teacher={name})": 1}
 
 
-def test_a_teacher_is_looked_for_beside_the_run(tmp_path):
+def test_a_teacher_is_looked_for_beside_the_run(grid, tmp_path):
+  workdir, teacher = grid
+  about = record.result(workdir / "kd")["teacher"]
+  source = open_test_set(workdir / "kd")
   run, there = tmp_path / "runs" / "kd", tmp_path / "there" / "t"
-  about = {"name": "resnet8", "checkpoint": str(there)}
   beside = tmp_path / "runs" / "teachers" / "t"
-  with pytest.raises(ValueError, match="expected its teacher") as caught:
-    analysis.find_teacher(run, about)
-  assert str(caught.value) == (
-    f"{run}: expected its teacher resnet8 at {there} or {beside}, found it at"
-    " neither. Copy it from where the run was made to the second"
+  moved = {**about, "checkpoint": str(there)}
+  words = (
+    f"{run}: expected its teacher resnet8x2 at {there} or {beside}, found it at"
+    " neither{}. Copy it from where the run was made to the second"
   )
-  beside.mkdir(parents=True)
-  assert analysis.find_teacher(run, about) == beside
-  there.mkdir(parents=True)
-  assert analysis.find_teacher(run, about) == there
+
+  def refused(about):
+    with pytest.raises(ValueError, match="expected its teacher") as caught:
+      analysis.open_teacher(run, about, source)
+    return str(caught.value)
+
+  def found(about):
+    return teachers.fingerprint(
+      analysis.open_teacher(run, about, source).variables
+    )
+
+  assert refused(moved) == words.format("")
+  # What is there now is another network, or has other weights.
+  shutil.copytree(workdir / "alone", there)
+  assert refused(moved) == words.format(
+    f" ({there}: expected the model that was asked for, resnet8x2, got resnet8."
+    " Ask for that, or for none)"
+  )
+  shutil.copytree(teacher, beside)
+  assert found(moved) == about["fingerprint"]
+  other = {**moved, "fingerprint": about["fingerprint"] ^ 1}
+  assert refused(other).endswith(
+    f" ({beside}: expected the weights that the run had, of fingerprint"
+    f" {about['fingerprint'] ^ 1:08x}, got others, of"
+    f" {about['fingerprint']:08x}). Copy it from where the run was made to the"
+    " second"
+  )
+  # Where it was comes first; of a run without a fingerprint, unseen.
+  del other["fingerprint"]
+  shutil.rmtree(there)
+  shutil.copytree(teacher, there)
+  shutil.rmtree(beside)
+  assert found(moved) == found(other) == about["fingerprint"]
 
 
 def test_results_have_nothing_to_ask(grid, tmp_path, run_main, capsys):

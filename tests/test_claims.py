@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -72,6 +73,30 @@ def test_another_machine_that_beats_is_alive(tmp_path, quick):
     assert not claim.take()
     assert claim.others_alive is True
     time.sleep(0.05)
+
+
+def test_a_beat_since_a_look_of_long_ago_is_no_sign_of_life(
+  tmp_path, monkeypatch
+):
+  """Another machine beat after the first look, and died within the hour."""
+  path, claim, now = other_machine(tmp_path), claims.Claim(tmp_path), 1000.0
+  clock = types.SimpleNamespace(monotonic=lambda: now)
+  monkeypatch.setattr(claims, "time", clock)
+  assert not claim.take()
+  os.utime(path, (1, 1))
+  now += 3600
+  assert not claim.take()
+  assert claim.others_alive is None
+  now += claims.STALE
+  assert not claim.take()
+  assert claim.others_alive is None
+  # Had it lived, the next beat would have said so.
+  os.utime(path, (2, 2))
+  assert not claim.take()
+  assert claim.others_alive is True
+  now += claims.STALE + 1
+  assert claim.take()
+  claim.release()
 
 
 def test_another_machine_that_is_silent_is_followed(tmp_path, quick):

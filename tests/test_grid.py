@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -336,6 +337,31 @@ def test_what_others_do_is_left_to_them(no_training, tmp_path, capsys):
   assert capsys.readouterr().out == (
     "other processes are at work on a: who ends last writes the table of all\n"
   )
+
+
+def test_a_machine_that_died_meanwhile_is_followed(tmp_path, monkeypatch):
+  """Its last beat came after the first look at its cell."""
+  path, trained, now = tmp_path / "a" / "claims" / "1", [], 1000.0
+  path.parent.mkdir(parents=True)
+  path.write_text("another boot 1 2")
+
+  def later(seconds):
+    nonlocal now
+    now += seconds
+
+  def run(config, workdir, more):
+    trained.append(pathlib.Path(workdir).name)
+    if trained == ["b"]:
+      os.utime(path, (1, 1))
+      later(3600)
+
+  clock = types.SimpleNamespace(monotonic=lambda: now, sleep=later)
+  monkeypatch.setattr(claims, "time", clock)
+  monkeypatch.setattr(grid, "time", clock)
+  monkeypatch.setattr(train, "prepare", lambda *_: None)
+  monkeypatch.setattr(train, "train_and_evaluate", run)
+  grid.run_grid(make({"a": {}, "b": {}}), str(tmp_path))
+  assert trained == ["b", "a"]
 
 
 # Two methods x two students x two trials on digits, of networks of a second.

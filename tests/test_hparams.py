@@ -1,6 +1,7 @@
 """What TensorBoard's HParams view is made of."""
 
 import json
+import shutil
 
 import pytest
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
@@ -102,6 +103,19 @@ def test_one_run_has_its_own_settings(runs, tmp_path):
   assert settings == {
     **{"distiller.name": "none", "seed": 0.0},
     **{"student.name": "resnet8x4", "teacher.name": ""},
+  }
+
+
+def test_sessions_of_removed_runs_are_cleared(runs, tmp_path):
+  folder = tmp_path / "hparams"
+  hparams.write(report.collect(runs), folder)
+  foreign = folder / "kd0" / "events.out.tfevents.1.another"
+  foreign.touch()
+  shutil.rmtree(runs / "kd0")
+  hparams.write(report.collect(runs), folder)
+  assert {p for p in folder.rglob("*") if p.is_file()} == {
+    foreign,
+    *(folder / name / hparams._FILE for name in ("", "alone", "kd1")),
   }
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import socket
 import warnings
 import xml.etree.ElementTree as ElementTree
 
@@ -101,6 +102,69 @@ def test_a_seed_that_was_run_twice_counts_once(tmp_path, write):
     write(tmp_path / name, 20.0, age=ord(name))
   (one,) = report.group(report.collect(tmp_path))
   assert [row["run"] for row in one.rows] == ["b"]  # the older
+
+
+def taught_by(*fingerprints, name="resnet32x4"):
+  """A run's teacher of these weights; of several, a list."""
+  entries = [{"name": name, "fingerprint": f} for f in fingerprints]
+  return {"method": "kd", "teacher": entries if entries[1:] else entries[0]}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+  ("one", "other"), [([10], [11]), ([10, 11], [10, 12]), ([10, 11], [11, 10])]
+)
+def test_runs_of_other_teachers_are_no_trials(
+  tmp_path, write, seed, one, other
+):
+  """Their configs are the same: a checkpoint is no part of what a run is."""
+  write(tmp_path / "a", 20.0, **taught_by(*one))
+  write(tmp_path / "b", 30.0, seed=seed, **taught_by(*other))
+  write(tmp_path / "c", 31.0, seed=2, **taught_by(*other))
+  groups = report.group(report.collect(tmp_path))
+  found = [[row["run"] for row in g.rows] for g in groups]
+  assert found == [["a"], ["b", "c"]]
+  names = [" + ".join(f"resnet32x4 {f:08x}" for f in fs) for fs in (one, other)]
+  assert [g.label for g in groups] == [f"kd (teacher={n})" for n in names]
+  (panel,) = report.panels(groups).values()
+  assert [len(trials) for trials in panel.values()] == [1, 2]
+
+
+def test_teachers_of_a_task_are_in_its_labels(tmp_path, write):
+  for number, (name, fingerprint) in enumerate(
+    [("resnet32x4", 10), ("resnet32x4", 10), ("vgg13", 10), ("vgg13", None)]
+  ):
+    teacher = {"name": name}
+    if fingerprint is not None:
+      teacher["fingerprint"] = fingerprint
+    heat = {"distiller": {"name": "kd", "temperature": float(number)}}
+    fields = {"method": "kd", "teacher": teacher, "changes": heat}
+    write(tmp_path / str(number), 20.0, age=-number, **fields)
+  write(tmp_path / "alone", 10.0, age=-8)
+  write(tmp_path / "other", 20.0, student="vgg8", age=-9, **taught_by(10))
+  groups = report.group(report.collect(tmp_path))
+  assert [g.label for g in groups] == [
+    "kd (teacher=resnet32x4, temperature=0.0)",
+    "kd (teacher=resnet32x4, temperature=1.0)",
+    "kd (teacher=vgg13 0000000a, temperature=2.0)",
+    "kd (teacher=vgg13, temperature=3.0)",
+    "none",
+    "kd",
+  ]
+  panels = report.panels(groups)
+  assert len(panels["resnet8x4, cifar100"]) == 5
+
+
+def test_every_teacher_of_a_network_is_drawn(runs, write):
+  more = {"student": "resnet32x4", "age": -1}
+  write(runs / "teachers" / "y", 60.0, changes={"epochs": 9}, **more)
+  data = {"data": {"name": "cifar10"}}
+  write(runs / "teachers" / "z", 90.0, changes=data, **more)
+  panels = report.panels(report.group(report.collect(runs)))
+  assert [*panels["resnet8x4, cifar100"]][:2] == [
+    "teacher resnet32x4, none (epochs=240)",
+    "teacher resnet32x4, none (epochs=9)",
+  ]
 
 
 def test_csv_has_every_number(runs, tmp_path):
@@ -228,6 +292,21 @@ def test_command_line_writes_beside_the_runs(runs, run_main, capsys):
   assert run_main(report, runs) == 0
   after = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
   assert after == before
+
+
+def test_containers_of_two_machines_write_at_once(runs, tmp_path, monkeypatch):
+  """They may have the same process id."""
+  real, to = report.hparams.write, tmp_path / "out"
+
+  def interrupt(*arguments):
+    monkeypatch.setattr(report.hparams, "write", real)
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    report.write(runs, to)
+    real(*arguments)
+
+  monkeypatch.setattr(report.hparams, "write", interrupt)
+  assert report.write(runs, to) == [to / name for name in FILES]
+  assert sorted(path.name for path in to.iterdir()) == sorted(FILES)
 
 
 def needs_no_other_file(root):

@@ -292,6 +292,17 @@ def test_own_tables_have_published_values_where_there_are_some(tmp_path, keep):
   assert text.count(NOT_RUN) == 3 * (13 - 5) + 1
 
 
+def test_other_settings_have_a_table_of_their_own(tmp_path, keep):
+  teacher = {"method": "kd", "teacher": {"name": "resnet32x4"}}
+  keep(tmp_path / "table" / "kd", 70.0, **teacher)
+  hot = {"distiller": {"name": "kd", "temperature": 8.0}}
+  keep(tmp_path / "table" / "hot", 60.0, changes=hot, **teacher)
+  text = results.tables(tmp_path)
+  assert cells_of(text)[0]["KD", 3] == "71.25 (1)"
+  line = "| resnet8x4 | resnet32x4 | kd (temperature=8.0) | 1 | 60.00 |"
+  assert line in text and "70.00" not in text
+
+
 DOCUMENT = f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n"
 
 
