@@ -12,6 +12,7 @@ import sys
 
 import jax.numpy as jnp
 import numpy as np
+import jax
 import pytest
 import torch
 from ml_collections import ConfigDict
@@ -107,6 +108,37 @@ def test_crd_contrasts_the_same_whichever_way(weights):
   assert (others != labels[:, None]).all()
   v = torch.nn.functional.normalize(torch.randn(8, 128))
   whole, gathered = (
+def test_crd_has_the_same_losses_of_the_same_negatives(weights, fast_compile):
+  """The second and third step see the banks that those before have moved."""
+  work = tiny("crd")
+  source = work.source
+  program = jax_side.Program(work, weights)
+  eager = torch_side.Eager(work, weights, workers=0)
+  step_ = jax.jit(program._alone)
+  state, rng = program._state, np.random.default_rng(0)
+  images = augment.normalize(
+    jnp.asarray(source.images), source.mean, source.std
+  )
+  images = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2)))
+  for _ in range(3):
+    index = rng.choice(work.examples, work.batch, replace=False)
+    negatives = rng.integers(work.examples, size=(work.batch, 5))
+    batch = {
+      "image": source.images[index],
+      "label": source.labels[index],
+      "index": index.astype(np.int32),
+      "mask": np.ones(work.batch, bool),
+      "negatives": negatives.astype(np.int32),
+    }
+    state, sums = step_(state, program._teacher_variables, batch)
+    labels = source.labels[index].astype(np.int64)
+    theirs, _ = eager.step(
+      images[index], *map(torch.from_numpy, (labels, index, negatives))
+    )
+    ours = float(sums["loss"]) / work.batch
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+
+
     method._scores(v, method.bank_t, drawn, way) for way in (True, False)
   )
   torch.testing.assert_close(whole, gathered)
