@@ -67,7 +67,7 @@ def make_work(pair: str, method: str, batch: int, args: Any) -> work_lib.Work:
     image_size=args.image_size or (224 if large else 32),
     classes=1000 if large else 100,
     # Of large images as many as fit in memory.
-    examples=args.examples or (8 * batch if large else 50_000),
+    examples=args.examples or (8 * batch if large else work_lib.CIFAR),
     pad=0 if large else 4,
     fields=fields,
   )

@@ -660,7 +660,11 @@ def _device() -> torch.device:
 
 
 class Examples(torch.utils.data.Dataset):
-  """What the loader's workers do: crop, flip, normalise, draw negatives."""
+  """What the loader's workers do: crop, flip, normalise, draw negatives.
+
+  An epoch is as long as the real set's, however few examples are kept: the
+  loader's workers, and with them the device, come to rest between epochs.
+  """
 
   def __init__(self, work: work_lib.Work, arrays: "Arrays"):
     """Keeps the set in memory, as torchvision's CIFAR does."""
@@ -671,8 +675,9 @@ class Examples(torch.utils.data.Dataset):
       self._others = [every[arrays.labels != c] for c in range(work.classes)]
 
   def __len__(self) -> int:
-    return self._work.examples
+    return self._work.epoch_examples
 
+    i %= self._work.examples
   def __getitem__(self, i: int) -> tuple[Any, ...]:
     pad, size = self._work.pad, self._work.image_size
     image, label = self._arrays.images[i], int(self._arrays.labels[i])

@@ -163,6 +163,18 @@ def test_networks_have_the_same_tensors(pair):
 
 @pytest.mark.parametrize("name", ["ShuffleV2_1_5", "vgg8", "ResNet18"])
 def test_networks_compute_the_same(name, tmp_path, fast_compile):
+def test_the_loader_goes_on_when_the_set_was_cut_short():
+  """As a real one does: between epochs its workers and the device rest."""
+  work = tiny("none")
+  examples = torch_side.Examples(work, torch_side.arrays(work))
+  assert len(examples) == 50_000
+  pixels, label, i = examples[32 + 5]
+  assert (label, i) == (work.source.labels[5], 5)
+  torch.testing.assert_close(pixels, examples[5][0])
+  assert tiny("none", image_size=224).epoch_examples == 1_281_167
+  assert tiny("none", examples=60_000).epoch_examples == 60_000
+
+
   work = tiny("none", student=name, image_size=32)
   path = tmp_path / work.network_file("student")
   work_lib._save(path, work_lib._network(work, "student"))
