@@ -26,7 +26,6 @@ from benchmarks import work as work_lib
 
 # CRD's reference adds it to the denominators.
 _EPSILON = 1e-7
-_WARM_STEPS = 3  # after which a CUDA graph has been captured
 
 
 class Output(NamedTuple):
@@ -677,8 +676,8 @@ class Examples(torch.utils.data.Dataset):
   def __len__(self) -> int:
     return self._work.epoch_examples
 
-    i %= self._work.examples
   def __getitem__(self, i: int) -> tuple[Any, ...]:
+    i %= self._work.examples
     pad, size = self._work.pad, self._work.image_size
     image, label = self._arrays.images[i], int(self._arrays.labels[i])
     if pad:
@@ -807,6 +806,9 @@ class Compiled:
     mean, std = (
       torch.tensor(v, device=self._device) for v in (source.mean, source.std)
     )
+    for constant in (self._images, self._labels, mean, std):
+      # Else each replay of a CUDA graph would copy them, the whole set.
+      torch._dynamo.mark_static_address(constant)
 
     def loss_of(images, labels, index):
       with torch.autocast(self._device.type, dtype=torch.bfloat16):

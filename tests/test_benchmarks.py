@@ -175,6 +175,40 @@ def test_the_loader_goes_on_when_the_set_was_cut_short():
   assert tiny("none", examples=60_000).epoch_examples == 60_000
 
 
+def test_compiled_step_copies_no_constants(weights, monkeypatch):
+  """CUDA graphs copy each input of another address: the whole set."""
+  seen = []
+
+  def backend(graph, inputs):
+    del inputs
+    for node in graph.graph.find_nodes(op="placeholder"):
+      kind = node.meta["tensor_dict"].get("_dynamo_static_input_type")
+      if kind is None:
+        seen.append(node.meta["example_value"].shape)
+    return graph
+
+  compile_ = torch.compile
+  monkeypatch.setattr(
+    torch, "compile", lambda f, mode: compile_(f, backend=backend)
+  )
+  work = tiny("simkd", pad=4, flip=True)
+  (loss,) = torch_side.Compiled(work, weights).run(1)
+  assert np.isfinite(loss)
+  assert seen == [(work.batch,)]  # of the inputs, the indices alone
+
+
+def test_the_loader_goes_on_when_the_set_was_cut_short():
+  """As a real one does: between epochs its workers and the device rest."""
+  work = tiny("none")
+  examples = torch_side.Examples(work, torch_side.arrays(work))
+  assert len(examples) == 50_000
+  pixels, label, i = examples[32 + 5]
+  assert (label, i) == (work.source.labels[5], 5)
+  torch.testing.assert_close(pixels, examples[5][0])
+  assert tiny("none", image_size=224).epoch_examples == 1_281_167
+  assert tiny("none", examples=60_000).epoch_examples == 60_000
+
+
   work = tiny("none", student=name, image_size=32)
   path = tmp_path / work.network_file("student")
   work_lib._save(path, work_lib._network(work, "student"))
