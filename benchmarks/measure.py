@@ -12,15 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Dense TFLOP/s, without sparsity, of the vendors' data sheets. "float32" is
-# TF32, which both sides' convolutions take by default. The first that a
-# device's name holds counts.
+_HOPPER_SXM = {"float32": 494.7, "bfloat16": 989.4}
+_A100 = {"float32": 156.0, "bfloat16": 312.0}
+# Dense TFLOP/s, without sparsity, of the vendor's data sheets, by the whole
+# name of the card: its other variants, and parts of it (MIG), have other peaks.
+# "float32" is TF32, which both sides' convolutions take by default.
 PEAKS: dict[str, dict[str, float]] = {
-  "H200": {"float32": 494.7, "bfloat16": 989.4},
-  "H100 PCIe": {"float32": 378.0, "bfloat16": 756.0},
-  "H100": {"float32": 494.7, "bfloat16": 989.4},
-  "A100": {"float32": 156.0, "bfloat16": 312.0},
-  "L4": {"float32": 60.0, "bfloat16": 121.0},
+  "NVIDIA H200": _HOPPER_SXM,
+  "NVIDIA H100 80GB HBM3": _HOPPER_SXM,
+  "NVIDIA H100 PCIe": {"float32": 378.0, "bfloat16": 756.0},
+  "NVIDIA A100-SXM4-80GB": _A100,
+  "NVIDIA A100-SXM4-40GB": _A100,
+  "NVIDIA A100 80GB PCIe": _A100,
+  "NVIDIA A100-PCIE-40GB": _A100,
+  "NVIDIA L4": {"float32": 60.0, "bfloat16": 121.0},
 }
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 
@@ -32,10 +37,8 @@ def peak(device: str, dtype: str) -> float | None:
     device: its name, as JAX or PyTorch gives it.
     dtype: "float32" or "bfloat16".
   """
-  for word, rates in PEAKS.items():
-    if word in device:
-      return rates[dtype] * 1e12
-  return None
+  rates = PEAKS.get(device)
+  return None if rates is None else rates[dtype] * 1e12
 
 
 def commit() -> str:

@@ -383,10 +383,14 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
   assert made == [1, 1, 2, 3, 4, 5, 6]
 
 
-def test_peaks_are_of_the_first_name_that_fits():
+def test_peaks_are_of_whole_names():
   assert measure.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
   assert measure.peak("NVIDIA H100 PCIe", "float32") == 378e12
-  assert measure.peak("cpu", "float32") is None
+  for other in (
+    *("NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"),
+    *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"),
+  ):
+    assert measure.peak(other, "float32") is None, other
 
 
 def rows_of(**ms: float) -> list[dict]:
@@ -398,6 +402,7 @@ def rows_of(**ms: float) -> list[dict]:
     rows.append({"cell": cell, "result": result})
   return rows
 
+  assert measure.peak("NVIDIA H200", "float32") == 494.7e12
 
 ROWS = rows_of(
   none_jax=2.0, none_eager=3.0, simkd_jax=10.0, simkd_eager=12.0,
