@@ -98,9 +98,15 @@ def peak_resident_bytes() -> int:
   return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def hardware() -> dict[str, Any]:
-  """The machine's processor and how busy it is; devices tell themselves."""
-  from benchmarks.input_pipeline import processor
+def processor() -> str:
+  """The CPU's model name where Linux gives one."""
+  info = pathlib.Path("/proc/cpuinfo")
+  lines = info.read_text().splitlines() if info.exists() else []
+  for line in lines:
+    if line.startswith("model name"):
+      return line.split(":", 1)[1].strip()
+  return platform.processor() or platform.machine()
+
 
   return {
     "cpu": processor(),
@@ -112,9 +118,22 @@ def hardware() -> dict[str, Any]:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Text in columns, the first one flush left."""
   lines = [head, *rows]
+def gpus() -> list[str]:
+  """The names of NVIDIA's cards, told by the driver: no process takes one."""
+  command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return []
+  return done.stdout.splitlines()
+
+
+def hardware() -> dict[str, Any]:
+  """The machine, and how busy it is; no device is touched."""
   widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
   def line_of(cells: Sequence[str]) -> str:
+    "gpus": gpus(),
     first, *rest = zip(cells, widths)
     columns = [f"{first[0]:<{first[1]}}"]
     return "  ".join([*columns, *(f"{c:>{w}}" for c, w in rest)])

@@ -157,12 +157,15 @@ def _share_flops(rows: list[dict[str, Any]]) -> None:
 
 
 def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
-  """The results that a file has of the same commit, versions and machine."""
+  """The results that a file has of the same commit, versions and hardware."""
   if not path.exists():
     return {}
   found = json.loads(path.read_text())
   same = all(found[k] == head[k] for k in ("commit", "versions"))
-  same = same and found["hardware"]["cpu"] == head["hardware"]["cpu"]
+  same = same and all(
+    found["hardware"].get(k) == head["hardware"][k]
+    for k in ("cpu", "cores", "gpus")
+  )
   # Without a commit nobody knows which code it was.
   if not same or head["commit"].endswith(("-dirty", "unknown")):
     return {}

@@ -380,6 +380,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
   for _ in range(7):
     step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
     made.append(len(calls))
+  monkeypatch.setattr(measure, "gpus", lambda: ["NVIDIA H200"])
   assert made == [1, 1, 2, 3, 4, 5, 6]
 
 
@@ -387,6 +388,23 @@ def test_peaks_are_of_whole_names():
   assert measure.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
   assert measure.peak("NVIDIA H100 PCIe", "float32") == 378e12
   for other in (
+  monkeypatch.setattr(measure, "commit", lambda: "a")
+  for cards in (["NVIDIA H200"], ["NVIDIA H100 NVL"], [], []):
+    monkeypatch.setattr(measure, "gpus", lambda cards=cards: cards)
+    step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
+    made.append(len(calls))
+  assert made[7:] == [7, 8, 9, 9]
+
+
+def test_the_driver_names_the_cards(tmp_path, monkeypatch):
+  stub = tmp_path / "nvidia-smi"
+  monkeypatch.setenv("PATH", str(tmp_path))
+  assert measure.hardware()["gpus"] == []
+  stub.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
+  stub.chmod(0o755)
+  assert measure.hardware()["gpus"] == ["NVIDIA H200", "NVIDIA L4"]
+  stub.write_text("#!/bin/sh\necho it failed to talk with the driver\nexit 9\n")
+  assert measure.hardware()["gpus"] == []
     *("NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"),
     *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"),
   ):
