@@ -9,6 +9,7 @@ printed is the result, JSON. `benchmarks.step` starts it.
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -129,14 +130,15 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
   first = time.perf_counter() - begin
   # The second dispatch finds what the first one left, and a CUDA graph is
   # captured in the third.
+  load = list(os.getloadavg())
   for _ in range(2):
     losses += program.run(program.steps)
   dispatches = program.dispatches
   if program.host_seconds is not None:
     program.host_seconds = 0.0
   steps = -(-cell.steps // program.steps) * program.steps
-  timing = measure.take_turns(program.run, steps=steps, turns=cell.turns)
-  summary = timing.summary()
+  turns = measure.take_turns(program.run, steps=steps, turns=cell.turns)
+  summary = measure.summary("ms_per_step", turns)
   made = program.dispatches - dispatches
   host = program.host_seconds
   device = side.device()
@@ -169,5 +171,6 @@ def main() -> None:
   print(json.dumps(measure_cell(Cell.parse(sys.argv[1]))))
 
 
+    "load_average": load,
 if __name__ == "__main__":
   main()

@@ -1,13 +1,15 @@
-"""Timings, machines and tables: what all of `benchmarks.step`'s parts share."""
+"""Timings, machines and tables: what all benchmarks share."""
 
-import dataclasses
+import datetime
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,10 +57,10 @@ def commit() -> str:
     return "unknown"
 
 
-def versions() -> dict[str, str]:
-  """Of Python and of the packages that are there."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+  """Of Python and of the packages, by name, where they are there."""
   found = {"python": platform.python_version()}
-  for name in PACKAGES:
+  for name in packages:
     try:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -66,30 +68,38 @@ def versions() -> dict[str, str]:
   return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-  """Milliseconds of one step, of each turn."""
+def summary(name: str, turns: Sequence[float]) -> dict[str, Any]:
+  """Every figure, the median and the spread, for JSON.
 
-  turns: tuple[float, ...]
+  Args:
+    name: of the figure, with its unit.
+    turns: the figure of each turn.
 
-  def summary(self) -> dict[str, Any]:
-    """Every timing, the median and the spread, for JSON."""
-    return {
-      "ms_per_step": statistics.median(self.turns),
-      "ms_per_step_least": min(self.turns),
-      "ms_per_step_most": max(self.turns),
-      "ms_per_step_turns": list(self.turns),
-    }
+  Returns:
+    The median as `name`, the others as `name` and _least, _most, _turns.
+  """
+  return {
+    name: statistics.median(turns),
+    f"{name}_least": min(turns),
+    f"{name}_most": max(turns),
+    f"{name}_turns": list(turns),
+  }
 
 
-def take_turns(run: Callable[[int], Any], *, steps: int, turns: int) -> Timing:
-  """Times `run(steps)`, which has to wait for its end, several times."""
+def take_turns(
+  run: Callable[[int], Any], *, steps: int, turns: int
+) -> list[float]:
+  """Times `run(steps)`, which has to wait for its end, several times.
+
+  Returns:
+    Milliseconds of one step, of each turn.
+  """
   found = []
   for _ in range(turns):
     begin = time.perf_counter()
     run(steps)
     found.append(1e3 * (time.perf_counter() - begin) / steps)
-  return Timing(tuple(found))
+  return found
 
 
 def peak_resident_bytes() -> int:
@@ -108,16 +118,6 @@ def processor() -> str:
   return platform.processor() or platform.machine()
 
 
-  return {
-    "cpu": processor(),
-    "cores": len(os.sched_getaffinity(0)),
-    "load_average": list(os.getloadavg()),
-  }
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Text in columns, the first one flush left."""
-  lines = [head, *rows]
 def gpus() -> list[str]:
   """The names of NVIDIA's cards, told by the driver: no process takes one."""
   command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -130,12 +130,68 @@ def gpus() -> list[str]:
 
 def hardware() -> dict[str, Any]:
   """The machine, and how busy it is; no device is touched."""
+  return {
+    "cpu": processor(),
+    "cores": len(os.sched_getaffinity(0)),
+    "gpus": gpus(),
+    "load_average": list(os.getloadavg()),
+  }
+
+
+def head(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+  """What a benchmark's JSON begins with: of what, when, where, by what.
+
+  Args:
+    packages: whose versions it has.
+  """
+  return {
+    "commit": commit(),
+    "date": datetime.date.today().isoformat(),
+    "hardware": hardware(),
+    "versions": versions(packages),
+    "command": sys.argv,
+  }
+
+
+def write(path: pathlib.Path, result: dict[str, Any]) -> None:
+  """Writes a benchmark's JSON: the whole file, or none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_suffix(".part")
+  part.write_text(json.dumps(result, indent=2) + "\n")
+  part.rename(path)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Text in columns, the first one flush left."""
+  lines = [head, *rows]
   widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
   def line_of(cells: Sequence[str]) -> str:
-    "gpus": gpus(),
     first, *rest = zip(cells, widths)
     columns = [f"{first[0]:<{first[1]}}"]
     return "  ".join([*columns, *(f"{c:>{w}}" for c, w in rest)])
 
   return "\n".join(map(line_of, lines))
+
+
+def medians_table(
+  first: str, rows: Sequence[dict[str, Any]], **columns: str
+) -> str:
+  """Text of what `summary` made: medians, and the least and the most.
+
+  Args:
+    first: the key of the rows' names.
+    rows: with this key and those of the summaries.
+    **columns: the title of each summary.
+  """
+  head = [first]
+  for title in columns.values():
+    head += [title, "least-most"]
+  lines = []
+  for row in rows:
+    line = [row[first]]
+    for key in columns:
+      least, most = row[f"{key}_least"], row[f"{key}_most"]
+      line += [f"{row[key]:,.0f}", f"{least:,.0f}-{most:,.0f}"]
+    lines.append(line)
+  return table(head, lines)

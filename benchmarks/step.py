@@ -26,7 +26,6 @@ Prints a table and writes a JSON file.
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -176,13 +175,6 @@ def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _write(path: pathlib.Path, head: Any, rows: list[dict[str, Any]]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n")
-  part.rename(path)
-
-
 def measure_all(
   cells: Sequence[Cell], *, out: pathlib.Path, seconds: float
 ) -> dict[str, Any]:
@@ -197,13 +189,7 @@ def measure_all(
     The content of the file.
   """
   end = time.monotonic() + seconds
-  head = {
-    "commit": measure.commit(),
-    "date": datetime.date.today().isoformat(),
-    "hardware": measure.hardware(),
-    "versions": measure.versions(),
-    "command": sys.argv,
-  }
+  head = measure.head()
   known = _known(out, head)
   rows: list[dict[str, Any]] = [
     {
@@ -217,7 +203,7 @@ def measure_all(
     for row, cell in zip(rows, cells)
     if row["result"].get("error") == NOT_RUN
   ]
-  _write(out, head, rows)
+  measure.write(out, {**head, "rows": rows})
   for row, cell in open_cells:
     left = end - time.monotonic()
     if left <= 0:
@@ -226,7 +212,7 @@ def measure_all(
     left = end - time.monotonic()
     row["result"] = failed or measure_in_process(cell, max(left, 1.0))
     _share_flops(rows)
-    _write(out, head, rows)
+    measure.write(out, {**head, "rows": rows})
     print(_line(row), file=sys.stderr, flush=True)
   return {**head, "rows": rows}
 

@@ -16,8 +16,19 @@ import jax
 import pytest
 import torch
 from ml_collections import ConfigDict
+from PIL import Image
 
-from benchmarks import guard, jax_side, measure, step, torch_side, trials
+from benchmarks import (
+  cell,
+  guard,
+  image_loading,
+  input_pipeline,
+  jax_side,
+  measure,
+  step,
+  torch_side,
+  trials,
+)
 from benchmarks import work as work_lib
 from benchmarks.cell import SIDES, Cell
 from configs import base
@@ -277,6 +288,10 @@ absent = ("ml_collections", "grain", "nvidia.dali", "orbax", "tensorflow",
 print([name for name in absent if name in sys.modules])
 """
   found = subprocess.run(
+# What each benchmark's file begins with.
+HEAD = {"commit", "date", "hardware", "versions", "command"}
+
+
     [sys.executable, "-c", code],
     cwd=pathlib.Path(__file__).parent.parent,
     env=ENVIRONMENT,
@@ -301,7 +316,7 @@ def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
   step.main(arguments)
   shown = capsys.readouterr().out
   result = json.loads(out.read_text())
-  assert {"commit", "date", "hardware", "versions", "command"} <= set(result)
+  assert set(result) >= HEAD
   assert set(result["versions"]) == {"python", *measure.PACKAGES}
   assert [r["cell"]["side"] for r in result["rows"]] == list(SIDES)
   for row in result["rows"]:
@@ -580,7 +595,10 @@ def test_trials_beside_each_other(tmp_path, fast_compile, capsys):
       *("--weights", str(tmp_path / "weights"), "--out", str(out)),
     ]
   )
-  (row,) = json.loads(out.read_text())["rows"]
+  result = json.loads(out.read_text())
+  assert set(result) >= HEAD and result["hardware"]["platform"] == "cpu"
+  (row,) = result["rows"]
+  assert len(row["load_average"]) == 3
   alone, together = (
     row[name]["ms_per_step_turns"] for name in ("alone", "together")
   )
@@ -588,3 +606,60 @@ def test_trials_beside_each_other(tmp_path, fast_compile, capsys):
   assert len(row["ratios"]) == 3 and len(row["compile_seconds"]) == 2
   _, line, _ = capsys.readouterr().out.splitlines()
   assert line.split()[:4] == ["_tiny_wide:_tiny", "kd", "8", "2"]
+
+
+def check_rates(row, line, key, turns):
+  """That a row has each turn, their median and spread, and shows them."""
+  shown = " ".join(line.split())
+  found = row[f"{key}_turns"]
+  assert len(found) == turns and min(found) > 0
+  assert row[key] == np.median(found)
+  least, most = row[f"{key}_least"], row[f"{key}_most"]
+  assert (least, most) == (min(found), max(found))
+  assert f" {row[key]:,.0f} {least:,.0f}-{most:,.0f}" in shown
+
+
+def test_input_pipelines_beside_each_other(tmp_path, fast_compile, capsys):
+  out = tmp_path / "input.json"
+  input_pipeline.main(
+    [
+      *("--examples", "32", "--batch-size", "8", "--chunk", "2"),
+      *("--repeats", "3", "--out", str(out)),
+    ]
+  )
+  result = json.loads(out.read_text())
+  assert set(result) >= HEAD
+  assert {"jax", "grain"} < set(result["versions"])
+  _, _, *lines, _ = capsys.readouterr().out.splitlines()
+  assert len(result["rows"]) == len(lines) == 6
+  for row, line in zip(result["rows"], lines, strict=True):
+    assert line.startswith(row["pipeline"])
+    assert len(row["load_average"]) == 3
+    check_rates(row, line, "images_per_second", 3)
+
+
+def test_image_loaders_beside_each_other(tmp_path, monkeypatch, capsys):
+  for i in range(2):
+    Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / f"{i}.png")
+  monkeypatch.setattr(image_loading, "dali_is_installed", lambda: False)
+  # Ticks are too coarse for so little work.
+  ticks = iter(range(1000))
+  monkeypatch.setattr(image_loading, "cpu_seconds", lambda: next(ticks))
+  out = tmp_path / "loading.json"
+  image_loading.main(
+    [
+      *("--data_dir", str(tmp_path), "--batch_size", "2", "--batches", "1"),
+      *("--workers", "0", "--repeats", "3", "--out", str(out)),
+    ]
+  )
+  result = json.loads(out.read_text())
+  assert set(result) >= HEAD
+  assert {"pillow", "grain", "torch"} < set(result["versions"])
+  _, _, *lines, _ = capsys.readouterr().out.splitlines()
+  names = [row["loader"] for row in result["rows"]]
+  assert names == ["grain", "PyTorch, uint8", "PyTorch, float"]
+  for row, line in zip(result["rows"], lines, strict=True):
+    assert line.startswith(row["loader"])
+    assert len(row["load_average_turns"]) == 3
+    check_rates(row, line, "images_per_second", 3)
+    check_rates(row, line, "images_per_cpu_second", 3)
