@@ -10,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 
+import types
 import jax.numpy as jnp
 import numpy as np
 import jax
@@ -320,7 +321,7 @@ def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
   assert set(result["versions"]) == {"python", *measure.PACKAGES}
   assert [r["cell"]["side"] for r in result["rows"]] == list(SIDES)
   for row in result["rows"]:
-    found, cell = row["result"], row["cell"]
+    found, side = row["result"], row["cell"]["side"]
     assert "error" not in found, found
     turns = found["ms_per_step_turns"]
     assert len(turns) == 2
@@ -331,9 +332,10 @@ def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
     assert found["first_step_seconds"] > 0
     assert found["peak_bytes"] > 50e6 and found["peak_bytes_of"] == "process"
     assert found["share_of_peak"] is None  # no table has a CPU's
-    assert (found["host_ms_per_dispatch"] is None) == (cell["side"] == "eager")
+    assert found["host_ms_per_dispatch"] is None  # a CPU is busy with the step
+    assert len(found["load_average"]) == 3
     assert np.isfinite(found["first_losses"]).all()
-    ours = cell["side"] in ("jax", "teacher")
+    ours = side in ("jax", "teacher")
     assert found["devices"] == (2 if ours else 1)
     assert f"{found['images_per_second']:,.0f}" in shown
   jax_row, eager, compiled, _ = (row["result"] for row in result["rows"])
@@ -416,6 +418,39 @@ def test_the_driver_names_the_cards(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   assert measure.hardware()["gpus"] == []
   stub.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
+class Clock:
+  """A program whose steps take so many seconds, and its building ten."""
+
+  def __init__(self, monkeypatch, steps: int, seconds: float):
+    self.steps, self._seconds = steps, seconds
+    self.host_seconds, self.dispatches = 0.0, 0
+    self._now = 0.0
+    monkeypatch.setattr(cell.time, "perf_counter", lambda: self._now)
+
+  def run(self, steps: int) -> list[float]:
+    self._now += steps * self._seconds + 10 * (not self.dispatches)
+    self.host_seconds += 0.5 * steps / self.steps
+    self.dispatches += steps // self.steps
+    return [1.0] * steps
+
+
+@pytest.mark.parametrize("steps", [1, 781])
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_first_step_is_one_step_of_however_long_a_dispatch(
+  steps, platform, monkeypatch
+):
+  program = Clock(monkeypatch, steps, 0.25)
+  device = {"device": "x", "platform": platform, "peak_bytes": 1}
+  side = types.SimpleNamespace(device=lambda: device)
+  monkeypatch.setattr(cell, "side_module", lambda _: side)
+  monkeypatch.setattr(cell, "build", lambda *_: program)
+  found = cell.measure_cell(dataclasses.replace(make_cell("x"), devices=1))
+  assert found["ms_per_step"] == 250
+  assert found["first_step_seconds"] == pytest.approx(10.25)
+  host = None if platform == "cpu" else pytest.approx(500)
+  assert found["host_ms_per_dispatch"] == host
+
+
   stub.chmod(0o755)
   assert measure.hardware()["gpus"] == ["NVIDIA H200", "NVIDIA L4"]
   stub.write_text("#!/bin/sh\necho it failed to talk with the driver\nexit 9\n")
