@@ -78,6 +78,8 @@ def make_cells(args: Any) -> list[Cell]:
   cells = []
   for pair, batch, method in itertools.product(args.pairs, args.batch, methods):
     work = make_work(pair, method, batch, args)
+    if args.no_augment:
+      work = dataclasses.replace(work, pad=0, flip=False)
     for side in args.sides:
       if side in ("eager", "compiled") and method not in work_lib.COMMON:
         continue
@@ -241,6 +243,8 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
   work = cell["work"]
   name = f"{work['teacher']}:{work['student']} {work['method']}"
   name += f" {work['batch']}"
+  if not (work["pad"] or work["flip"]):
+    name += " bare"
   side = f"{cell['side']} {cell['dtype']}"
   if cell["steps_per_dispatch"]:
     side += f" x{cell['steps_per_dispatch']}"
@@ -320,6 +324,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add("--examples", type=int, help="in the training set (50,000)")
   add("--image_size", type=int, help="in pixels (32; of ResNets 224)")
+  add(
+    "--no_augment", action="store_true", help="the bare step: no crop or flip"
+  )
   add("--negatives", type=int, default=16384, help="of crd")
   add(
     *("--workers",),

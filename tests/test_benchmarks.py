@@ -4,16 +4,17 @@ How fast anything is, no test asserts.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
-
 import types
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-import jax
 import pytest
 import torch
 from ml_collections import ConfigDict
@@ -107,19 +108,6 @@ def test_semckd_begins_with_the_same_loss(weights, fast_compile):
   np.testing.assert_allclose(torch_losses(work, weights, 1), ours, rtol=1e-4)
 
 
-def test_crd_contrasts_the_same_whichever_way(weights):
-  """All negatives are drawn, so that it does not matter which way."""
-  work = tiny("crd")
-  torch.manual_seed(0)
-  method = torch_side.Trainer(work, weights).method
-  assert (method.bank_s != 0).any() and (method.class_count == 3).any()
-  labels = torch.from_numpy(work.source.labels[:8].astype(np.int64))
-  drawn = method._drawn(labels)
-  assert drawn.shape == (8, 5)
-  others = torch.from_numpy(work.source.labels)[drawn]
-  assert (others != labels[:, None]).all()
-  v = torch.nn.functional.normalize(torch.randn(8, 128))
-  whole, gathered = (
 def test_crd_has_the_same_losses_of_the_same_negatives(weights, fast_compile):
   """The second and third step see the banks that those before have moved."""
   work = tiny("crd")
@@ -151,6 +139,19 @@ def test_crd_has_the_same_losses_of_the_same_negatives(weights, fast_compile):
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
 
 
+def test_crd_contrasts_the_same_whichever_way(weights):
+  """All negatives are drawn, so that it does not matter which way."""
+  work = tiny("crd")
+  torch.manual_seed(0)
+  method = torch_side.Trainer(work, weights).method
+  assert (method.bank_s != 0).any() and (method.class_count == 3).any()
+  labels = torch.from_numpy(work.source.labels[:8].astype(np.int64))
+  drawn = method._drawn(labels)
+  assert drawn.shape == (8, 5)
+  others = torch.from_numpy(work.source.labels)[drawn]
+  assert (others != labels[:, None]).all()
+  v = torch.nn.functional.normalize(torch.randn(8, 128))
+  whole, gathered = (
     method._scores(v, method.bank_t, drawn, way) for way in (True, False)
   )
   torch.testing.assert_close(whole, gathered)
@@ -162,19 +163,6 @@ def test_crd_has_the_same_losses_of_the_same_negatives(weights, fast_compile):
   assert moved[:8].all() and not moved[8:].any()
 
 
-@pytest.mark.parametrize("pair", [*work_lib.PAIRS, "ResNet50:ResNet18"])
-def test_networks_have_the_same_tensors(pair):
-  for name in pair.split(":"):
-    expected = pytorch.tensor_shapes(name, 100, dialects.of(name)[0])
-    with torch.device("meta"):
-      found = torch_side.create(name, 100).state_dict()
-    counters = {n for n in found if n.endswith("num_batches_tracked")}
-    shapes = {n: tuple(t.shape) for n, t in found.items() if n not in counters}
-    assert shapes == dict(expected), name
-
-
-@pytest.mark.parametrize("name", ["ShuffleV2_1_5", "vgg8", "ResNet18"])
-def test_networks_compute_the_same(name, tmp_path, fast_compile):
 def test_the_loader_goes_on_when_the_set_was_cut_short():
   """As a real one does: between epochs its workers and the device rest."""
   work = tiny("none")
@@ -209,18 +197,19 @@ def test_compiled_step_copies_no_constants(weights, monkeypatch):
   assert seen == [(work.batch,)]  # of the inputs, the indices alone
 
 
-def test_the_loader_goes_on_when_the_set_was_cut_short():
-  """As a real one does: between epochs its workers and the device rest."""
-  work = tiny("none")
-  examples = torch_side.Examples(work, torch_side.arrays(work))
-  assert len(examples) == 50_000
-  pixels, label, i = examples[32 + 5]
-  assert (label, i) == (work.source.labels[5], 5)
-  torch.testing.assert_close(pixels, examples[5][0])
-  assert tiny("none", image_size=224).epoch_examples == 1_281_167
-  assert tiny("none", examples=60_000).epoch_examples == 60_000
+@pytest.mark.parametrize("pair", [*work_lib.PAIRS, "ResNet50:ResNet18"])
+def test_networks_have_the_same_tensors(pair):
+  for name in pair.split(":"):
+    expected = pytorch.tensor_shapes(name, 100, dialects.of(name)[0])
+    with torch.device("meta"):
+      found = torch_side.create(name, 100).state_dict()
+    counters = {n for n in found if n.endswith("num_batches_tracked")}
+    shapes = {n: tuple(t.shape) for n, t in found.items() if n not in counters}
+    assert shapes == dict(expected), name
 
 
+@pytest.mark.parametrize("name", ["ShuffleV2_1_5", "vgg8", "ResNet18"])
+def test_networks_compute_the_same(name, tmp_path, fast_compile):
   work = tiny("none", student=name, image_size=32)
   path = tmp_path / work.network_file("student")
   work_lib._save(path, work_lib._network(work, "student"))
@@ -289,10 +278,6 @@ absent = ("ml_collections", "grain", "nvidia.dali", "orbax", "tensorflow",
 print([name for name in absent if name in sys.modules])
 """
   found = subprocess.run(
-# What each benchmark's file begins with.
-HEAD = {"commit", "date", "hardware", "versions", "command"}
-
-
     [sys.executable, "-c", code],
     cwd=pathlib.Path(__file__).parent.parent,
     env=ENVIRONMENT,
@@ -301,6 +286,10 @@ HEAD = {"commit", "date", "hardware", "versions", "command"}
     check=True,
   )
   assert found.stdout.strip() == "[]"
+
+
+# What each benchmark's file begins with.
+HEAD = {"commit", "date", "hardware", "versions", "command"}
 
 
 def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
@@ -391,20 +380,14 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     "measure_in_process",
     lambda cell, seconds: calls.append(cell) or dict(MADE_UP),
   )
+  monkeypatch.setattr(measure, "gpus", lambda: ["NVIDIA H200"])
   commits = iter(["a", "a", "b", "b-dirty", "b-dirty", "unknown", "unknown"])
   monkeypatch.setattr(measure, "commit", lambda: next(commits))
   made = []
   for _ in range(7):
     step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
     made.append(len(calls))
-  monkeypatch.setattr(measure, "gpus", lambda: ["NVIDIA H200"])
   assert made == [1, 1, 2, 3, 4, 5, 6]
-
-
-def test_peaks_are_of_whole_names():
-  assert measure.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
-  assert measure.peak("NVIDIA H100 PCIe", "float32") == 378e12
-  for other in (
   monkeypatch.setattr(measure, "commit", lambda: "a")
   for cards in (["NVIDIA H200"], ["NVIDIA H100 NVL"], [], []):
     monkeypatch.setattr(measure, "gpus", lambda cards=cards: cards)
@@ -418,6 +401,23 @@ def test_the_driver_names_the_cards(tmp_path, monkeypatch):
   monkeypatch.setenv("PATH", str(tmp_path))
   assert measure.hardware()["gpus"] == []
   stub.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
+  stub.chmod(0o755)
+  assert measure.hardware()["gpus"] == ["NVIDIA H200", "NVIDIA L4"]
+  stub.write_text("#!/bin/sh\necho it failed to talk with the driver\nexit 9\n")
+  assert measure.hardware()["gpus"] == []
+
+
+def test_peaks_are_of_whole_names():
+  assert measure.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+  assert measure.peak("NVIDIA H200", "float32") == 494.7e12
+  assert measure.peak("NVIDIA H100 PCIe", "float32") == 378e12
+  for other in (
+    *("NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"),
+    *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"),
+  ):
+    assert measure.peak(other, "float32") is None, other
+
+
 class Clock:
   """A program whose steps take so many seconds, and its building ten."""
 
@@ -451,16 +451,6 @@ def test_first_step_is_one_step_of_however_long_a_dispatch(
   assert found["host_ms_per_dispatch"] == host
 
 
-  stub.chmod(0o755)
-  assert measure.hardware()["gpus"] == ["NVIDIA H200", "NVIDIA L4"]
-  stub.write_text("#!/bin/sh\necho it failed to talk with the driver\nexit 9\n")
-  assert measure.hardware()["gpus"] == []
-    *("NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"),
-    *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"),
-  ):
-    assert measure.peak(other, "float32") is None, other
-
-
 def rows_of(**ms: float) -> list[dict]:
   rows = []
   for name, value in ms.items():
@@ -470,7 +460,6 @@ def rows_of(**ms: float) -> list[dict]:
     rows.append({"cell": cell, "result": result})
   return rows
 
-  assert measure.peak("NVIDIA H200", "float32") == 494.7e12
 
 ROWS = rows_of(
   none_jax=2.0, none_eager=3.0, simkd_jax=10.0, simkd_eager=12.0,
@@ -573,25 +562,41 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
   stub = tmp_path / "python"
   stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
   stub.chmod(0o755)
-  for small in ("", "1"):
+
+  def commands(*pieces: str, small: str):
     log.unlink(missing_ok=True)
-    assert run_gpu(tmp_path, stub, SMALL=small).returncode == 0
-    commands = [line.split() for line in log.read_text().splitlines()]
-    assert len(commands) == 6
-    seconds, cells = [], []
-    for dash, module, *arguments in commands:
+    assert run_gpu(tmp_path, stub, *pieces, SMALL=small).returncode == 0
+    for line in log.read_text().splitlines():
+      dash, module, *arguments = line.split()
       assert (dash, module) == ("-m", "benchmarks.step")
-      args = step.parse(arguments)
-      seconds.append(args.seconds)
-      cells += step.make_cells(args)
-    assert max(seconds) <= 9 * 60
+      yield step.parse(arguments)
+
+  for small in ("", "1"):
+    pieces = [list(commands(piece, small=small)) for piece in "123"]
+    limits = [max(args.seconds for args in piece) for piece in pieces]
+    assert max(limits) <= 9 * 60 and sum(limits) <= 25 * 60
+    every = [args for piece in pieces for args in piece]
+    assert len({args.out for args in every}) == len(every)
+    assert len(list(commands(small=small))) == len(every)
+    cells = [cell for args in every for cell in step.make_cells(args)]
     methods = {cell.work.method for cell in cells if cell.side == "jax"}
     assert methods == set(work_lib.METHODS)
     assert {cell.side for cell in cells} == set(SIDES[:3])
+    (bare,) = (c for c in cells if not (c.work.pad or c.work.flip))
+    whole = dataclasses.replace(bare.work, pad=4, flip=True)
+    assert dataclasses.replace(bare, work=whole) in cells
     if not small:
-      pairs = {f"{c.work.teacher}:{c.work.student}" for c in cells}
-      assert pairs == {*work_lib.PAIRS, "ResNet50:ResNet18"}
-      assert {c.work.batch for c in cells} == {64, 256}
+      pairs = [*itertools.product(work_lib.PAIRS, (64, 256))]
+      pairs.append(("ResNet50:ResNet18", 256))
+      found = {
+        (f"{w.teacher}:{w.student}", w.batch, w.method, c.side)
+        for c in cells
+        for w in [c.work]
+      }
+      for pair, method, side in itertools.product(
+        pairs, work_lib.COMMON, SIDES[:3]
+      ):
+        assert (*pair, method, side) in found  # docs/speed.md's table
   assert run_gpu(tmp_path, stub, "4").returncode == 2
 
 
