@@ -9,6 +9,7 @@ printed is the result, JSON. `benchmarks.step` starts it.
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import time
@@ -115,12 +116,21 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
   """Builds, warms up and times.
 
   Returns:
-    For JSON: the timings of `measure.Timing.summary`, and devices,
-    images_per_second, first_step_seconds (imports and making up images left
-    out),
-    host_ms_per_dispatch, peak_bytes (and of what), flops_per_step,
-    share_of_peak, first_losses, device.
+    For JSON, `measure.summary` of ms_per_step, and:
+      images_per_second: of the median.
+      first_step_seconds: building, compiling and one step. Imports and making
+        up images are left out, and so are the first dispatch's other steps, at
+        the median's speed: on a GPU kd_jax's dispatch is an epoch, PyTorch's a
+        step.
+      host_ms_per_dispatch: what the host is busy with; None where it waits for
+        each step, and on a CPU, which works on the step in that time.
+      peak_bytes: of peak_bytes_of, the device or the process.
+      flops_per_step, share_of_peak: None where nothing counts or tells them.
+      load_average: of the machine before.
+      devices, steps_per_dispatch, steps_per_turn, first_losses, device,
+      platform.
   """
+  load = list(os.getloadavg())
   side = side_module(cell)
   _ = cell.work.source
   begin = time.perf_counter()
@@ -135,11 +145,11 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
   if program.host_seconds is not None:
     program.host_seconds = 0.0
   steps = -(-cell.steps // program.steps) * program.steps
-  timing = measure.take_turns(program.run, steps=steps, turns=cell.turns)
-  summary = timing.summary()
+  turns = measure.take_turns(program.run, steps=steps, turns=cell.turns)
+  summary = measure.summary("ms_per_step", turns)
   made = program.dispatches - dispatches
-  host = program.host_seconds
   device = side.device()
+  host = None if device["platform"] == "cpu" else program.host_seconds
   flops = program.flops() if hasattr(program, "flops") else None
   seconds = summary["ms_per_step"] / 1e3
   most = measure.peak(device["device"], cell.dtype)
@@ -150,7 +160,7 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
     **summary,
     "devices": devices,
     "images_per_second": cell.work.batch / seconds,
-    "first_step_seconds": first,
+    "first_step_seconds": first - (program.steps - 1) * seconds,
     "steps_per_dispatch": program.steps,
     "steps_per_turn": steps,
     "host_ms_per_dispatch": None if host is None else 1e3 * host / made,
@@ -161,6 +171,7 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
     "first_losses": losses[:3],
     "device": device["device"],
     "platform": device["platform"],
+    "load_average": load,
   }
 
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Fills the GPU cells of benchmarks.step's table, in three pieces of at most 8
+# Measures the GPU cells of docs/speed.md's table, in three pieces of at most 8
 # minutes and 10 seconds: 24.5 minutes in all. Needs this repository, PyTorch,
 # JAX and Flax with Optax; nothing else.
 #
 #   benchmarks/gpu.sh            all pieces, one after the other
 #   benchmarks/gpu.sh 2          one piece
 #
-# Each piece writes its JSON after every cell, to OUT (runs/benchmarks/gpu), and
-# started again, of the same commit, goes on with the cells that are missing.
-# The cells come in the order of what they say. PYTHON chooses the interpreter.
-# SMALL=1 runs the same pieces on tiny networks, in minutes of a CPU, to prove
-# them; SECONDS_EACH changes a piece's limit.
+# Each piece asks for its cells in the order of what they say; those that its
+# time does not reach are "not run". Each writes its JSON after every cell, to
+# OUT (runs/benchmarks/gpu), and started again, of the same commit and on the
+# same hardware, goes on with the cells that are missing. PYTHON chooses the
+# interpreter. SMALL=1 runs the same pieces on tiny networks, in minutes of a
+# CPU, to prove them; SECONDS_EACH changes a piece's limit.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -51,20 +52,32 @@ piece_1() {
   step main --pairs "$main" --batch "$batch" --methods simkd kd none crd semckd
 }
 
-# How it grows with the batch and with the steps of a dispatch; other students.
+# The step without augmentation; how it grows with the batch and with the steps
+# of a dispatch; other students; then the other methods of all these.
 piece_2() {
+  step bare --pairs "$main" --batch "$batch" --methods simkd --sides jax \
+    --dtype bfloat16 --no_augment
   step batch --pairs "$main" --batch "${batches[@]}" --methods simkd kd
   step dispatch --pairs "$main" --batch "$batch" --methods simkd --sides jax \
     --dtype bfloat16 --steps_per_dispatch "${counts[@]}"
   step students --pairs "${others[@]}" --batch "$batch" --methods simkd none
+  step students_rest --pairs "${others[@]}" --batch "$batch" \
+    --methods kd crd semckd
+  step batch_rest --pairs "$main" --batch "${batches[@]}" \
+    --methods none crd semckd
+  step students_batch --pairs "${others[@]}" --batch "${batches[@]}" \
+    --methods simkd none kd crd semckd
 }
 
-# Large images; then every other method, kd_jax's step alone.
+# Large images; every other method, kd_jax's step alone; then the other methods
+# of large images.
 piece_3() {
   step large --pairs "$large" --batch "$large_batch" --steps 20 --turns 3 \
     --methods simkd none kd --dtype bfloat16
   step methods --pairs "$main" --batch "$batch" --sides jax --dtype bfloat16 \
     --methods fitnet at sp vid srrl reviewkd
+  step large_rest --pairs "$large" --batch "$large_batch" --steps 20 --turns 3 \
+    --methods crd semckd --dtype bfloat16
 }
 
 failed=0

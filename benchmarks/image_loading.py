@@ -18,31 +18,28 @@ has more than twice the pixels that are asked for, which changes no picture
 noticeably (`kd_jax.data.images`) and no photograph of ImageNet's usual size at
 all.
 
-The rows run in turns, --repeats times, and the fastest turn counts. Each turn
-starts its workers, discards the first batches and ends while the workers are
-still ahead. The second column divides by the CPU seconds that all processes
-spent, which other programs on the machine disturb less. Prints a table and
-writes a JSON file.
+The rows run in turns, --repeats times, and the median counts. Each turn starts
+its workers, discards the first batches and ends while the workers are still
+ahead. Images per CPU second divide by what all processes spent, which other
+programs on the machine disturb less. Prints a table and writes a JSON file.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.input_pipeline import SEED, processor
+from benchmarks import measure
 from kd_jax import data
 from kd_jax.data import images
 
+SEED = 0
 SIZE = 224
 WARM = 4
 SUFFIXES = {".jpeg", ".jpg", ".png"}
@@ -191,7 +188,7 @@ def rates(batches: Iterator[Any], count: int, size: int) -> tuple[float, float]:
   return count * size / seconds, count * size / used
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """Measures, prints and writes."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -202,7 +199,7 @@ def main() -> None:
   parser.add_argument("--workers", type=int, default=os.cpu_count())
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--out", default="runs/benchmarks/image_loading.json")
-  args = parser.parse_args()
+  args = parser.parse_args(arguments)
 
   # More than is timed: all end while their workers are ahead.
   total = (args.batches + 2 * WARM + 4 * args.workers) * args.batch_size
@@ -225,44 +222,45 @@ def main() -> None:
     rows["DALI's own example"] = lambda: dali_example_batches(
       source, args.batch_size, args.workers
     )
-  found: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
-  for _ in range(args.repeats):
-    for name, start in rows.items():
-      found[name].append(rates(start(), args.batches, args.batch_size))
-  best = {name: tuple(map(max, zip(*turns))) for name, turns in found.items()}
-
   packages = ["jax", "numpy", "grain", "pillow", "torch"]
   if "DALI" in rows:
     packages.append("nvidia-dali-cuda120")
-  result = {
-    "images_per_second": {n: round(rate) for n, (rate, _) in best.items()},
-    "images_per_cpu_second": {n: round(core) for n, (_, core) in best.items()},
+  result = measure.head(packages)
+  found: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+  loads: dict[str, list[float]] = {name: [] for name in rows}
+  for _ in range(args.repeats):
+    for name, start in rows.items():
+      loads[name].append(os.getloadavg()[0])
+      found[name].append(rates(start(), args.batches, args.batch_size))
+  measured = []
+  for name, turns in found.items():
+    wall, cpu = zip(*turns)
+    measured.append(
+      {
+        "loader": name,
+        **measure.summary("images_per_second", wall),
+        **measure.summary("images_per_cpu_second", cpu),
+        "load_average_turns": loads[name],
+      }
+    )
+  print(
+    f"{args.data_dir}, batch {args.batch_size}, {args.workers} workers;"
+    f" {result['hardware']['cpu']}, {result['hardware']['cores']} cores"
+  )
+  columns = {
+    "images_per_second": "images/s",
+    "images_per_cpu_second": "images/CPU s",
+  }
+  print(measure.medians_table("loader", measured, **columns))
+  out = pathlib.Path(args.out)
+  settings = {
     "data": args.data_dir,
     "batch_size": args.batch_size,
     "batches": args.batches,
     "workers": args.workers,
     "repeats": args.repeats,
-    "hardware": {
-      "cpu": processor(),
-      "cores": os.cpu_count(),
-      "load_average_after": os.getloadavg(),
-    },
-    "versions": {
-      "python": platform.python_version(),
-      **{name: importlib.metadata.version(name) for name in packages},
-    },
   }
-  print(
-    f"{args.data_dir}, batch {args.batch_size}, {args.workers} workers;"
-    f" {processor()}, {os.cpu_count()} cores"
-  )
-  width = max(map(len, rows))
-  print(f"{'loader':<{width}}  {'images/s':>9}  {'images/CPU s':>12}")
-  for name, (rate, core) in best.items():
-    print(f"{name:<{width}}  {rate:>9,.0f}  {core:>12,.0f}")
-  out = pathlib.Path(args.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(json.dumps(result, indent=2) + "\n")
+  measure.write(out, {**result, **settings, "rows": measured})
   print(f"written: {out}")
 
 

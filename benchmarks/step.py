@@ -26,7 +26,6 @@ Prints a table and writes a JSON file.
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -67,7 +66,7 @@ def make_work(pair: str, method: str, batch: int, args: Any) -> work_lib.Work:
     image_size=args.image_size or (224 if large else 32),
     classes=1000 if large else 100,
     # Of large images as many as fit in memory.
-    examples=args.examples or (8 * batch if large else 50_000),
+    examples=args.examples or (8 * batch if large else work_lib.CIFAR),
     pad=0 if large else 4,
     fields=fields,
   )
@@ -79,6 +78,8 @@ def make_cells(args: Any) -> list[Cell]:
   cells = []
   for pair, batch, method in itertools.product(args.pairs, args.batch, methods):
     work = make_work(pair, method, batch, args)
+    if args.no_augment:
+      work = dataclasses.replace(work, pad=0, flip=False)
     for side in args.sides:
       if side in ("eager", "compiled") and method not in work_lib.COMMON:
         continue
@@ -157,12 +158,15 @@ def _share_flops(rows: list[dict[str, Any]]) -> None:
 
 
 def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
-  """The results that a file has of the same commit, versions and machine."""
+  """The results that a file has of the same commit, versions and hardware."""
   if not path.exists():
     return {}
   found = json.loads(path.read_text())
   same = all(found[k] == head[k] for k in ("commit", "versions"))
-  same = same and found["hardware"]["cpu"] == head["hardware"]["cpu"]
+  same = same and all(
+    found["hardware"].get(k) == head["hardware"][k]
+    for k in ("cpu", "cores", "gpus")
+  )
   # Without a commit nobody knows which code it was.
   if not same or head["commit"].endswith(("-dirty", "unknown")):
     return {}
@@ -171,13 +175,6 @@ def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
     for row in found["rows"]
     if "error" not in row["result"]
   }
-
-
-def _write(path: pathlib.Path, head: Any, rows: list[dict[str, Any]]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps({**head, "rows": rows}, indent=2) + "\n")
-  part.rename(path)
 
 
 def measure_all(
@@ -194,13 +191,7 @@ def measure_all(
     The content of the file.
   """
   end = time.monotonic() + seconds
-  head = {
-    "commit": measure.commit(),
-    "date": datetime.date.today().isoformat(),
-    "hardware": measure.hardware(),
-    "versions": measure.versions(),
-    "command": sys.argv,
-  }
+  head = measure.head()
   known = _known(out, head)
   rows: list[dict[str, Any]] = [
     {
@@ -214,7 +205,7 @@ def measure_all(
     for row, cell in zip(rows, cells)
     if row["result"].get("error") == NOT_RUN
   ]
-  _write(out, head, rows)
+  measure.write(out, {**head, "rows": rows})
   for row, cell in open_cells:
     left = end - time.monotonic()
     if left <= 0:
@@ -223,7 +214,7 @@ def measure_all(
     left = end - time.monotonic()
     row["result"] = failed or measure_in_process(cell, max(left, 1.0))
     _share_flops(rows)
-    _write(out, head, rows)
+    measure.write(out, {**head, "rows": rows})
     print(_line(row), file=sys.stderr, flush=True)
   return {**head, "rows": rows}
 
@@ -252,6 +243,8 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
   work = cell["work"]
   name = f"{work['teacher']}:{work['student']} {work['method']}"
   name += f" {work['batch']}"
+  if not (work["pad"] or work["flip"]):
+    name += " bare"
   side = f"{cell['side']} {cell['dtype']}"
   if cell["steps_per_dispatch"]:
     side += f" x{cell['steps_per_dispatch']}"
@@ -331,6 +324,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add("--examples", type=int, help="in the training set (50,000)")
   add("--image_size", type=int, help="in pixels (32; of ResNets 224)")
+  add(
+    "--no_augment", action="store_true", help="the bare step: no crop or flip"
+  )
   add("--negatives", type=int, default=16384, help="of crd")
   add(
     *("--workers",),

@@ -26,7 +26,6 @@ from benchmarks import work as work_lib
 
 # CRD's reference adds it to the denominators.
 _EPSILON = 1e-7
-_WARM_STEPS = 3  # after which a CUDA graph has been captured
 
 
 class Output(NamedTuple):
@@ -660,7 +659,11 @@ def _device() -> torch.device:
 
 
 class Examples(torch.utils.data.Dataset):
-  """What the loader's workers do: crop, flip, normalise, draw negatives."""
+  """What the loader's workers do: crop, flip, normalise, draw negatives.
+
+  An epoch is as long as the real set's, however few examples are kept: the
+  loader's workers, and with them the device, come to rest between epochs.
+  """
 
   def __init__(self, work: work_lib.Work, arrays: "Arrays"):
     """Keeps the set in memory, as torchvision's CIFAR does."""
@@ -671,9 +674,10 @@ class Examples(torch.utils.data.Dataset):
       self._others = [every[arrays.labels != c] for c in range(work.classes)]
 
   def __len__(self) -> int:
-    return self._work.examples
+    return self._work.epoch_examples
 
   def __getitem__(self, i: int) -> tuple[Any, ...]:
+    i %= self._work.examples
     pad, size = self._work.pad, self._work.image_size
     image, label = self._arrays.images[i], int(self._arrays.labels[i])
     if pad:
@@ -802,6 +806,9 @@ class Compiled:
     mean, std = (
       torch.tensor(v, device=self._device) for v in (source.mean, source.std)
     )
+    for constant in (self._images, self._labels, mean, std):
+      # Else each replay of a CUDA graph would copy them, the whole set.
+      torch._dynamo.mark_static_address(constant)
 
     def loss_of(images, labels, index):
       with torch.autocast(self._device.type, dtype=torch.bfloat16):

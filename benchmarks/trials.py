@@ -12,7 +12,7 @@ JSON file.
 import argparse
 import dataclasses
 import itertools
-import json
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -46,12 +46,13 @@ def compare(
     turns: that are timed.
 
   Returns:
-    For JSON: the timings of both, the ratio of each turn, and the seconds that
-    both took to compile.
+    For JSON: the timings of both, the ratio of each turn, the seconds that
+    both took to compile, and the machine's load average before.
   """
   from benchmarks import jax_side
 
   work_lib.prepare([work], weights)
+  load = list(os.getloadavg())
   programs = [
     jax_side.Program(
       work, weights, steps_per_dispatch=1, devices=devices, trials=count
@@ -68,19 +69,19 @@ def compare(
   timings: list[tuple[float, ...]] = []
   for _ in range(turns):
     alone, together = (
-      measure.take_turns(program.run, steps=steps, turns=1).turns[0]
+      measure.take_turns(program.run, steps=steps, turns=1)[0]
       for program in programs
     )
     timings.append((trials * alone, together))
-  alone, together = (measure.Timing(turn) for turn in zip(*timings))
+  named = zip(("alone", "together"), zip(*timings))
   return {
     "work": dataclasses.asdict(work),
     "trials": trials,
     "devices": devices,
-    "alone": alone.summary(),
-    "together": together.summary(),
+    **{name: measure.summary("ms_per_step", ms) for name, ms in named},
     "ratios": [a / b for a, b in timings],
     "compile_seconds": compiling,
+    "load_average": load,
   }
 
 
@@ -129,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--out", default="runs/benchmarks/trials.json")
   args = parser.parse_args(arguments)
   parallel.split_cpu(args.batch)
+  result = measure.head()
+  result["hardware"]["device"] = jax.devices()[0].device_kind
+  result["hardware"]["platform"] = jax.default_backend()
   rows = []
   for pair, method, trials in itertools.product(
     args.pairs, args.methods, args.trials
@@ -145,18 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       )
     )
   out = pathlib.Path(args.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  result = {
-    "commit": measure.commit(),
-    "versions": measure.versions(),
-    "hardware": {
-      **measure.hardware(),
-      "device": jax.devices()[0].device_kind,
-      "platform": jax.default_backend(),
-    },
-    "rows": rows,
-  }
-  out.write_text(json.dumps(result, indent=2) + "\n")
+  measure.write(out, {**result, "rows": rows})
   print(report(rows))
   print(f"written: {out}")
 

@@ -56,6 +56,7 @@ PAIRS = (
 )
 MOMENTUM, WEIGHT_DECAY, LEARNING_RATE = 0.9, 5e-4, 0.05
 SEED = 0
+CIFAR, IMAGENET = 50_000, 1_281_167  # images of an epoch
 _CHECKED = 4  # images
 
 
@@ -82,7 +83,7 @@ class Work:
   batch: int
   image_size: int = 32
   classes: int = 100
-  examples: int = 50_000
+  examples: int = CIFAR
   pad: int = 4
   flip: bool = True
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -97,6 +98,12 @@ class Work:
         f"batch: expected 1 to {self.examples} (--examples) images, got"
         f" {self.batch}"
       )
+
+  @property
+  def epoch_examples(self) -> int:
+    """Images of an epoch of the real set, which `examples` may cut short."""
+    real = IMAGENET if self.image_size >= 224 else CIFAR
+    return max(real, self.examples)
 
   @property
   def weights(self) -> dict[str, float]:

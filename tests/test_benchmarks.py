@@ -4,19 +4,33 @@ How fast anything is, no test asserts.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from PIL import Image
 
-from benchmarks import guard, jax_side, measure, step, torch_side, trials
+from benchmarks import (
+  cell,
+  guard,
+  image_loading,
+  input_pipeline,
+  jax_side,
+  measure,
+  step,
+  torch_side,
+  trials,
+)
 from benchmarks import work as work_lib
 from benchmarks.cell import SIDES, Cell
 from configs import base
@@ -94,6 +108,37 @@ def test_semckd_begins_with_the_same_loss(weights, fast_compile):
   np.testing.assert_allclose(torch_losses(work, weights, 1), ours, rtol=1e-4)
 
 
+def test_crd_has_the_same_losses_of_the_same_negatives(weights, fast_compile):
+  """The second and third step see the banks that those before have moved."""
+  work = tiny("crd")
+  source = work.source
+  program = jax_side.Program(work, weights)
+  eager = torch_side.Eager(work, weights, workers=0)
+  step_ = jax.jit(program._alone)
+  state, rng = program._state, np.random.default_rng(0)
+  images = augment.normalize(
+    jnp.asarray(source.images), source.mean, source.std
+  )
+  images = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2)))
+  for _ in range(3):
+    index = rng.choice(work.examples, work.batch, replace=False)
+    negatives = rng.integers(work.examples, size=(work.batch, 5))
+    batch = {
+      "image": source.images[index],
+      "label": source.labels[index],
+      "index": index.astype(np.int32),
+      "mask": np.ones(work.batch, bool),
+      "negatives": negatives.astype(np.int32),
+    }
+    state, sums = step_(state, program._teacher_variables, batch)
+    labels = source.labels[index].astype(np.int64)
+    theirs, _ = eager.step(
+      images[index], *map(torch.from_numpy, (labels, index, negatives))
+    )
+    ours = float(sums["loss"]) / work.batch
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+
+
 def test_crd_contrasts_the_same_whichever_way(weights):
   """All negatives are drawn, so that it does not matter which way."""
   work = tiny("crd")
@@ -116,6 +161,40 @@ def test_crd_contrasts_the_same_whichever_way(weights):
   assert method.z_s == 2 and method.z_t == 3
   moved = (method.bank_s != before).any(dim=1)
   assert moved[:8].all() and not moved[8:].any()
+
+
+def test_the_loader_goes_on_when_the_set_was_cut_short():
+  """As a real one does: between epochs its workers and the device rest."""
+  work = tiny("none")
+  examples = torch_side.Examples(work, torch_side.arrays(work))
+  assert len(examples) == 50_000
+  pixels, label, i = examples[32 + 5]
+  assert (label, i) == (work.source.labels[5], 5)
+  torch.testing.assert_close(pixels, examples[5][0])
+  assert tiny("none", image_size=224).epoch_examples == 1_281_167
+  assert tiny("none", examples=60_000).epoch_examples == 60_000
+
+
+def test_compiled_step_copies_no_constants(weights, monkeypatch):
+  """CUDA graphs copy each input of another address: the whole set."""
+  seen = []
+
+  def backend(graph, inputs):
+    del inputs
+    for node in graph.graph.find_nodes(op="placeholder"):
+      kind = node.meta["tensor_dict"].get("_dynamo_static_input_type")
+      if kind is None:
+        seen.append(node.meta["example_value"].shape)
+    return graph
+
+  compile_ = torch.compile
+  monkeypatch.setattr(
+    torch, "compile", lambda f, mode: compile_(f, backend=backend)
+  )
+  work = tiny("simkd", pad=4, flip=True)
+  (loss,) = torch_side.Compiled(work, weights).run(1)
+  assert np.isfinite(loss)
+  assert seen == [(work.batch,)]  # of the inputs, the indices alone
 
 
 @pytest.mark.parametrize("pair", [*work_lib.PAIRS, "ResNet50:ResNet18"])
@@ -209,6 +288,10 @@ print([name for name in absent if name in sys.modules])
   assert found.stdout.strip() == "[]"
 
 
+# What each benchmark's file begins with.
+HEAD = {"commit", "date", "hardware", "versions", "command"}
+
+
 def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
   for name, value in {**ENVIRONMENT, "JAX_NUM_CPU_DEVICES": "2"}.items():
     monkeypatch.setenv(name, value)
@@ -223,11 +306,11 @@ def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
   step.main(arguments)
   shown = capsys.readouterr().out
   result = json.loads(out.read_text())
-  assert {"commit", "date", "hardware", "versions", "command"} <= set(result)
+  assert set(result) >= HEAD
   assert set(result["versions"]) == {"python", *measure.PACKAGES}
   assert [r["cell"]["side"] for r in result["rows"]] == list(SIDES)
   for row in result["rows"]:
-    found, cell = row["result"], row["cell"]
+    found, side = row["result"], row["cell"]["side"]
     assert "error" not in found, found
     turns = found["ms_per_step_turns"]
     assert len(turns) == 2
@@ -238,9 +321,10 @@ def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
     assert found["first_step_seconds"] > 0
     assert found["peak_bytes"] > 50e6 and found["peak_bytes_of"] == "process"
     assert found["share_of_peak"] is None  # no table has a CPU's
-    assert (found["host_ms_per_dispatch"] is None) == (cell["side"] == "eager")
+    assert found["host_ms_per_dispatch"] is None  # a CPU is busy with the step
+    assert len(found["load_average"]) == 3
     assert np.isfinite(found["first_losses"]).all()
-    ours = cell["side"] in ("jax", "teacher")
+    ours = side in ("jax", "teacher")
     assert found["devices"] == (2 if ours else 1)
     assert f"{found['images_per_second']:,.0f}" in shown
   jax_row, eager, compiled, _ = (row["result"] for row in result["rows"])
@@ -296,6 +380,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     "measure_in_process",
     lambda cell, seconds: calls.append(cell) or dict(MADE_UP),
   )
+  monkeypatch.setattr(measure, "gpus", lambda: ["NVIDIA H200"])
   commits = iter(["a", "a", "b", "b-dirty", "b-dirty", "unknown", "unknown"])
   monkeypatch.setattr(measure, "commit", lambda: next(commits))
   made = []
@@ -303,12 +388,67 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
     made.append(len(calls))
   assert made == [1, 1, 2, 3, 4, 5, 6]
+  monkeypatch.setattr(measure, "commit", lambda: "a")
+  for cards in (["NVIDIA H200"], ["NVIDIA H100 NVL"], [], []):
+    monkeypatch.setattr(measure, "gpus", lambda cards=cards: cards)
+    step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
+    made.append(len(calls))
+  assert made[7:] == [7, 8, 9, 9]
 
 
-def test_peaks_are_of_the_first_name_that_fits():
+def test_the_driver_names_the_cards(tmp_path, monkeypatch):
+  stub = tmp_path / "nvidia-smi"
+  monkeypatch.setenv("PATH", str(tmp_path))
+  assert measure.hardware()["gpus"] == []
+  stub.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
+  stub.chmod(0o755)
+  assert measure.hardware()["gpus"] == ["NVIDIA H200", "NVIDIA L4"]
+  stub.write_text("#!/bin/sh\necho it failed to talk with the driver\nexit 9\n")
+  assert measure.hardware()["gpus"] == []
+
+
+def test_peaks_are_of_whole_names():
   assert measure.peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+  assert measure.peak("NVIDIA H200", "float32") == 494.7e12
   assert measure.peak("NVIDIA H100 PCIe", "float32") == 378e12
-  assert measure.peak("cpu", "float32") is None
+  for other in (
+    *("NVIDIA L40S", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"),
+    *("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "cpu"),
+  ):
+    assert measure.peak(other, "float32") is None, other
+
+
+class Clock:
+  """A program whose steps take so many seconds, and its building ten."""
+
+  def __init__(self, monkeypatch, steps: int, seconds: float):
+    self.steps, self._seconds = steps, seconds
+    self.host_seconds, self.dispatches = 0.0, 0
+    self._now = 0.0
+    monkeypatch.setattr(cell.time, "perf_counter", lambda: self._now)
+
+  def run(self, steps: int) -> list[float]:
+    self._now += steps * self._seconds + 10 * (not self.dispatches)
+    self.host_seconds += 0.5 * steps / self.steps
+    self.dispatches += steps // self.steps
+    return [1.0] * steps
+
+
+@pytest.mark.parametrize("steps", [1, 781])
+@pytest.mark.parametrize("platform", ["gpu", "cpu"])
+def test_first_step_is_one_step_of_however_long_a_dispatch(
+  steps, platform, monkeypatch
+):
+  program = Clock(monkeypatch, steps, 0.25)
+  device = {"device": "x", "platform": platform, "peak_bytes": 1}
+  side = types.SimpleNamespace(device=lambda: device)
+  monkeypatch.setattr(cell, "side_module", lambda _: side)
+  monkeypatch.setattr(cell, "build", lambda *_: program)
+  found = cell.measure_cell(dataclasses.replace(make_cell("x"), devices=1))
+  assert found["ms_per_step"] == 250
+  assert found["first_step_seconds"] == pytest.approx(10.25)
+  host = None if platform == "cpu" else pytest.approx(500)
+  assert found["host_ms_per_dispatch"] == host
 
 
 def rows_of(**ms: float) -> list[dict]:
@@ -422,25 +562,41 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
   stub = tmp_path / "python"
   stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
   stub.chmod(0o755)
-  for small in ("", "1"):
+
+  def commands(*pieces: str, small: str):
     log.unlink(missing_ok=True)
-    assert run_gpu(tmp_path, stub, SMALL=small).returncode == 0
-    commands = [line.split() for line in log.read_text().splitlines()]
-    assert len(commands) == 6
-    seconds, cells = [], []
-    for dash, module, *arguments in commands:
+    assert run_gpu(tmp_path, stub, *pieces, SMALL=small).returncode == 0
+    for line in log.read_text().splitlines():
+      dash, module, *arguments = line.split()
       assert (dash, module) == ("-m", "benchmarks.step")
-      args = step.parse(arguments)
-      seconds.append(args.seconds)
-      cells += step.make_cells(args)
-    assert max(seconds) <= 9 * 60
+      yield step.parse(arguments)
+
+  for small in ("", "1"):
+    pieces = [list(commands(piece, small=small)) for piece in "123"]
+    limits = [max(args.seconds for args in piece) for piece in pieces]
+    assert max(limits) <= 9 * 60 and sum(limits) <= 25 * 60
+    every = [args for piece in pieces for args in piece]
+    assert len({args.out for args in every}) == len(every)
+    assert len(list(commands(small=small))) == len(every)
+    cells = [cell for args in every for cell in step.make_cells(args)]
     methods = {cell.work.method for cell in cells if cell.side == "jax"}
     assert methods == set(work_lib.METHODS)
     assert {cell.side for cell in cells} == set(SIDES[:3])
+    (bare,) = (c for c in cells if not (c.work.pad or c.work.flip))
+    whole = dataclasses.replace(bare.work, pad=4, flip=True)
+    assert dataclasses.replace(bare, work=whole) in cells
     if not small:
-      pairs = {f"{c.work.teacher}:{c.work.student}" for c in cells}
-      assert pairs == {*work_lib.PAIRS, "ResNet50:ResNet18"}
-      assert {c.work.batch for c in cells} == {64, 256}
+      pairs = [*itertools.product(work_lib.PAIRS, (64, 256))]
+      pairs.append(("ResNet50:ResNet18", 256))
+      found = {
+        (f"{w.teacher}:{w.student}", w.batch, w.method, c.side)
+        for c in cells
+        for w in [c.work]
+      }
+      for pair, method, side in itertools.product(
+        pairs, work_lib.COMMON, SIDES[:3]
+      ):
+        assert (*pair, method, side) in found  # docs/speed.md's table
   assert run_gpu(tmp_path, stub, "4").returncode == 2
 
 
@@ -479,7 +635,10 @@ def test_trials_beside_each_other(tmp_path, fast_compile, capsys):
       *("--weights", str(tmp_path / "weights"), "--out", str(out)),
     ]
   )
-  (row,) = json.loads(out.read_text())["rows"]
+  result = json.loads(out.read_text())
+  assert set(result) >= HEAD and result["hardware"]["platform"] == "cpu"
+  (row,) = result["rows"]
+  assert len(row["load_average"]) == 3
   alone, together = (
     row[name]["ms_per_step_turns"] for name in ("alone", "together")
   )
@@ -487,3 +646,60 @@ def test_trials_beside_each_other(tmp_path, fast_compile, capsys):
   assert len(row["ratios"]) == 3 and len(row["compile_seconds"]) == 2
   _, line, _ = capsys.readouterr().out.splitlines()
   assert line.split()[:4] == ["_tiny_wide:_tiny", "kd", "8", "2"]
+
+
+def check_rates(row, line, key, turns):
+  """That a row has each turn, their median and spread, and shows them."""
+  shown = " ".join(line.split())
+  found = row[f"{key}_turns"]
+  assert len(found) == turns and min(found) > 0
+  assert row[key] == np.median(found)
+  least, most = row[f"{key}_least"], row[f"{key}_most"]
+  assert (least, most) == (min(found), max(found))
+  assert f" {row[key]:,.0f} {least:,.0f}-{most:,.0f}" in shown
+
+
+def test_input_pipelines_beside_each_other(tmp_path, fast_compile, capsys):
+  out = tmp_path / "input.json"
+  input_pipeline.main(
+    [
+      *("--examples", "32", "--batch-size", "8", "--chunk", "2"),
+      *("--repeats", "3", "--out", str(out)),
+    ]
+  )
+  result = json.loads(out.read_text())
+  assert set(result) >= HEAD
+  assert {"jax", "grain"} < set(result["versions"])
+  _, _, *lines, _ = capsys.readouterr().out.splitlines()
+  assert len(result["rows"]) == len(lines) == 6
+  for row, line in zip(result["rows"], lines, strict=True):
+    assert line.startswith(row["pipeline"])
+    assert len(row["load_average"]) == 3
+    check_rates(row, line, "images_per_second", 3)
+
+
+def test_image_loaders_beside_each_other(tmp_path, monkeypatch, capsys):
+  for i in range(2):
+    Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / f"{i}.png")
+  monkeypatch.setattr(image_loading, "dali_is_installed", lambda: False)
+  # Ticks are too coarse for so little work.
+  ticks = iter(range(1000))
+  monkeypatch.setattr(image_loading, "cpu_seconds", lambda: next(ticks))
+  out = tmp_path / "loading.json"
+  image_loading.main(
+    [
+      *("--data_dir", str(tmp_path), "--batch_size", "2", "--batches", "1"),
+      *("--workers", "0", "--repeats", "3", "--out", str(out)),
+    ]
+  )
+  result = json.loads(out.read_text())
+  assert set(result) >= HEAD
+  assert {"pillow", "grain", "torch"} < set(result["versions"])
+  _, _, *lines, _ = capsys.readouterr().out.splitlines()
+  names = [row["loader"] for row in result["rows"]]
+  assert names == ["grain", "PyTorch, uint8", "PyTorch, float"]
+  for row, line in zip(result["rows"], lines, strict=True):
+    assert line.startswith(row["loader"])
+    assert len(row["load_average_turns"]) == 3
+    check_rates(row, line, "images_per_second", 3)
+    check_rates(row, line, "images_per_cpu_second", 3)
