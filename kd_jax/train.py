@@ -942,7 +942,9 @@ class Loop:
     )
 
   def _dispatch(self):
-    run, size = self.run_, self.run_.steps_per_dispatch
+    run, whole = self.run_, self.run_.steps_per_dispatch
+    # A checkpoint may be of other hardware, and of between two dispatches.
+    size = whole - self.step % whole
     xs = run.devices.shard(run.pipeline.next_chunk(size))
     self.state, sums = run.train_chunk(
       self.state, run.teacher_variables, run.resident, xs

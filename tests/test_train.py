@@ -293,6 +293,36 @@ def test_other_devices_and_dispatches_give_the_same_run(first):
   assert_close(ours["params"], theirs["params"])
 
 
+def test_a_cpu_run_goes_on_where_a_dispatch_is_an_epoch(first, monkeypatch):
+  """As on a GPU, from a checkpoint of within an epoch."""
+  workdir = first[0].with_name("moved")
+  config = make_config("kd", GRAIN)
+  assert config.steps_per_dispatch == 0
+  save = train.Trial.save
+
+  def cut(self, step, state, seconds):
+    if step == 6:
+      raise _PowerCutError
+    save(self, step, state, seconds)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Trial, "save", cut)
+    with pytest.raises(_PowerCutError):
+      train.train_and_evaluate(config, str(workdir))
+  assert steps_saved(workdir) == [3]
+  monkeypatch.setattr(setup, "steps_per_dispatch", lambda *_, **__: 4)
+  train.train_and_evaluate(config, str(workdir))
+  # Another program, of other roundings.
+  ours, theirs = (newest(path).state for path in (workdir, first[0]))
+  assert_close(ours["params"], theirs["params"])
+  evals = [
+    r["step"]
+    for r in metrics.read(workdir / "metrics.jsonl")
+    if r["kind"] == "eval"
+  ]
+  assert evals == [4, 8, 12]
+
+
 def test_another_seed_is_another_run(first):
   workdir = first[0].with_name("seed")
   config = make_config("kd", {**GRAIN, "seed": 1, "epochs": 1})
