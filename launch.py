@@ -124,6 +124,19 @@ def main(argv: list[str]) -> None:
   del argv
   from kd_jax import processes
 
+  # While a run trains, it watches the signals itself, to save first.
+  with processes.ended_by_signals(EXIT_STOPPED):
+    _start_processes()
+    try:
+      _run()
+    except Exception as error:
+      _fail(error)
+
+
+def _start_processes() -> None:
+  """Joins the other processes; or starts them, and exits as they do."""
+  from kd_jax import processes
+
   try:
     if _LOCAL_PROCESSES.value is not None:
       flag = "local_processes"
@@ -137,10 +150,6 @@ def main(argv: list[str]) -> None:
     )
   except ValueError as error:
     _refuse(str(error))
-  try:
-    _run()
-  except Exception as error:
-    _fail(error)
 
 
 def _without(flag: str, argv: list[str]) -> list[str]:

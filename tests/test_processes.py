@@ -210,6 +210,30 @@ time.sleep(60)
   assert process.returncode == 75 and out == "out 0\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_by_signals(number, capsys):
+  seen = []
+  outside = signal.signal(number, lambda *_: seen.append("outside"))
+  try:
+    with pytest.raises(SystemExit) as stopped, processes.ended_by_signals(75):
+      try:
+        signal.raise_signal(number)
+      except Exception:  # as whoever tries something may catch
+        raise AssertionError("it was held up") from None
+      finally:
+        signal.raise_signal(number)  # acts as without the context
+        seen.append("released")
+    assert stopped.value.code == 75
+    assert seen == ["outside", "released"]
+    signal.raise_signal(number)
+    assert seen[2:] == ["outside"]
+  finally:
+    signal.signal(number, outside)
+  name = signal.Signals(number).name
+  said = f"launch.py: stopped by {name}: the same command goes on\n"
+  assert capsys.readouterr().err == said
+
+
 JOIN = """
 import jax
 from kd_jax import processes
