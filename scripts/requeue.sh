@@ -1,7 +1,7 @@
 # Sourced by the sbatch files, with the arguments of launch.py: runs it in all
-# tasks, and puts the job back into the queue if it was stopped with its
-# progress saved (exit code 75): by the time limit, a preemption or
-# `scancel --signal=TERM --batch`.
+# tasks, and puts the job back into the queue if it was stopped with nothing
+# lost (exit code 75): by the time limit, a preemption or
+# `scancel --signal=TERM --batch`. Not if it could not save: that is code 1.
 
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 1
 
@@ -39,7 +39,7 @@ while true; do
 done
 
 if [[ $code -eq 75 ]]; then
-  echo "stopped with its progress saved (restart ${SLURM_RESTART_COUNT:-0})"
+  echo "stopped with nothing lost (restart ${SLURM_RESTART_COUNT:-0})"
   scontrol requeue "$job"
 fi
 exit "$code"

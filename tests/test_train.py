@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -321,6 +322,31 @@ def test_a_cpu_run_goes_on_where_a_dispatch_is_an_epoch(first, monkeypatch):
     if r["kind"] == "eval"
   ]
   assert evals == [4, 8, 12]
+
+
+def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
+  """Without room for a checkpoint, and then with it."""
+  config = make_config("teacher", {"epochs": 1, "checkpoint.every_steps": 0})
+  evaluate = train.Trial.evaluate
+
+  def signalled(self, *arguments):
+    signal.raise_signal(signal.SIGTERM)
+    return evaluate(self, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Trial, "evaluate", signalled)
+    with monkeypatch.context() as full:
+      full.setattr(checkpoint.Checkpointer, "_no_room", lambda *_: "no room")
+      with pytest.raises(
+        train.UnsavedStopError,
+        match=r"by SIGTERM at step 4, which could not be saved .* from step 0$",
+      ):
+        train.train_and_evaluate(config, str(tmp_path))
+    with pytest.raises(train.PreemptedError, match="step 4, saved in") as saved:
+      train.train_and_evaluate(config, str(tmp_path))
+  assert saved.type is train.PreemptedError
+  assert not (tmp_path / "result.json").exists()
+  assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 4
 
 
 def test_another_seed_is_another_run(first):
