@@ -7,8 +7,8 @@
     srun python launch.py --config configs/kd_cifar.py
 
 Started again with the same command, a run goes on where it stopped.
-Exit codes: 0 finished, 1 failed, 2 bad input, 75 stopped by a signal with a
-checkpoint saved (start it again).
+Exit codes: 0 finished, 1 failed, 2 bad input, 75 stopped by a signal with
+nothing lost (start it again); 1 also if then no checkpoint could be saved.
 """
 
 import difflib
@@ -124,6 +124,19 @@ def main(argv: list[str]) -> None:
   del argv
   from kd_jax import processes
 
+  # While a run trains, it watches the signals itself, to save first.
+  with processes.ended_by_signals(EXIT_STOPPED):
+    _start_processes()
+    try:
+      _run()
+    except Exception as error:
+      _fail(error)
+
+
+def _start_processes() -> None:
+  """Joins the other processes; or starts them, and exits as they do."""
+  from kd_jax import processes
+
   try:
     if _LOCAL_PROCESSES.value is not None:
       flag = "local_processes"
@@ -137,10 +150,6 @@ def main(argv: list[str]) -> None:
     )
   except ValueError as error:
     _refuse(str(error))
-  try:
-    _run()
-  except Exception as error:
-    _fail(error)
 
 
 def _without(flag: str, argv: list[str]) -> list[str]:
@@ -196,7 +205,9 @@ def _fail(error: Exception) -> NoReturn:
   lost = several and re.match(r"[A-Z_]{5,}: ", str(error)) is not None
   code = EXIT_FAILED
   if isinstance(error, train.PreemptedError):
-    code = EXIT_STOPPED
+    # Without room it would be stopped like this again and again.
+    unsaved = isinstance(error, train.UnsavedStopError)
+    code = EXIT_FAILED if unsaved else EXIT_STOPPED
   elif isinstance(error, (ValueError, ImportError)) and not lost:
     code = EXIT_BAD_INPUT
   kind = f"{type(error).__name__}: "

@@ -155,7 +155,7 @@ def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
   Raises:
     ValueError: for a mistake in the config, before anything is written.
     CellsFailedError: at the end, if cells have failed; it names them.
-    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
+    PreemptedError: see `train_and_evaluate`.
   """
   folder = pathlib.Path(workdir).absolute()
   made = cells(config)

@@ -370,6 +370,45 @@ def end(code: int) -> None:
     os._exit(code)
 
 
+class _Stop(SystemExit):
+  """Ends the process; asyncio, in which Orbax works, hands on such alone."""
+
+
+@contextlib.contextmanager
+def ended_by_signals(code: int) -> Iterator[None]:
+  """Makes SIGTERM and SIGINT end this process, with what it holds released.
+
+  For where nothing has to be saved first: what is finished is whole on the
+  disk, and the rest is done again. Of several processes each ends by itself.
+  A second signal acts as it would have without this.
+
+  Args:
+    code: the exit code.
+  """
+  watched = (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.getsignal(number) for number in watched}
+  received = ""
+
+  def stop(number, frame):
+    del frame
+    nonlocal received
+    received = signal.Signals(number).name
+    signal.signal(number, before[number])
+    raise _Stop(code)
+
+  for number in watched:
+    signal.signal(number, stop)
+  try:
+    yield
+  except _Stop:
+    _complain(f"stopped by {received}: the same command goes on")
+    end(code)
+    raise
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
 def _share_of_devices(count: int, index: int) -> dict[str, str]:
   """The environment that gives a local process its share of the devices.
 

@@ -64,6 +64,10 @@ class PreemptedError(RuntimeError):
   """The run was asked to stop, and has saved what it needs to go on."""
 
 
+class UnsavedStopError(PreemptedError):
+  """The run was asked to stop, and could not save what it had come to."""
+
+
 # What ends a run in all processes, at the same step.
 AGREED = (NonFiniteLossError, PreemptedError, checkpoint.UnsavedError)
 
@@ -88,7 +92,8 @@ def train_and_evaluate(
   Raises:
     ValueError: for a config that cannot run, before anything is written.
     NonFiniteLossError: when the loss leaves the finite numbers.
-    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
+    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written;
+      UnsavedStopError if that has failed.
   """
   path = pathlib.Path(workdir).absolute()
   others = {pathlib.Path(w).absolute(): seed for w, seed in more.items()}
@@ -948,7 +953,11 @@ class Loop:
         if last or stopping or due:
           self._save()
         if stopping and not last:
-          raise PreemptedError(self._stopped())
+          raise self._stopped()
+      # One that came since the last step would be forgotten.
+      received = np.int32(self.stop.received is not None)
+      if parallel.gather_processes(received).any():
+        raise self._stopped()
       if not all(trial.best for trial in self.trials):  # lost since the last
         self._begin_evaluation(self.config.epochs)
         self._save()
@@ -967,7 +976,7 @@ class Loop:
     minutes = self.config.checkpoint.every_minutes
     return time.monotonic() - self.tried_time >= 60 * minutes
 
-  def _stopped(self) -> str:
+  def _stopped(self) -> PreemptedError:
     self._wait()
     saved = min(trial.checkpoints.newest or 0 for trial in self.trials)
     where = self.run_.workdir
@@ -976,14 +985,18 @@ class Loop:
       f" step {self.step}"
     )
     if saved == self.step:
-      return f"{text}, saved in {where}: the same command goes on from there"
-    return (
+      return PreemptedError(
+        f"{text}, saved in {where}: the same command goes on from there"
+      )
+    return UnsavedStopError(
       f"{text}, which could not be saved in {where}: the same command goes on"
       f" from step {saved}"
     )
 
   def _dispatch(self):
-    run, size = self.run_, self.run_.steps_per_dispatch
+    run, whole = self.run_, self.run_.steps_per_dispatch
+    # A checkpoint may be of other hardware, and of between two dispatches.
+    size = whole - self.step % whole
     xs = run.devices.shard(run.pipeline.next_chunk(size))
     self.state, sums = run.train_chunk(
       self.state, run.teacher_variables, run.resident, xs

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import quickstart
-from kd_jax import claims, grid, record, report, train
+from kd_jax import claims, grid, processes, record, report, train
 
 
 def make(cells):
@@ -362,6 +362,24 @@ def test_a_machine_that_died_meanwhile_is_followed(tmp_path, monkeypatch):
   monkeypatch.setattr(train, "train_and_evaluate", run)
   grid.run_grid(make({"a": {}, "b": {}}), str(tmp_path))
   assert trained == ["b", "a"]
+
+
+def test_stopped_between_cells_it_leaves_them_to_others(tmp_path, monkeypatch):
+  made = []
+
+  def train_and_evaluate(config, workdir, more):
+    if made:
+      signal.raise_signal(signal.SIGTERM)
+    made.append(pathlib.Path(workdir).name)
+
+  monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+  with pytest.raises(SystemExit) as stopped, processes.ended_by_signals(75):
+    grid.run_grid(make({"a": {}, "b": {}, "c": {}}), str(tmp_path))
+  assert stopped.value.code == 75
+  assert made == ["a"]
+  claim = claims.Claim(tmp_path / "b")
+  assert claim.take()
+  claim.release()
 
 
 # Two methods x two students x two trials on digits, of networks of a second.

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from kd_jax import grid, processes, train
+from kd_jax import claims, grid, processes, train
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 KD = f"{REPO}/configs/kd_cifar.py"
@@ -453,6 +454,32 @@ def test_a_stopped_run_may_be_requeued(launch, monkeypatch, capsys):
   monkeypatch.setattr(train, "train_and_evaluate", stop)
   assert launch(*SMOKE) == 75
   assert "stopped by SIGTERM at step 3" in capsys.readouterr().err
+
+
+def test_a_run_that_could_not_save_may_not(launch, monkeypatch, capsys):
+  def stop(*_):
+    raise train.UnsavedStopError("stopped, which could not be saved")
+
+  monkeypatch.setattr(train, "train_and_evaluate", stop)
+  assert launch(*SMOKE) == 1
+  assert capsys.readouterr().err == "stopped, which could not be saved\n"
+
+
+def test_stopped_while_another_trains_the_teacher(
+  launch, monkeypatch, tmp_path, capsys
+):
+  """There is nothing to save, and the rest is done again."""
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(claims.Claim, "take", lambda self: False)
+  monkeypatch.setattr(
+    processes.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM)
+  )
+  arguments = (*SMOKE, *TINY, "--config.parallel.num_devices=1")
+  assert launch(*arguments, f"--workdir={tmp_path / 'run'}") == 75
+  said = "launch.py: stopped by SIGTERM: the same command goes on\n"
+  assert capsys.readouterr().err.endswith(said)
+  assert not (tmp_path / "run" / "checkpoints").exists()
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_local_processes_get_the_other_flags(launch, monkeypatch):

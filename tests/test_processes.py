@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -209,6 +210,30 @@ time.sleep(60)
   assert process.returncode == 75 and out == "out 0\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_by_signals(number, capsys):
+  seen = []
+  outside = signal.signal(number, lambda *_: seen.append("outside"))
+  try:
+    with pytest.raises(SystemExit) as stopped, processes.ended_by_signals(75):
+      try:
+        signal.raise_signal(number)
+      except Exception:  # as whoever tries something may catch
+        raise AssertionError("it was held up") from None
+      finally:
+        signal.raise_signal(number)  # acts as without the context
+        seen.append("released")
+    assert stopped.value.code == 75
+    assert seen == ["outside", "released"]
+    signal.raise_signal(number)
+    assert seen[2:] == ["outside"]
+  finally:
+    signal.signal(number, outside)
+  name = signal.Signals(number).name
+  said = f"launch.py: stopped by {name}: the same command goes on\n"
+  assert capsys.readouterr().err == said
+
+
 JOIN = """
 import jax
 from kd_jax import processes
@@ -238,7 +263,15 @@ def mpi(index):
   }
 
 
-@pytest.mark.parametrize("launcher", [slurm, mpi])
+def mpi5(index):
+  """Open MPI 5 does not say where process 0 is."""
+  port = 20000 + os.getpid() % 10000
+  environment = {**mpi(index), "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+  del environment["OMPI_MCA_orte_hnp_uri"]
+  return environment
+
+
+@pytest.mark.parametrize("launcher", [slurm, mpi, mpi5])
 def test_processes_find_each_other(launcher):
   """In the environment of the launcher's tasks."""
   children = [
@@ -256,8 +289,15 @@ def test_processes_find_each_other(launcher):
 
 
 COMMANDS = {
+  # With no flags but those that srun has.
   "srun": """
-while [[ $1 == --* ]]; do shift; done
+while [[ $1 == --* ]]; do
+  case $1 in
+    --kill-on-bad-exit=[01] | --wait=[0-9]* | --unbuffered | --label) shift ;;
+    *) echo "srun: unrecognized option '$1'" >&2; exit 1 ;;
+  esac
+done
+echo "$SRUN_CPUS_PER_TASK" > cpus
 "$@" &
 wait $!
 """,
@@ -306,6 +346,27 @@ def test_a_job_is_stopped_and_put_back_into_the_queue(name, tmp_path):
   assert arguments == "launch.py --config a b.py\n"
   calls = (tmp_path / "calls").read_text()
   assert calls == "--signal=TERM 7\nrequeue 7\n"
+
+
+def test_a_job_that_ends_before_scancel_does_is_put_back_too(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setitem(
+    COMMANDS, "scancel", f"{COMMANDS['scancel']}; touch sent; sleep 1"
+  )
+  monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+  job = sbatch("one_node.sbatch", tmp_path, "--config", "a")
+  while not (tmp_path / "arguments").exists():
+    assert job.poll() is None
+  job.terminate()
+  while not (tmp_path / "sent").exists():
+    assert job.poll() is None
+  time.sleep(0.1)
+  job.terminate()  # and a second signal, while the first is answered
+  assert job.wait(timeout=30) == 75
+  calls = (tmp_path / "calls").read_text().splitlines()
+  assert calls[0] == "--signal=TERM 7" and calls[-1] == "requeue 7"
+  assert (tmp_path / "cpus").read_text() == "8\n"
 
 
 def test_of_an_array_one_task_is_put_back(tmp_path, monkeypatch):

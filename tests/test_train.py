@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -381,6 +382,61 @@ def test_other_devices_and_dispatches_give_the_same_run(first):
   train.train_and_evaluate(make_config("kd", changes), str(workdir))
   ours, theirs = (newest(path).state for path in (workdir, first[0]))
   assert_close(ours["params"], theirs["params"])
+
+
+def test_a_cpu_run_goes_on_where_a_dispatch_is_an_epoch(first, monkeypatch):
+  """As on a GPU, from a checkpoint of within an epoch."""
+  workdir = first[0].with_name("moved")
+  config = make_config("kd", GRAIN)
+  assert config.steps_per_dispatch == 0
+  save = train.Trial.save
+
+  def cut(self, step, state, seconds):
+    if step == 6:
+      raise _PowerCutError
+    save(self, step, state, seconds)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Trial, "save", cut)
+    with pytest.raises(_PowerCutError):
+      train.train_and_evaluate(config, str(workdir))
+  assert steps_saved(workdir) == [3]
+  monkeypatch.setattr(setup, "steps_per_dispatch", lambda *_, **__: 4)
+  train.train_and_evaluate(config, str(workdir))
+  # Another program, of other roundings.
+  ours, theirs = (newest(path).state for path in (workdir, first[0]))
+  assert_close(ours["params"], theirs["params"])
+  evals = [
+    r["step"]
+    for r in metrics.read(workdir / "metrics.jsonl")
+    if r["kind"] == "eval"
+  ]
+  assert evals == [4, 8, 12]
+
+
+def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
+  """Without room for a checkpoint, and then with it."""
+  config = make_config("teacher", {"epochs": 1, "checkpoint.every_steps": 0})
+  evaluate = train.Trial.evaluate
+
+  def signalled(self, *arguments):
+    signal.raise_signal(signal.SIGTERM)
+    return evaluate(self, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Trial, "evaluate", signalled)
+    with monkeypatch.context() as full:
+      full.setattr(checkpoint.Checkpointer, "_no_room", lambda *_: "no room")
+      with pytest.raises(
+        train.UnsavedStopError,
+        match=r"by SIGTERM at step 4, which could not be saved .* from step 0$",
+      ):
+        train.train_and_evaluate(config, str(tmp_path))
+    with pytest.raises(train.PreemptedError, match="step 4, saved in") as saved:
+      train.train_and_evaluate(config, str(tmp_path))
+  assert saved.type is train.PreemptedError
+  assert not (tmp_path / "result.json").exists()
+  assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 4
 
 
 def test_another_seed_is_another_run(first):
