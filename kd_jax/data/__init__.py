@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from kd_jax.data.batch import Batch, EvalStream, Pipeline, eval_batches
 from kd_jax.data.common import unknown_name
 from kd_jax.data.folder import EncodedSource, FolderSource
-from kd_jax.data.images import BadImageError
+from kd_jax.data.images import BadImageError, UnreadableError
 from kd_jax.data.sources import Constants, Source, constants, detect, load
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
   "FolderSource",
   "Pipeline",
   "Source",
+  "UnreadableError",
   "constants",
   "create",
   "detect",

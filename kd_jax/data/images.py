@@ -44,26 +44,31 @@ Box = tuple[float, float, float, float]
 
 
 class BadImageError(ValueError):
-  """An image file that cannot be read; the text names it and the reason."""
+  """An image file that cannot be decoded; the text names it and the reason."""
+
+
+class UnreadableError(OSError):
+  """A file that is gone or does not give its bytes; the text names it."""
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
   """The content of an image file.
 
   Raises:
-    BadImageError: the file does not exist or cannot be read.
+    UnreadableError: the file does not exist or cannot be read.
   """
   try:
     with open(path, "rb") as file:
       return file.read()
   except FileNotFoundError as error:
-    raise BadImageError(
-      f"{path} does not exist: expected an image file"
+    raise UnreadableError(
+      f"{path} does not exist: expected an image file. Check that the data are"
+      " still there"
     ) from error
   except OSError as error:
-    raise BadImageError(
+    raise UnreadableError(
       f"{path}: expected an image file, got one that cannot be read"
-      f" ({error.strerror})"
+      f" ({error.strerror}). Check the disk, or that it is still mounted"
     ) from error
 
 

@@ -252,17 +252,18 @@ def test_the_end_of_a_thumbnail_is_not_the_pictures(progressive):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-  with pytest.raises(images.BadImageError, match=r"none\.png does not exist"):
+  with pytest.raises(images.UnreadableError, match=r"none\.png does not exist"):
     images.read_file(tmp_path / "none.png")
   with pytest.raises(
-    images.BadImageError, match=r"cannot be read \(Is a directory\)"
+    images.UnreadableError, match=r"cannot be read \(Is a directory\)\. Check"
   ):
     images.read_file(tmp_path)
 
 
-def test_the_error_travels_between_processes():
-  error = pickle.loads(pickle.dumps(images.BadImageError("a.png: why")))
-  assert isinstance(error, images.BadImageError) and str(error) == "a.png: why"
+@pytest.mark.parametrize("kind", [images.BadImageError, images.UnreadableError])
+def test_the_error_travels_between_processes(kind):
+  error = pickle.loads(pickle.dumps(kind("a.png: why")))
+  assert isinstance(error, kind) and str(error) == "a.png: why"
 
 
 def triangle_weights(length, out):
