@@ -8,6 +8,7 @@ interrupted), else a fresh start. The teacher is never in a checkpoint.
 import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import os
@@ -616,9 +617,15 @@ def _predict_in_fresh_process(workdir, source, examples=4):
 
   folder = workdir / "samples"
   folder.mkdir(exist_ok=True)
+  found = (
+    (image, source.class_names[label])
+    for batch in data.eval_stream(source, examples)
+    for image, label, good in zip(batch["image"], batch["label"], batch["mask"])
+    if good
+  )
   paths: list[str] = []
-  for image, label in list(zip(source.images, source.labels))[:examples]:
-    path = folder / f"{len(paths)}_{source.class_names[label]}.png"
+  for image, name in itertools.islice(found, examples):
+    path = folder / f"{len(paths)}_{name.replace('/', '_')}.png"
     Image.fromarray(image).save(path)
     paths.append(str(path))
   command = [sys.executable, "-m", "kd_jax.predict", "--model"]

@@ -2,14 +2,16 @@
 
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from kd_jax import checkpoint, evaluate, export, metrics, record
+from kd_jax import checkpoint, evaluate, export, metrics, predict, record, train
 from kd_jax import data as data_lib
+from kd_jax.data import images
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PIPELINES = ("grain", "dali")
@@ -63,8 +65,11 @@ def newest(workdir):
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_a_run(pipeline, run, folder):
-  code, workdir = run("run", pipeline)
+def test_a_run(pipeline, run, folder, monkeypatch):
+  commands = []
+  fresh = types.SimpleNamespace(run=lambda *a, **_: commands.append(*a))
+  monkeypatch.setattr(train, "subprocess", fresh)
+  code, workdir = run("run", pipeline, "--config.verify_export=True")
   assert code == 0
   result = record.result(workdir)
   assert result["steps"] == 2 * (CLASSES * TRAIN // 8)
@@ -77,6 +82,14 @@ def test_a_run(pipeline, run, folder):
   source = data_lib.load(
     "folder", split="test", dir=folder, **card["data_options"]
   )
+  # What the export is tried on is what the network sees.
+  (command,) = commands
+  for i, path in enumerate(command[-4:]):
+    image = images.load(source.read_bytes(i), "x")
+    np.testing.assert_array_equal(
+      predict.read_image(pathlib.Path(path), height=16, width=16),
+      images.evaluate_crop(image, size=16, resize=18),
+    )
   scores = evaluate.evaluate(export.load(workdir), source)
   assert scores["examples"] == CLASSES * TEST
   assert scores["top1"] == pytest.approx(result["best"]["top1"])
@@ -98,8 +111,6 @@ def test_both_pipelines_train_alike(run):
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_stopped_run_goes_on_exactly(pipeline, run, monkeypatch):
-  from kd_jax import train
-
   code, straight = run("straight", pipeline)
   assert code == 0
   real, calls = train.Loop._dispatch, []
