@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import logging
 import math
 import os
@@ -101,6 +102,7 @@ def train_and_evaluate(
     _log.info("%s is finished: nothing to do", path)
     return finished
   assert isinstance(run, Run)
+  run.require_same()
   for folder, trial in run.trials.items():
     record.claim(folder, trial)
   setup.compilation_cache(run.config.parallel.compilation_cache, path)
@@ -227,6 +229,28 @@ class Run:
       dtype=jnp.dtype(config.dtype),
     )
     self.optimizer = self._optimizer()
+
+  def require_same(self) -> None:
+    """Checks that the other processes have the same config and data.
+
+    Raises:
+      RefusedError: in all processes, if some have others.
+    """
+    if jax.process_count() == 1:
+      return
+    fields = json.dumps(record.identity(self.config), sort_keys=True)
+    processes.require_same(
+      "config",
+      f"fields with the checksum {zlib.crc32(fields.encode()):08x}",
+      "Start all processes with the same flags and the same config file",
+    )
+    sources = {"train": self.train_source, "test": self.test_source}
+    processes.require_same(
+      "config.data",
+      ", ".join(f"{name} {data.digest(s)}" for name, s in sources.items()),
+      "Copy the same files to the folder config.data.dir of every machine, or"
+      " name one that all of them mount",
+    )
 
   def _find_teacher(self, spec):
     """A teacher, without weights if it is to be trained first."""

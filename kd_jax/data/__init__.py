@@ -8,7 +8,14 @@ from kd_jax.data.batch import Batch, EvalStream, Pipeline, eval_batches
 from kd_jax.data.common import unknown_name
 from kd_jax.data.folder import EncodedSource, FolderSource
 from kd_jax.data.images import BadImageError, UnreadableError
-from kd_jax.data.sources import Constants, Source, constants, detect, load
+from kd_jax.data.sources import (
+  Constants,
+  Source,
+  constants,
+  detect,
+  digest,
+  load,
+)
 
 __all__ = [
   "BadImageError",
@@ -23,6 +30,7 @@ __all__ = [
   "constants",
   "create",
   "detect",
+  "digest",
   "eval_batches",
   "eval_stream",
   "load",
