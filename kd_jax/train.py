@@ -797,7 +797,11 @@ class Trial:
     )
 
   def save(
-    self, step: int, state: state_lib.TrainState, seconds: float
+    self,
+    step: int,
+    state: state_lib.TrainState,
+    seconds: float,
+    skipped: dict[str, dict[str, str]],
   ) -> None:
     """Starts saving a checkpoint."""
     self.checkpoints.save(
@@ -808,6 +812,7 @@ class Trial:
         "best": self.best,
         "last_eval": self.last_eval,
         "seconds": seconds,
+        "skipped": skipped,
         "totals": self.totals,
         "card": self._card(),
       },
@@ -834,7 +839,7 @@ class Trial:
     Args:
       state: the last.
       seconds: that the run has taken; a trial's are its share of them.
-      skipped: how many images could not be read.
+      skipped: how many images could not be decoded.
     """
     run, together = self.run_, len(self.run_.trials)
     export.export_run(self.workdir, self.workdir / "export")
@@ -897,6 +902,9 @@ class Loop:
       self.step = first.step
       run.pipeline.set_state(first.position)
       self.seconds = first.meta["seconds"]
+      # Not in a checkpoint of before it was kept.
+      for name, found in first.meta.get("skipped", {}).items():
+        run.skipped[name].unite(found)
       _say(f"going on from step {self.step} of {run.total_steps}")
     self.state = state_lib.join(states)
     for trial, one in zip(self.trials, restored, strict=True):
@@ -1036,8 +1044,9 @@ class Loop:
       trial.keep_best()
     if all(trial.checkpoints.newest == self.step for trial in self.trials):
       return
+    skipped = self._unite_skipped()
     for trial, state in self._states():
-      trial.save(self.step, state, self._elapsed())
+      trial.save(self.step, state, self._elapsed(), skipped)
     self.tried_step, self.tried_time = self.step, time.monotonic()
 
   def _finish(self) -> dict[str, Any]:
@@ -1055,14 +1064,19 @@ class Loop:
       _say(f"{trial.workdir}: last epoch {_scores(trial.last_eval)}")
     return results[0]
 
+  def _unite_skipped(self) -> dict[str, dict[str, str]]:
+    """What all processes have left out, by split and position."""
+    found = {name: s.get_state() for name, s in self.run_.skipped.items()}
+    for theirs in processes.from_all(found):
+      for name, state in theirs.items():
+        self.run_.skipped[name].unite(state)
+    return {name: s.get_state() for name, s in self.run_.skipped.items()}
+
   def _list_skipped(self) -> dict[str, int]:
-    """Writes down the images that could not be read; how many, in all."""
-    run, process = self.run_, jax.process_index()
-    listed = {name: list(s.reasons()) for name, s in run.skipped.items()}
-    if any(listed.values()):
-      for workdir in run.trials:
-        path = workdir / f"skipped_images_{process}.json"
-        checkpoint.write_json(path, listed)
-    counts = [len(reasons) for reasons in listed.values()]
-    total = parallel.gather_processes(np.array(counts, np.int32)).sum(axis=0)
-    return {name: int(n) for name, n in zip(listed, total, strict=True)}
+    """Writes down the images that were left out; how many, in all."""
+    self._unite_skipped()
+    listed = {name: s.reasons() for name, s in self.run_.skipped.items()}
+    if any(listed.values()) and processes.is_first():
+      for workdir in self.run_.trials:
+        checkpoint.write_json(workdir / "skipped_images.json", listed)
+    return {name: len(reasons) for name, reasons in listed.items()}

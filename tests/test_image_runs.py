@@ -150,9 +150,53 @@ def test_a_bad_image(pipeline, run, folder, tmp_path, capsys):
   assert code == 0
   result = record.result(workdir)
   assert result["skipped_images"] == {"train": 1, "test": 1}
-  listed = record.read_json(workdir / "skipped_images_0.json")
+  listed = record.read_json(workdir / "skipped_images.json")
   assert str(bad) in listed["train"][0]
   assert "0.JPEG" in listed["test"][0] and "0 bytes" in listed["test"][0]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_bad_images_stay_listed_when_a_run_goes_on(
+  kept, run, folder, tmp_path, monkeypatch
+):
+  """Where they were met before the stop; not of an older checkpoint."""
+  broken = tmp_path / "broken"
+  shutil.copytree(folder, broken)
+  for path in (broken / "train" / "class 1").iterdir():
+    path.write_bytes(b"no image")
+  real_dispatch, real_save = train.Loop._dispatch, checkpoint.Checkpointer.save
+
+  def dispatch(self):
+    if self.step == 1 and self.run_.workdir.name == "stopped":
+      self.stop.received = "SIGTERM"
+    return real_dispatch(self)
+
+  def save(self, *arguments, meta, **options):
+    if not kept:
+      meta.pop("skipped", None)
+    return real_save(self, *arguments, meta=meta, **options)
+
+  def start():
+    flags = ("on_bad_image=skip", f"dir={broken}")
+    return run(
+      *("stopped", "grain", *(f"--config.data.{flag}" for flag in flags)),
+      *("--config.epochs=1", "--config.teacher.epochs=1"),
+    )
+
+  monkeypatch.setattr(train.Loop, "_dispatch", dispatch)
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+  assert start()[0] == 75
+  # In order again: nothing is found any more.
+  shutil.copytree(folder, broken, dirs_exist_ok=True)
+  code, workdir = start()
+  assert code == 0
+  result, path = record.result(workdir), workdir / "skipped_images.json"
+  count = result["skipped_images"]["train"]
+  assert bool(count) == path.exists() == kept
+  if kept:
+    listed = record.read_json(path)
+    assert len(listed["train"]) == count and listed["test"] == []
+    assert all("class 1" in reason for reason in listed["train"])
 
 
 def test_settings_of_imagenet_recipes(run):

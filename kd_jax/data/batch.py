@@ -196,7 +196,11 @@ class BatchPlan:
 
 
 class Skipped:
-  """The images that one process left out as bad, each once."""
+  """The images that a run left out as bad, each once.
+
+  A process finds its own, and takes over what others, or it before a restart,
+  have found.
+  """
 
   def __init__(self):
     self._found: dict[int, str] = {}
@@ -218,6 +222,15 @@ class Skipped:
   def reasons(self) -> list[str]:
     """What was said of each, in the order of the set."""
     return [self._found[index] for index in sorted(self._found)]
+
+  def get_state(self) -> dict[str, str]:
+    """What was said of each, by its position: a dict that JSON can hold."""
+    return {str(index): reason for index, reason in self._found.items()}
+
+  def unite(self, state: dict[str, str]) -> None:
+    """Lists also what is in a state of `get_state`, each image once."""
+    for index, reason in state.items():
+      self._found.setdefault(int(index), reason)
 
 
 def require_some(source: EncodedSource, in_a_row: int, last: str) -> None:

@@ -1,5 +1,6 @@
 """Evaluation counts every example exactly once."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -154,6 +155,19 @@ def test_a_bad_file_is_left_out_and_listed(files, tmp_path, caplog):
   assert "33.png: expected an image file, got one that cannot be de" in first
   assert "10.png: expected an image file, got one that cannot be de" in second
   assert not caplog.records  # logged in the first round
+
+
+def test_what_several_processes_left_out_counts_once(caplog):
+  ours, theirs = batch.Skipped(), batch.Skipped()
+  for skipped, found in ((ours, {7: "a", 1: "b"}), (theirs, {1: "b", 12: "c"})):
+    for index, reason in found.items():
+      skipped.add(index, reason)
+  ours.unite(json.loads(json.dumps(theirs.get_state())))
+  assert len(ours) == 3 and ours.reasons() == ["b", "a", "c"]
+  caplog.clear()
+  ours.add(12, "c")  # told of already
+  assert len(ours) == 3 and not caplog.records
+  assert theirs.get_state() == {"1": "b", "12": "c"}
 
 
 @each_decoder
