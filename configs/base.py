@@ -111,7 +111,8 @@ def get_config(arg: str = "") -> ConfigDict:
   # (None: 256/224 of image_size; Tiny ImageNet: 64).
   config.data.resize = placeholder(int)
   # Of image files that cannot be decoded: "error", or "skip": they are left
-  # out, counted and listed (None: "error").
+  # out, counted and listed (None: "error"). A file that is gone ends the run in
+  # any case, as do 100 bad ones in a row.
   config.data.on_bad_image = placeholder(str)
   # Of image files: a random crop's share of the area, and its width / height,
   # from least to largest. SimKD's DALI pipeline: (0.1, 1.0) and (0.8, 1.25).

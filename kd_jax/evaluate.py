@@ -145,7 +145,7 @@ def main() -> None:
     scores = evaluate(
       model, source, batch_size=args.batch_size, teacher=teacher
     )
-  except (ValueError, ImportError) as error:
+  except (ValueError, ImportError, data.UnreadableError) as error:
     parser.exit(2, f"{error}\n")
   line = (
     f"{model.card['architecture']} on {source.name} ({args.split},"

@@ -75,8 +75,16 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
 
   Returns:
     name -> mean, without the count; hits ("top1", "top5") in percent.
+
+  Raises:
+    ValueError: if there was no example.
   """
   count = float(np.sum(sums[COUNT], dtype=np.float64))
+  if not count:
+    raise ValueError(
+      "expected images to score, got none: not one could be decoded. Check the"
+      " data"
+    )
   return {
     name: float(np.sum(value, dtype=np.float64))
     * (100.0 if name.startswith("top") else 1.0)

@@ -27,6 +27,7 @@ def read_image(path: pathlib.Path, *, height: int, width: int) -> np.ndarray:
 
   Raises:
     BadImageError: if it is no image.
+    UnreadableError: if it cannot be read.
   """
   image = images.load(images.read_file(path), str(path))
   if image.size != (width, height):
@@ -70,7 +71,7 @@ def main() -> None:
     model = convert.open_model(args.model, model_name=args.model_name)
     height, width, _ = model.card["image_shape"]
     pictures = [read_image(p, height=height, width=width) for p in args.images]
-  except (ValueError, ImportError) as error:
+  except (ValueError, ImportError, images.UnreadableError) as error:
     parser.exit(2, f"{error}\n")
   answers = top_classes(model, np.stack(pictures))
   for path, best in zip(args.images, answers, strict=True):

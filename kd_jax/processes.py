@@ -179,15 +179,24 @@ def initialize(
     )
 
 
+def from_all(value: Any) -> list[Any]:
+  """Every process's value, JSON-able, in their order."""
+  if jax.process_count() == 1:
+    return [value]
+  text = json.dumps(value).encode()
+  sizes = parallel.gather_processes(np.int32(len(text)))
+  content = np.zeros(sizes.max(), np.uint8)
+  content[: len(text)] = np.frombuffer(text, np.uint8)
+  rows = parallel.gather_processes(content)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
 def from_first(value: Any) -> Any:
   """The first process's value, JSON-able; what others give is ignored."""
-  if jax.process_count() == 1:
-    return value
-  text = json.dumps(value).encode() if is_first() else b""
-  size = int(parallel.gather_processes(np.int32(len(text))).max())
-  content = np.zeros(size, np.uint8)
-  content[: len(text)] = np.frombuffer(text, np.uint8)
-  return json.loads(parallel.gather_processes(content)[0].tobytes())
+  return from_all(value if is_first() else None)[0]
 
 
 def gather_texts(text: str) -> list[str]:
@@ -229,6 +238,30 @@ def together(work: Callable[[], Result]) -> Result:
     which = "" if same else f"process {first} of {len(problems)}: "
     raise RefusedError(which + found[first]) from caught
   return cast(Result, result)
+
+
+def require_same(what: str, mine: str, remedy: str) -> None:
+  """Checks that something is the same in all processes.
+
+  Args:
+    what: the setting that says it, for the error.
+    mine: what it is here, in a few words.
+    remedy: how to put it right if they differ.
+
+  Raises:
+    RefusedError: in all processes, if some have something else than the first.
+  """
+  found = from_all([mine, socket.gethostname()])
+  first, host = found[0]
+  other = [i for i, (theirs, _) in enumerate(found) if theirs != first]
+  if other:
+    who = "; ".join(
+      f"process {i} ({found[i][1]}) has {found[i][0]}" for i in other
+    )
+    raise RefusedError(
+      f"{what}: expected the same in all {len(found)} processes. Process 0"
+      f" ({host}) has {first}; {who}. {remedy}"
+    )
 
 
 def require_shared(folder: pathlib.Path) -> None:

@@ -3,8 +3,8 @@
 `config.json` (as settled), `environment.json` (versions, devices, commit,
 command), `checkpoints/` (to go on from), `best/` (highest top-1), `export/`,
 `metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy),
-`skipped_images_*.json` (those that each process could not read), `claims/` (of
-a grid's cells and of teachers: who trains them) and, at the end, `result.json`.
+`claims/` (of a grid's cells and of teachers: who trains them) and, at the end,
+`skipped_images.json` (those that could not be decoded) and `result.json`.
 Accuracies are percentages, cross-entropies nats, times seconds.
 """
 

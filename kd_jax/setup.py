@@ -218,6 +218,9 @@ def configure_logging() -> None:
   logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
   level = logging.INFO if processes.is_first() else logging.ERROR
   logging.getLogger("kd_jax").setLevel(level)
+  if not processes.is_first():
+    # What is wrong with the data that a process reads, no other can tell.
+    logging.getLogger("kd_jax.data").setLevel(logging.WARNING)
   # Orbax tells every file that it touches through absl's logger, and what
   # `checkpoint` tells of a failed save in a line on many pages.
   logging.getLogger("absl").setLevel(logging.CRITICAL)

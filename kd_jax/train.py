@@ -8,6 +8,8 @@ interrupted), else a fresh start. The teacher is never in a checkpoint.
 import copy
 import dataclasses
 import functools
+import itertools
+import json
 import logging
 import math
 import os
@@ -104,6 +106,7 @@ def train_and_evaluate(
     _log.info("%s is finished: nothing to do", path)
     return finished
   assert isinstance(run, Run)
+  run.require_same()
   for folder, trial in run.trials.items():
     record.claim(folder, trial)
   setup.compilation_cache(run.config.parallel.compilation_cache, path)
@@ -230,6 +233,28 @@ class Run:
       dtype=jnp.dtype(config.dtype),
     )
     self.optimizer = self._optimizer()
+
+  def require_same(self) -> None:
+    """Checks that the other processes have the same config and data.
+
+    Raises:
+      RefusedError: in all processes, if some have others.
+    """
+    if jax.process_count() == 1:
+      return
+    fields = json.dumps(record.identity(self.config), sort_keys=True)
+    processes.require_same(
+      "config",
+      f"fields with the checksum {zlib.crc32(fields.encode()):08x}",
+      "Start all processes with the same flags and the same config file",
+    )
+    sources = {"train": self.train_source, "test": self.test_source}
+    processes.require_same(
+      "config.data",
+      ", ".join(f"{name} {data.digest(s)}" for name, s in sources.items()),
+      "Copy the same files to the folder config.data.dir of every machine, or"
+      " name one that all of them mount",
+    )
 
   def _find_teacher(self, spec):
     """A teacher, without weights if it is to be trained first."""
@@ -622,9 +647,15 @@ def _predict_in_fresh_process(workdir, source, examples=4):
 
   folder = workdir / "samples"
   folder.mkdir(exist_ok=True)
+  found = (
+    (image, source.class_names[label])
+    for batch in data.eval_stream(source, examples)
+    for image, label, good in zip(batch["image"], batch["label"], batch["mask"])
+    if good
+  )
   paths: list[str] = []
-  for image, label in list(zip(source.images, source.labels))[:examples]:
-    path = folder / f"{len(paths)}_{source.class_names[label]}.png"
+  for image, name in itertools.islice(found, examples):
+    path = folder / f"{len(paths)}_{name.replace('/', '_')}.png"
     Image.fromarray(image).save(path)
     paths.append(str(path))
   command = [sys.executable, "-m", "kd_jax.predict", "--model"]
@@ -809,7 +840,11 @@ class Trial:
     )
 
   def save(
-    self, step: int, state: state_lib.TrainState, seconds: float
+    self,
+    step: int,
+    state: state_lib.TrainState,
+    seconds: float,
+    skipped: dict[str, dict[str, str]],
   ) -> None:
     """Starts saving a checkpoint."""
     self.checkpoints.save(
@@ -820,6 +855,7 @@ class Trial:
         "best": self.best,
         "last_eval": self.last_eval,
         "seconds": seconds,
+        "skipped": skipped,
         "totals": self.totals,
         "card": self._card(),
       },
@@ -846,7 +882,7 @@ class Trial:
     Args:
       state: the last.
       seconds: that the run has taken; a trial's are its share of them.
-      skipped: how many images could not be read.
+      skipped: how many images could not be decoded.
     """
     run, together = self.run_, len(self.run_.trials)
     export.export_run(self.workdir, self.workdir / "export")
@@ -909,6 +945,9 @@ class Loop:
       self.step = first.step
       run.pipeline.set_state(first.position)
       self.seconds = first.meta["seconds"]
+      # Not in a checkpoint of before it was kept.
+      for name, found in first.meta.get("skipped", {}).items():
+        run.skipped[name].unite(found)
       _say(f"going on from step {self.step} of {run.total_steps}")
     self.state = state_lib.join(states)
     for trial, one in zip(self.trials, restored, strict=True):
@@ -1065,8 +1104,9 @@ class Loop:
       trial.keep_best()
     if all(trial.checkpoints.newest == self.step for trial in self.trials):
       return
+    skipped = self._unite_skipped()
     for trial, state in self._states():
-      trial.save(self.step, state, self._elapsed())
+      trial.save(self.step, state, self._elapsed(), skipped)
     self.tried_step, self.tried_time = self.step, time.monotonic()
 
   def _finish(self) -> dict[str, Any]:
@@ -1084,14 +1124,19 @@ class Loop:
       _say(f"{trial.workdir}: last epoch {_scores(trial.last_eval)}")
     return results[0]
 
+  def _unite_skipped(self) -> dict[str, dict[str, str]]:
+    """What all processes have left out, by split and position."""
+    found = {name: s.get_state() for name, s in self.run_.skipped.items()}
+    for theirs in processes.from_all(found):
+      for name, state in theirs.items():
+        self.run_.skipped[name].unite(state)
+    return {name: s.get_state() for name, s in self.run_.skipped.items()}
+
   def _list_skipped(self) -> dict[str, int]:
-    """Writes down the images that could not be read; how many, in all."""
-    run, process = self.run_, jax.process_index()
-    listed = {name: list(s.reasons()) for name, s in run.skipped.items()}
-    if any(listed.values()):
-      for workdir in run.trials:
-        path = workdir / f"skipped_images_{process}.json"
-        checkpoint.write_json(path, listed)
-    counts = [len(reasons) for reasons in listed.values()]
-    total = parallel.gather_processes(np.array(counts, np.int32)).sum(axis=0)
-    return {name: int(n) for name, n in zip(listed, total, strict=True)}
+    """Writes down the images that were left out; how many, in all."""
+    self._unite_skipped()
+    listed = {name: s.reasons() for name, s in self.run_.skipped.items()}
+    if any(listed.values()) and processes.is_first():
+      for workdir in self.run_.trials:
+        checkpoint.write_json(workdir / "skipped_images.json", listed)
+    return {name: len(reasons) for name, reasons in listed.items()}

@@ -2,14 +2,16 @@
 
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from kd_jax import checkpoint, evaluate, export, metrics, record
+from kd_jax import checkpoint, evaluate, export, metrics, predict, record, train
 from kd_jax import data as data_lib
+from kd_jax.data import images
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PIPELINES = ("grain", "dali")
@@ -63,8 +65,11 @@ def newest(workdir):
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
-def test_a_run(pipeline, run, folder):
-  code, workdir = run("run", pipeline)
+def test_a_run(pipeline, run, folder, monkeypatch):
+  commands = []
+  fresh = types.SimpleNamespace(run=lambda *a, **_: commands.append(*a))
+  monkeypatch.setattr(train, "subprocess", fresh)
+  code, workdir = run("run", pipeline, "--config.verify_export=True")
   assert code == 0
   result = record.result(workdir)
   assert result["steps"] == 2 * (CLASSES * TRAIN // 8)
@@ -77,6 +82,14 @@ def test_a_run(pipeline, run, folder):
   source = data_lib.load(
     "folder", split="test", dir=folder, **card["data_options"]
   )
+  # What the export is tried on is what the network sees.
+  (command,) = commands
+  for i, path in enumerate(command[-4:]):
+    image = images.load(source.read_bytes(i), "x")
+    np.testing.assert_array_equal(
+      predict.read_image(pathlib.Path(path), height=16, width=16),
+      images.evaluate_crop(image, size=16, resize=18),
+    )
   scores = evaluate.evaluate(export.load(workdir), source)
   assert scores["examples"] == CLASSES * TEST
   assert scores["top1"] == pytest.approx(result["best"]["top1"])
@@ -98,8 +111,6 @@ def test_both_pipelines_train_alike(run):
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_a_stopped_run_goes_on_exactly(pipeline, run, monkeypatch):
-  from kd_jax import train
-
   code, straight = run("straight", pipeline)
   assert code == 0
   real, calls = train.Loop._dispatch, []
@@ -139,9 +150,53 @@ def test_a_bad_image(pipeline, run, folder, tmp_path, capsys):
   assert code == 0
   result = record.result(workdir)
   assert result["skipped_images"] == {"train": 1, "test": 1}
-  listed = record.read_json(workdir / "skipped_images_0.json")
+  listed = record.read_json(workdir / "skipped_images.json")
   assert str(bad) in listed["train"][0]
   assert "0.JPEG" in listed["test"][0] and "0 bytes" in listed["test"][0]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_bad_images_stay_listed_when_a_run_goes_on(
+  kept, run, folder, tmp_path, monkeypatch
+):
+  """Where they were met before the stop; not of an older checkpoint."""
+  broken = tmp_path / "broken"
+  shutil.copytree(folder, broken)
+  for path in (broken / "train" / "class 1").iterdir():
+    path.write_bytes(b"no image")
+  real_dispatch, real_save = train.Loop._dispatch, checkpoint.Checkpointer.save
+
+  def dispatch(self):
+    if self.step == 1 and self.run_.workdir.name == "stopped":
+      self.stop.received = "SIGTERM"
+    return real_dispatch(self)
+
+  def save(self, *arguments, meta, **options):
+    if not kept:
+      meta.pop("skipped", None)
+    return real_save(self, *arguments, meta=meta, **options)
+
+  def start():
+    flags = ("on_bad_image=skip", f"dir={broken}")
+    return run(
+      *("stopped", "grain", *(f"--config.data.{flag}" for flag in flags)),
+      *("--config.epochs=1", "--config.teacher.epochs=1"),
+    )
+
+  monkeypatch.setattr(train.Loop, "_dispatch", dispatch)
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+  assert start()[0] == 75
+  # In order again: nothing is found any more.
+  shutil.copytree(folder, broken, dirs_exist_ok=True)
+  code, workdir = start()
+  assert code == 0
+  result, path = record.result(workdir), workdir / "skipped_images.json"
+  count = result["skipped_images"]["train"]
+  assert bool(count) == path.exists() == kept
+  if kept:
+    listed = record.read_json(path)
+    assert len(listed["train"]) == count and listed["test"] == []
+    assert all("class 1" in reason for reason in listed["train"])
 
 
 def test_settings_of_imagenet_recipes(run):

@@ -48,6 +48,12 @@ def test_topk_correct(logits, label, k, hit):
   assert got.tolist() == [hit]
 
 
+def test_no_examples_have_no_mean():
+  sums = {"ce": np.zeros(2), metrics.COUNT: np.zeros(2)}
+  with pytest.raises(ValueError, match="expected images to score, got none"):
+    metrics.means(sums)
+
+
 def test_topk_correct_against_sorting():
   rng = np.random.default_rng(0)
   logits = rng.standard_normal((64, 10)).astype(np.float32)

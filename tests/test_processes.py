@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -92,6 +93,8 @@ def test_flags_that_do():
 def test_a_plain_process_joins_nobody():
   processes.initialize(heartbeat_seconds=1)
   assert processes.from_first({"a": [1]}) == {"a": [1]}
+  assert processes.from_all("a") == ["a"]
+  processes.require_same("config.x", "a", "Never said")
   assert processes.together(lambda: 3) == 3
   with pytest.raises(OSError, match="own"):
     processes.together(pathlib.Path("/no/such/own").read_text)
@@ -238,7 +241,14 @@ JOIN = """
 import jax
 from kd_jax import processes
 processes.initialize(heartbeat_seconds=10)
-print(processes.from_first(f"{jax.process_index()} of {jax.process_count()}"))
+me = jax.process_index()
+print(processes.from_first(f"{me} of {jax.process_count()}"))
+print(processes.from_all("x" * me))
+processes.require_same("config.x", "3 images", "Never said")
+try:
+  processes.require_same("config.data", f"{3 - me} images", "Copy them")
+except processes.RefusedError as error:
+  print(error)
 """
 
 
@@ -285,7 +295,14 @@ def test_processes_find_each_other(launcher):
     for index in range(2)
   ]
   said = [child.communicate(timeout=120)[0] for child in children]
-  assert [text.splitlines()[-1] for text in said] == ["0 of 2"] * 2
+  host = socket.gethostname()
+  expected = [
+    "0 of 2",
+    "['', 'x']",
+    "config.data: expected the same in all 2 processes. Process 0"
+    f" ({host}) has 3 images; process 1 ({host}) has 2 images. Copy them",
+  ]
+  assert [text.splitlines()[-3:] for text in said] == [expected] * 2
 
 
 COMMANDS = {

@@ -375,3 +375,20 @@ def test_who_decodes(wanted, cores, expected, monkeypatch):
   assert (got["num_threads"], got["num_workers"]) == expected
   in_memory = setup.decoders(wanted, SOURCE)
   assert in_memory["num_threads"] == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_process_tells_of_its_bad_images(first, monkeypatch):
+  loggers = [logging.getLogger(n) for n in ("kd_jax", "kd_jax.data.batch")]
+  names = ["kd_jax", "kd_jax.data", "absl", "asyncio"]
+  before = {name: logging.getLogger(name).level for name in names}
+  monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+  monkeypatch.setattr(setup.processes, "is_first", lambda: first)
+  try:
+    setup.configure_logging()
+    for logger, warns in zip(loggers, (first, True), strict=True):
+      assert logger.isEnabledFor(logging.WARNING) == warns
+      assert logger.isEnabledFor(logging.INFO) == first
+  finally:
+    for name, level in before.items():
+      logging.getLogger(name).setLevel(level)

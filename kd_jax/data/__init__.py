@@ -7,8 +7,15 @@ from typing import Any, NamedTuple
 from kd_jax.data.batch import Batch, EvalStream, Pipeline, eval_batches
 from kd_jax.data.common import unknown_name
 from kd_jax.data.folder import EncodedSource, FolderSource
-from kd_jax.data.images import BadImageError
-from kd_jax.data.sources import Constants, Source, constants, detect, load
+from kd_jax.data.images import BadImageError, UnreadableError
+from kd_jax.data.sources import (
+  Constants,
+  Source,
+  constants,
+  detect,
+  digest,
+  load,
+)
 
 __all__ = [
   "BadImageError",
@@ -19,9 +26,11 @@ __all__ = [
   "FolderSource",
   "Pipeline",
   "Source",
+  "UnreadableError",
   "constants",
   "create",
   "detect",
+  "digest",
   "eval_batches",
   "eval_stream",
   "load",

@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,9 @@ from kd_jax.data.sources import Source
 _log = logging.getLogger(__name__)
 
 Batch = dict[str, jax.Array]
+
+# Bad images in a row after which the data are taken to be gone.
+_MOST_SKIPPED = 100
 
 
 class Pipeline(abc.ABC):
@@ -35,7 +38,7 @@ class Pipeline(abc.ABC):
   is the number of the next step.
 
   Attributes:
-    skipped: the images that this process could not read.
+    skipped: the images that this process could not decode.
   """
 
   def __init__(self, plan: "BatchPlan"):
@@ -193,7 +196,11 @@ class BatchPlan:
 
 
 class Skipped:
-  """The images that one process left out as unreadable, each once."""
+  """The images that a run left out as bad, each once.
+
+  A process finds its own, and takes over what others, or it before a restart,
+  have found.
+  """
 
   def __init__(self):
     self._found: dict[int, str] = {}
@@ -215,6 +222,33 @@ class Skipped:
   def reasons(self) -> list[str]:
     """What was said of each, in the order of the set."""
     return [self._found[index] for index in sorted(self._found)]
+
+  def get_state(self) -> dict[str, str]:
+    """What was said of each, by its position: a dict that JSON can hold."""
+    return {str(index): reason for index, reason in self._found.items()}
+
+  def unite(self, state: dict[str, str]) -> None:
+    """Lists also what is in a state of `get_state`, each image once."""
+    for index, reason in state.items():
+      self._found.setdefault(int(index), reason)
+
+
+def require_some(source: EncodedSource, in_a_row: int, last: str) -> None:
+  """Refuses to go on leaving out images when so many in a row are bad.
+
+  Args:
+    source: the set.
+    in_a_row: how many have been.
+    last: what was said of the last of them.
+
+  Raises:
+    BadImageError: they are too many.
+  """
+  if in_a_row >= min(len(source), _MOST_SKIPPED):
+    raise images.BadImageError(
+      f"{in_a_row} images in a row cannot be decoded; the last: {last}. Check"
+      " that the data are still whole."
+    )
 
 
 def _eval_rows(
@@ -274,7 +308,8 @@ class EvalStream:
   `index` int32 [B] and `mask` bool [B], as `eval_batches` stacks them; `len` is
   their number, the same on every process. Image files are decoded and cropped
   by threads, two batches ahead. One that cannot be decoded is an error, or,
-  where the source says "skip", has a false mask and is listed in `skipped`.
+  where the source says "skip", has a false mask and is listed in `skipped`;
+  too many in a row are an error in any case, as is a file that is gone.
   """
 
   # Batches that are decoded while the caller has one.
@@ -309,11 +344,13 @@ class EvalStream:
     )
     self._num_threads = num_threads or len(os.sched_getaffinity(0))
     self.skipped = Skipped()
+    self._in_a_row = 0
 
   def __len__(self) -> int:
     return len(self._index)
 
   def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    self._in_a_row = 0
     if isinstance(self._source, Source):
       for index, mask in zip(self._index, self._mask):
         yield _gather(self._source, index, mask)
@@ -354,13 +391,43 @@ class EvalStream:
     work: list[tuple[int, concurrent.futures.Future]],
   ) -> dict[str, np.ndarray]:
     index, mask = self._index[number].copy(), self._mask[number].copy()
+    skipped: list[tuple[int, str]] = []
     for row, future in work:
       try:
         future.result()
       except images.BadImageError as error:
         if source.on_bad_image != "skip":
           raise
-        self.skipped.add(int(index[row]), str(error))
+        skipped.append((int(index[row]), str(error)))
         mask[row], index[row], image[row] = False, 0, 0
+    self._leave_out(source, number, mask, skipped)
     label = np.where(mask, source.labels[index], 0).astype(np.int32)
     return {"image": image, "label": label, "index": index, "mask": mask}
+
+  def _leave_out(
+    self,
+    source: EncodedSource,
+    number: int,
+    mask: np.ndarray,
+    skipped: Iterable[tuple[int, str]],
+  ) -> None:
+    """Lists what batch `number` lacks.
+
+    Args:
+      source: the set.
+      number: of the batch.
+      mask: bool [B], false also where an image is left out.
+      skipped: a (position, reason) for each of these, in their order.
+
+    Raises:
+      BadImageError: too many in a row are left out.
+    """
+    bad = iter(skipped)
+    for good in mask[self._mask[number]]:
+      if good:
+        self._in_a_row = 0
+        continue
+      index, reason = next(bad)
+      self.skipped.add(index, reason)
+      self._in_a_row += 1
+      require_some(source, self._in_a_row, reason)

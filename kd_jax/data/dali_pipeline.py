@@ -138,7 +138,8 @@ def _open(source: EncodedSource, i: int, careful: bool) -> _Picture:
     careful: whether to decode it here, whatever it is.
 
   Raises:
-    BadImageError: it cannot be read or decoded; the text names the file.
+    BadImageError: it cannot be decoded; the text names the file.
+    UnreadableError: it cannot be read; the text names the file.
   """
   content = source.read_bytes(i)
   size = None if careful else jpeg_size(content)
@@ -227,7 +228,7 @@ class _Stream:
     self._iterators: list[DALIGenericIterator] = []
     self._ahead: dict[int, concurrent.futures.Future[_Work]] = {}
     self._careful: set[int] = set()
-    self._error: images.BadImageError | None = None
+    self._error: Exception | None = None
     self._start(first)
 
   def _build(self, part: int) -> DALIGenericIterator:
@@ -278,7 +279,7 @@ class _Stream:
       raise StopIteration
     try:
       work = self._work(step).result()
-    except images.BadImageError as error:
+    except Exception as error:  # of a file; DALI would hide its text
       # The steps before it are whole: it is raised when its own is due.
       self._error = error
       raise StopIteration from None
@@ -299,7 +300,8 @@ class _Stream:
 
     Raises:
       StopIteration: there are no more steps.
-      BadImageError: an image of this step cannot be read.
+      BadImageError: an image of this step cannot be decoded.
+      UnreadableError: a file of this step cannot be read.
     """
     while True:
       try:
@@ -385,8 +387,8 @@ class DaliPipeline(Pipeline):
   both are grain's, for any number of processes, devices and threads. Beyond a
   crop's border the resizing repeats its last pixel; grain's sees the picture.
 
-  An image that cannot be read is an error, or, where the source says "skip",
-  is listed in `skipped`, and the next of the set that can be read stands in.
+  An image that cannot be decoded is an error, or, where the source says "skip",
+  is listed in `skipped`, and the next of the set that can be stands in.
   """
 
   def __init__(
@@ -501,8 +503,9 @@ class DaliPipeline(Pipeline):
 
     Raises:
       ValueError: `k` steps would cross the end of the epoch.
-      BadImageError: an image cannot be read, and the source says "error", or
-        too many in a row cannot. The position stays.
+      BadImageError: an image cannot be decoded, and the source says "error",
+        or too many in a row cannot. The position stays.
+      UnreadableError: a file is gone or cannot be read. The position stays.
     """
     self._plan.check_chunk(self._step, k)
     if self._stream is None:
@@ -603,9 +606,8 @@ class DaliEvalStream(EvalStream):
   def _batches(
     self, source: EncodedSource, stream: _Stream
   ) -> Iterator[dict[str, np.ndarray]]:
-    for work, (image,) in stream:
-      for index, reason in work.skipped:
-        self.skipped.add(index, reason)
+    for number, (work, (image,)) in enumerate(stream):
+      self._leave_out(source, number, work.mask, work.skipped)
       label = np.where(work.mask, source.labels[work.index], 0)
       yield {
         "image": np.asarray(image),

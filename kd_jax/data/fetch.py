@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from kd_jax.data import images
-from kd_jax.data.batch import BatchPlan
+from kd_jax.data.batch import BatchPlan, require_some
 from kd_jax.data.folder import EncodedSource
 from kd_jax.data.sources import Source
 
-# Unreadable images in a row after which the data are taken to be gone.
-_MOST_SKIPPED = 100
 # Sets the crops' generators apart from the orders'.
 _CROP = 1
 
@@ -51,33 +49,33 @@ def first_readable(
   read: Callable[[int], Any],
   skipped: list[tuple[int, str]],
 ) -> tuple[int, Any]:
-  """Reads image `i`, or the next of the set that can be read.
+  """Reads image `i`, or the next of the set that can be decoded.
 
   Args:
     source: the set.
     i: position in it.
     read: of a position; raises BadImageError.
-    skipped: takes up a (position, reason) for each that cannot be read.
+    skipped: takes up a (position, reason) for each that cannot be decoded.
 
   Returns:
     The position of what was read, and what `read` returned.
 
   Raises:
-    BadImageError: `i` cannot be read and the source says "error", or too many
-      in a row cannot.
+    BadImageError: `i` cannot be decoded and the source says "error", or too
+      many in a row cannot.
+    UnreadableError: a file is gone or cannot be read.
   """
-  count = len(source)
-  for j in range(i, i + min(count, _MOST_SKIPPED)):
+  bad = 0
+  while True:
+    j = (i + bad) % len(source)
     try:
-      return j % count, read(j % count)
+      return j, read(j)
     except images.BadImageError as error:
       if source.on_bad_image != "skip":
         raise
-      skipped.append((j % count, str(error)))
-  raise images.BadImageError(
-    f"{min(count, _MOST_SKIPPED)} images in a row cannot be read; the last:"
-    f" {skipped[-1][1]}. Check that the data are still there."
-  )
+      skipped.append((j, str(error)))
+      bad += 1
+      require_some(source, bad, str(error))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +116,14 @@ class FromFiles:
   def __call__(self, step: int) -> dict[str, Any]:
     """The batch of step `step`: image, label, index, mask, skipped.
 
-    `skipped` has a (position, reason) for each image that cannot be read, if
-    the source says "skip". In its place stands the next image of the set that
-    can be read: the same one in every run, on any number of processes.
+    `skipped` has a (position, reason) for each image that cannot be decoded,
+    if the source says "skip". In its place stands the next image of the set
+    that can be: the same one in every run, on any number of processes.
 
     Raises:
-      BadImageError: an image cannot be read and the source says "error", or
+      BadImageError: an image cannot be decoded and the source says "error", or
         too many in a row cannot.
+      UnreadableError: a file is gone or cannot be read.
     """
     index = positions(self.plan, step)
     image = np.empty((len(index), *self.source.image_shape), np.uint8)
@@ -143,7 +142,7 @@ class FromFiles:
   def _read(
     self, epoch: int, i: int, out: np.ndarray, skipped: list[tuple[int, str]]
   ) -> int:
-    """Fills `out` from image `i` or the next that can be read; its position."""
+    """Fills `out` from image `i` or the next that is good; its position."""
 
     def read(j: int) -> None:
       out[:] = images.load_random_resized_crop(

@@ -91,7 +91,8 @@ class EncodedSource(abc.ABC):
     """The encoded image at position `i`.
 
     Raises:
-      BadImageError: it cannot be read.
+      UnreadableError: its file is gone or cannot be read.
+      BadImageError: it cannot be told from the others in its file.
     """
 
   @abc.abstractmethod

@@ -57,8 +57,8 @@ class GrainPipeline(Pipeline):
 
   Image files are decoded and a random crop of each is resized to the network's
   input: the same crop for a (seed, epoch, position), whoever makes it. One that
-  cannot be read is an error, or, where the source says "skip", is listed in
-  `skipped`, and the next of the set that can be read stands in for it.
+  cannot be decoded is an error, or, where the source says "skip", is listed in
+  `skipped`, and the next of the set that can be stands in for it.
   """
 
   def __init__(
@@ -173,8 +173,9 @@ class GrainPipeline(Pipeline):
 
     Raises:
       ValueError: `k` steps would cross the end of the epoch.
-      BadImageError: an image cannot be read, and the source says "error", or
-        too many in a row cannot. The position stays.
+      BadImageError: an image cannot be decoded, and the source says "error",
+        or too many in a row cannot. The position stays.
+      UnreadableError: a file is gone or cannot be read. The position stays.
       RuntimeError: a worker process died. The position stays.
     """
     self._plan.check_chunk(self._step, k)

@@ -11,6 +11,7 @@ import contextlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,8 +19,11 @@ from PIL import Image, UnidentifiedImageError
 
 # Pillow reads more formats, some with programs of their own (Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# JPEG's markers: start of scan, end of image.
-_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+# JPEG's markers, without those that a scan's coded data hold: restarts (D0 to
+# D7), and the zero that follows an FF which is none. Start of the image, start
+# of a scan, end of the image.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_START, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 _ORIENTATION = 0x0112
 _TURNS = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,26 +44,31 @@ Box = tuple[float, float, float, float]
 
 
 class BadImageError(ValueError):
-  """An image file that cannot be read; the text names it and the reason."""
+  """An image file that cannot be decoded; the text names it and the reason."""
+
+
+class UnreadableError(OSError):
+  """A file that is gone or does not give its bytes; the text names it."""
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
   """The content of an image file.
 
   Raises:
-    BadImageError: the file does not exist or cannot be read.
+    UnreadableError: the file does not exist or cannot be read.
   """
   try:
     with open(path, "rb") as file:
       return file.read()
   except FileNotFoundError as error:
-    raise BadImageError(
-      f"{path} does not exist: expected an image file"
+    raise UnreadableError(
+      f"{path} does not exist: expected an image file. Check that the data are"
+      " still there"
     ) from error
   except OSError as error:
-    raise BadImageError(
+    raise UnreadableError(
       f"{path}: expected an image file, got one that cannot be read"
-      f" ({error.strerror})"
+      f" ({error.strerror}). Check the disk, or that it is still mounted"
     ) from error
 
 
@@ -127,14 +136,28 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
   return _rgb(image)
 
 
+def _has_end(jpeg: bytes) -> bool:
+  """Whether a JPEG's scans are followed by its end.
+
+  What lies in segments (a thumbnail) and behind the end (a film) is not looked
+  at; of a file cut short, another picture behind it is none of its scans.
+  """
+  at, scanned = len(_START), False
+  while found := _MARKER.search(jpeg, at):
+    marker, at = found[0], found.end()
+    if marker in (_START, _END):
+      return scanned and marker == _END
+    scanned |= marker == _SCAN
+    at += int.from_bytes(jpeg[at : at + 2], "big")
+  return False
+
+
 def _decode(image: Image.Image, content: bytes) -> None:
-  """Decodes the pixels, to the file's end."""
+  """Decodes the pixels, to the picture's end."""
   image.load()
   # Pillow takes the zeros of a file that was never written to its end for
-  # pixels. No byte of a scan can be taken for a marker.
-  if image.format in ("JPEG", "MPO") and content.rfind(_END) < content.rfind(
-    _SCAN
-  ):
+  # pixels.
+  if image.format in ("JPEG", "MPO") and not _has_end(content):
     raise ValueError("it is cut short: the last scan has no end")
 
 

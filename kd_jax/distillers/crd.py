@@ -28,7 +28,8 @@ class CRD(base.Distiller):
   indices, [B, 1 + k], are gathered; every device scores the indices that it
   owns, and the sum over the devices, of which one term is not 0, gives each
   its own examples' scores. Moving the drawn vectors instead would cost D times
-  as much. An update goes to the row's owner; no two are of one row.
+  as much. An update goes to the row's owner; of two of one row, the first of
+  the global batch counts.
 
   Every device applies the updates of all devices' batches, with or without
   `sync`: otherwise copies of the banks would drift. A step needs the random

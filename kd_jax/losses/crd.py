@@ -287,7 +287,8 @@ def crd_update(
   Args:
     bank: [N, D].
     embedding: v, [B, D].
-    index: [B] distinct integers in [0, N).
+    index: [B] integers in [0, N). Of rows with the same one (a stand-in for an
+      image that cannot be read may be in the batch already) the first counts.
     momentum: m, in [0, 1].
     first_row: if `bank` is a part of a larger one, the position at which it
       begins there. Positions outside of it change nothing.
@@ -301,7 +302,10 @@ def crd_update(
   embedding = checks.float_array("embedding", embedding, rank=2)
   index = checks.integer_array("index", index, rank=1)
   checks.same_batch("embedding", embedding, "index", index)
+  # Of several writes to one row, which remains would be the device's choice.
+  repeated = jnp.tril(index[:, None] == index, -1).any(axis=1)
   index, _ = _within(bank, index - first_row)
+  index = jnp.where(repeated, bank.shape[0], index)
   rows = bank.at[index].get(mode="clip")
   rows = momentum * rows + (1 - momentum) * embedding
   return bank.at[index].set(spatial.l2_normalize(rows), mode="drop")

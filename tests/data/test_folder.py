@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,23 @@ def test_class_folders_are_numbered_in_their_order(root):
   test = data.load("folder", split="test", dir=root)
   assert relative(test, root)[1:3] == ["val/b/0.png", "val/b/1.png"]
   assert test.labels.tolist() == [0, 1, 1, 2]
+
+
+def test_the_digest_is_of_the_files_wherever_they_lie(root, tmp_path):
+  def digest(place):
+    return data.digest(data.load("folder", split="train", dir=place))
+
+  copy = shutil.copytree(root, tmp_path / "copy")
+  whole = digest(root)
+  assert digest(copy) == whole
+  file = sorted((copy / "train").rglob("*.*"))[0]
+  file.rename(file.with_stem("other"))  # as many, with the same labels
+  assert digest(copy) != whole
+  file.with_stem("other").rename(file)
+  assert digest(copy) == whole
+  shutil.copy(file, file.with_stem("more"))
+  count, _, rest = digest(copy).partition(" images with the checksum ")
+  assert int(count) == int(whole.split()[0]) + 1 and rest
 
 
 def test_a_source_travels_to_worker_processes(root):

@@ -210,26 +210,60 @@ def test_what_cannot_be_decoded_is_named(content, words):
     )
 
 
-def test_what_follows_a_pictures_end_does_not_matter():
-  content = encode(picture(), "JPEG", quality=95)
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize(
+  "behind",
+  [
+    bytes(900) + b"trailer",
+    b"\xff\xda",  # a film may hold any bytes
+    b"\xff\xd9\xff\xd8\xff\xda\xff",
+    b"\xff\xda\xff\xd9\xff\xda\0",
+    # The beginning of another picture.
+    encode(picture(), "JPEG")[:700],
+  ],
+)
+def test_what_follows_a_pictures_end_does_not_matter(behind, progressive):
+  content = encode(
+    picture(), "JPEG", quality=95, progressive=progressive, comment=b"\xff\xda"
+  )
   np.testing.assert_array_equal(
-    images.decode(content + bytes(900) + b"trailer", "x"),
-    images.decode(content, "x"),
+    images.decode(content + behind, "x"), images.decode(content, "x")
   )
 
 
+def with_thumbnail(jpeg):
+  """A picture with a smaller one, whole, in a segment before its scans."""
+  small = encode(picture(12, 16), "JPEG")
+  segment = b"\xff\xe2" + (len(small) + 2).to_bytes(2, "big") + small
+  return jpeg[:2] + segment + jpeg[2:]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_end_of_a_thumbnail_is_not_the_pictures(progressive):
+  plain = encode(picture(), "JPEG", quality=95, progressive=progressive)
+  content = with_thumbnail(plain)
+  np.testing.assert_array_equal(
+    images.decode(content, "x"), images.decode(plain, "x")
+  )
+  # In reserved space, as a download leaves it; or another picture follows.
+  for behind in (bytes(5000), plain):
+    with pytest.raises(images.BadImageError, match=r"no end|truncated|broken"):
+      images.decode(content[:-30] + behind, "x")
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
-  with pytest.raises(images.BadImageError, match=r"none\.png does not exist"):
+  with pytest.raises(images.UnreadableError, match=r"none\.png does not exist"):
     images.read_file(tmp_path / "none.png")
   with pytest.raises(
-    images.BadImageError, match=r"cannot be read \(Is a directory\)"
+    images.UnreadableError, match=r"cannot be read \(Is a directory\)\. Check"
   ):
     images.read_file(tmp_path)
 
 
-def test_the_error_travels_between_processes():
-  error = pickle.loads(pickle.dumps(images.BadImageError("a.png: why")))
-  assert isinstance(error, images.BadImageError) and str(error) == "a.png: why"
+@pytest.mark.parametrize("kind", [images.BadImageError, images.UnreadableError])
+def test_the_error_travels_between_processes(kind):
+  error = pickle.loads(pickle.dumps(kind("a.png: why")))
+  assert isinstance(error, kind) and str(error) == "a.png: why"
 
 
 def triangle_weights(length, out):

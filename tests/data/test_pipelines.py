@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from kd_jax import data
-from kd_jax.data import fetch, images
+from kd_jax.data import batch as batch_lib
+from kd_jax.data import images
 
 COUNT, BATCH, STEPS = 45, 8, 5
 
@@ -433,13 +434,14 @@ def damaged(source, positions, on_bad_image):
   """The same set with files of zero bytes at these positions."""
   paths = list(source.paths)
   for i in positions:
-    paths[i] += ".gone"
+    paths[i] += ".bad"
+    pathlib.Path(paths[i]).touch()
   return dataclasses.replace(
     source, paths=tuple(paths), on_bad_image=on_bad_image
   )
 
 
-def test_the_next_image_stands_in_for_one_that_cannot_be_read(sources):
+def test_the_next_image_stands_in_for_a_bad_one(sources):
   source = damaged(sources["files"], [3, 4, 44], "skip")
   options = {"batch_size": 9, "seed": 0}
   good = data.create("grain", sources["files"], **options)
@@ -458,18 +460,20 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read(sources):
     # Counted once, however often they come up.
     assert len(pipeline.skipped) == 3
   reasons = pipeline.skipped.reasons()
-  assert [reason.split(" does not exist")[0] for reason in reasons] == [
+  assert [reason.split(": expected")[0] for reason in reasons] == [
     source.paths[i] for i in (3, 4, 44)
   ]
 
 
-def test_an_image_that_cannot_be_read_is_an_error(sources):
-  source = damaged(sources["files"], [17], "error")
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_a_file_that_is_gone_is_an_error(on_bad_image, sources):
+  source = damaged(sources["files"], [17], on_bad_image)
+  pathlib.Path(source.paths[17]).unlink()
   pipeline = data.create(
     "grain", source, batch_size=BATCH, seed=0, shuffle=False
   )
   pipeline.next_chunk(2)
-  with pytest.raises(data.BadImageError, match=r"17\.png\.gone does not exist"):
+  with pytest.raises(data.UnreadableError, match=r"/17\.png\.bad does not ex"):
     pipeline.next_chunk(3)
   # The position stays: the file may come back.
   assert pipeline.step == 2
@@ -485,7 +489,7 @@ def test_an_image_that_cannot_be_read_is_an_error(sources):
 
 
 def test_data_that_are_gone_are_not_skipped_forever(sources, monkeypatch):
-  monkeypatch.setattr(fetch, "_MOST_SKIPPED", 6)
+  monkeypatch.setattr(batch_lib, "_MOST_SKIPPED", 6)
   source = damaged(sources["files"], range(10, 20), "skip")
   pipeline = data.create(
     "grain", source, batch_size=BATCH, seed=0, shuffle=False
@@ -545,7 +549,7 @@ def test_worker_processes_change_nothing(sources):
   broken = make(source, num_workers=1, shuffle=False)
   try:
     broken.next_chunk(1)
-    with pytest.raises(data.BadImageError, match=r"/09\.png\.gone does not ex"):
+    with pytest.raises(data.BadImageError, match=r"/09\.png\.bad: .* 0 bytes"):
       broken.next_chunk(1)
     assert broken.step == 1
   finally:

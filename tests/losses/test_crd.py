@@ -141,6 +141,30 @@ def test_update_moves_rows_and_keeps_them_unit():
   np.testing.assert_array_equal(moved[jnp.array([0, 2])], bank[::2])
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_first_of_two_updates_of_a_row_counts(parts):
+  """Wherever the row lies; the order of writes is no device's choice."""
+  rng = np.random.default_rng(0)
+  bank, v = (
+    jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    for shape in ((6, 4), (5, 4))
+  )
+  update = jax.jit(losses.crd_update)
+  expected = update(bank, v[:3], jnp.array([4, 1, 2]), momentum=0.5)
+  rows = 6 // parts
+  moved = [
+    update(
+      bank[i : i + rows],
+      v,
+      jnp.array([4, 1, 2, 4, 1]),
+      momentum=0.5,
+      first_row=i,
+    )
+    for i in range(0, 6, rows)
+  ]
+  np.testing.assert_array_equal(np.concatenate(moved), expected)
+
+
 def test_a_nearer_positive_and_farther_negatives_lower_the_loss():
   scores = jnp.array([[1.0, 0.5, 0.2]])
 
