@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
