@@ -391,10 +391,10 @@ def test_a_cpu_run_goes_on_where_a_dispatch_is_an_epoch(first, monkeypatch):
   assert config.steps_per_dispatch == 0
   save = train.Trial.save
 
-  def cut(self, step, state, seconds):
+  def cut(self, step, *arguments):
     if step == 6:
       raise _PowerCutError
-    save(self, step, state, seconds)
+    save(self, step, *arguments)
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Trial, "save", cut)
@@ -417,14 +417,14 @@ def test_a_cpu_run_goes_on_where_a_dispatch_is_an_epoch(first, monkeypatch):
 def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
   """Without room for a checkpoint, and then with it."""
   config = make_config("teacher", {"epochs": 1, "checkpoint.every_steps": 0})
-  evaluate = train.Trial.evaluate
+  begin = train.Trial.begin_evaluation
 
   def signalled(self, *arguments):
     signal.raise_signal(signal.SIGTERM)
-    return evaluate(self, *arguments)
+    begin(self, *arguments)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Trial, "evaluate", signalled)
+    patch.setattr(train.Trial, "begin_evaluation", signalled)
     with monkeypatch.context() as full:
       full.setattr(checkpoint.Checkpointer, "_no_room", lambda *_: "no room")
       with pytest.raises(
@@ -518,10 +518,10 @@ def test_trials_cut_between_their_checkpoints_end_the_same(
   workdir = first[0].with_name("cut")
   save = train.Trial.save
 
-  def cut(self, step, state, seconds):
+  def cut(self, step, *arguments):
     if step == 6 and self.config.seed == 1:
       raise _PowerCutError
-    save(self, step, state, seconds)
+    save(self, step, *arguments)
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Trial, "save", cut)
