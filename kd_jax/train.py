@@ -491,6 +491,9 @@ class Run:
         sums.append(mapped(variables, teacher_variables, {}, chunk))
         if len(sums) > 1:  # one late: batches do not pile up on the device
           sums[-2] = jax.device_get(sums[-2])
+      # Has no queue: collectives of two programs in flight might meet.
+      if jax.default_backend() == "cpu":
+        jax.block_until_ready(sums)
 
       def scores():
         fetched = jax.device_get(sums)
