@@ -491,7 +491,7 @@ class Run:
         sums.append(mapped(variables, teacher_variables, {}, chunk))
         if len(sums) > 1:  # one late: batches do not pile up on the device
           sums[-2] = jax.device_get(sums[-2])
-      # Has no queue: collectives of two programs in flight might meet.
+      # A CPU has no queue: collectives of two programs in flight might meet.
       if jax.default_backend() == "cpu":
         jax.block_until_ready(sums)
 
@@ -856,7 +856,6 @@ class Trial:
       state,
       position=self.run_.pipeline.get_state(),
       meta={
-        "best": self.best,
         "last_eval": self.last_eval,
         "seconds": seconds,
         "skipped": skipped,

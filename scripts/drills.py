@@ -44,8 +44,8 @@ OPTIONS = (
   "--config.eval.every_epochs=10",
   "--config.checkpoint.every_steps=16",
   "--config.log.every_steps=4",
-  # At the recipe's 0.05, other numbers of devices come out 0.3 apart (of the
-  # worst momentum) though nothing interrupts: rounding, amplified. At this, 5e-6.
+  # At the recipe's 0.05 rounding is amplified: with nothing interrupted, other
+  # numbers of devices come out 0.3 apart in the worst momentum. At this, 5e-6.
   "--config.optim.learning_rate=0.01",
   "--config.parallel.heartbeat_seconds=10",
 )
