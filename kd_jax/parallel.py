@@ -60,6 +60,31 @@ def axis_gather(x: Any, axis_name: str | None) -> Any:
   return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
 
 
+def axis_moments(
+  mean: jax.Array, variance: jax.Array, axis_name: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Mean and variance over the devices' examples, in one exchange.
+
+  Args:
+    mean: [C], of this device's examples, of which all have equally many.
+    variance: [C], of them around that mean.
+    axis_name: mapped axis of the devices, or None.
+
+  Returns:
+    Both of all devices' examples together: the mean of the variances, and the
+    variance of the means (Chan et al., "Updating Formulae and a Pairwise
+    Algorithm for Computing Sample Variances", 1979). No large squares are
+    subtracted from each other.
+  """
+  if axis_name is None:
+    return mean, variance
+  mine = jnp.stack([mean, variance])[None]
+  means, variances = jnp.moveaxis(axis_gather(mine, axis_name), 1, 0)
+  mean = jnp.mean(means, axis=0)
+  between = jnp.mean(jnp.square(means - mean), axis=0)
+  return mean, jnp.mean(variances, axis=0) + between
+
+
 def gather_processes(value: Any) -> np.ndarray:
   """Every process's value, [processes, ...]; of 32 bits or less."""
   value = np.asarray(value)

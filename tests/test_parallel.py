@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import parallel
+from kd_jax.models import layers
 
 AXIS = parallel.AXIS
 
@@ -194,3 +195,60 @@ class Config:
   def update(self, name, value):
     assert name == "jax_num_cpu_devices"
     self.jax_num_cpu_devices = value
+
+
+def _norm_over(devices: int):
+  """BatchNorm's result and gradients on so many devices, of [B, C] on one."""
+  norm = layers.BatchNorm(axis_name=AXIS)
+  placed = parallel.make_devices(num_devices=devices)
+  variables = layers.BatchNorm().init(
+    jax.random.key(0), jnp.zeros((2, 3)), train=True
+  )
+
+  def program(_, weights, x):
+    def loss(x, weights):
+      y, new = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+      return jnp.sum(weights * y), (y, new)
+
+    (_, (y, new)), dx = jax.value_and_grad(loss, has_aux=True)(x, weights)
+    return y, dx, new["batch_stats"]
+
+  axis = P(AXIS)
+  return jax.jit(
+    jax.shard_map(
+      program,
+      mesh=placed.mesh,
+      in_specs=(P(), axis, axis),
+      out_specs=(axis, axis, P()),
+      check_vma=False,
+    )
+  )
+
+
+def test_batch_norm_over_devices_is_of_all_examples_in_one_exchange_each_way():
+  rng = np.random.default_rng(0)
+  # Far from zero, where a difference of squares would lose every digit, and
+  # of another mean on each device.
+  x = 1e3 + rng.standard_normal((8, 3)) + np.arange(8)[:, None]
+  weights = rng.standard_normal((8, 3))
+  arguments = (
+    0,
+    jnp.asarray(weights, jnp.float32),
+    jnp.asarray(x, jnp.float32),
+  )
+  alone = _norm_over(1)(*arguments)
+  program = _norm_over(4)
+  y, dx, stats = program(*arguments)
+  kept = np.asarray(x, np.float64)
+  np.testing.assert_allclose(
+    y, (kept - kept.mean(0)) / np.sqrt(kept.var(0) + 1e-5), atol=2e-4
+  )
+  np.testing.assert_allclose(
+    stats["var"], 0.9 + 0.1 * kept.var(0, ddof=1), rtol=2e-4
+  )
+  np.testing.assert_allclose(y, alone[0], atol=2e-4)
+  np.testing.assert_allclose(dx, alone[1], atol=2e-4)
+  text = program.lower(*arguments).as_text()
+  exchanges = ("all_gather", "reduce_scatter", "all_reduce")
+  counts = [text.count(f"stablehlo.{name}") for name in exchanges]
+  assert counts == [1, 1, 0]

@@ -230,9 +230,9 @@ class BatchNorm(nn.Module):
       axes = tuple(range(x.ndim - 1))
       # No axis is bound while the variables are being made.
       axis_name = None if self.is_initializing() else self.axis_name
-      mean = parallel.axis_mean(jnp.mean(x, axes), axis_name)
+      mean = jnp.mean(x, axes)
       var = jnp.mean(jnp.square(x - mean), axes)
-      var = parallel.axis_mean(var, axis_name)
+      mean, var = parallel.axis_moments(mean, var, axis_name)
       if not self.is_initializing():
         n = x.size // x.shape[-1] * parallel.axis_size(axis_name)
         unbiased = var * (n / max(n - 1, 1))
