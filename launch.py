@@ -27,6 +27,8 @@ from ml_collections import ConfigDict, config_flags
 REPO = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(REPO))
 
+from kd_jax import memory
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: a scheduler may requeue
@@ -236,4 +238,5 @@ def _fail(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
+  memory.restart_with_huge_pages()
   app.run(main, flags_parser=parse)

@@ -17,7 +17,7 @@ of its own, one after the other:
 Cells are measured in the order of the methods, and what is in --out already,
 of the same commit and hardware, is not measured again; so a run that --seconds
 ended can be gone on with. A cell that was not reached is "not run", one that
-broke says how.
+broke says how. On a CPU all sides get huge pages, as `launch.py` has them.
 
 FLOPs are XLA's count of kd_jax's step, and the work of all sides alike; the
 share of the peak is of the arithmetic's own peak (`benchmarks.measure.PEAKS`).
@@ -39,6 +39,7 @@ from typing import Any
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.cell import SIDES, Cell
+from kd_jax import memory
 
 NOT_RUN = "not run"
 
@@ -109,7 +110,7 @@ def make_cells(args: Any) -> list[Cell]:
 
 def measure_in_process(cell: Cell, seconds: float) -> dict[str, Any]:
   """The result of a cell, or {"error": why there is none}."""
-  environment = dict(os.environ)
+  environment = memory.with_huge_pages(os.environ)
   if cell.side in ("eager", "compiled"):
     environment["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
   fields = {**cell.key, "weights": cell.weights}
