@@ -26,7 +26,6 @@ programs on the machine disturb less. Prints a table and writes a JSON file.
 
 import argparse
 import importlib.util
-import multiprocessing
 import os
 import pathlib
 import time
@@ -163,27 +162,15 @@ def dali_is_installed() -> bool:
     return False
 
 
-def cpu_seconds() -> float:
-  """CPU time of this process and of its living children."""
-  ticks = 0
-  pids = [child.pid for child in multiprocessing.active_children()]
-  for pid in [os.getpid(), *pids]:
-    # The fields behind the name, which may hold blanks: utime and stime are
-    # the 14th and the 15th of all.
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1]
-    ticks += sum(map(int, fields.split()[11:13]))
-  return ticks / os.sysconf("SC_CLK_TCK")
-
-
 def rates(batches: Iterator[Any], count: int, size: int) -> tuple[float, float]:
   """Images per second, and per CPU second, of `count` batches of `size`."""
   for _ in range(WARM):
     next(batches)
-  begin, begin_cpu = time.perf_counter(), cpu_seconds()
+  begin, begin_cpu = time.perf_counter(), measure.cpu_seconds()
   for _ in range(count):
     next(batches)
   seconds = time.perf_counter() - begin
-  used = cpu_seconds() - begin_cpu
+  used = measure.cpu_seconds() - begin_cpu
   batches.close()
   return count * size / seconds, count * size / used
 

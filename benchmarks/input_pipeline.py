@@ -2,19 +2,23 @@
 
     python -m benchmarks.input_pipeline [--data-dir ../data]
 
-Three rows on CIFAR-100 (on synthetic images of the same number and size
-without --data-dir), at the batch size of the CIFAR recipes:
+On CIFAR-100 (on synthetic images of the same number and size without
+--data-dir), at the batch size of the CIFAR recipes:
 
+  PyTorch DataLoader    crop, flip, normalise in worker processes, as
+                        benchmarks.step's eager side has it; if it is installed
   grain                 batches handed to the host's memory
   grain to device       ... and copied, cropped, flipped, normalised there
   device                order, gather, crop, flip, normalise: one program
 
-Each row is a whole epoch, --repeats times, of which the median counts;
-compilation and the first pass over the data are left out. Prints a table and
-writes a JSON file.
+DALI decodes image files: `benchmarks.image_loading` has it. Each row is a whole
+epoch, --repeats times, of which the median counts; compilation and the first
+pass over the data are left out. Images per CPU second divide by what all
+processes spent: what one core gives. Prints a table and writes a JSON file.
 """
 
 import argparse
+import importlib.util
 import os
 import pathlib
 import time
@@ -25,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
+from benchmarks import work as work_lib
 from kd_jax import data
 from kd_jax.data import augment
 
@@ -67,22 +72,56 @@ def epoch(pipeline: data.Pipeline, chunk: int, use: Callable[..., Any]) -> int:
   return pipeline.steps_per_epoch
 
 
+def make_loader(source: data.Source, batch_size: int, workers: int) -> Any:
+  """PyTorch's loader of the shuffled and augmented images."""
+  import torch
+
+  from benchmarks import torch_side
+
+  work = work_lib.Work(
+    teacher="",
+    student="",
+    method="none",
+    batch=batch_size,
+    image_size=source.images.shape[1],
+    classes=source.num_classes,
+    examples=len(source),
+  )
+  return torch.utils.data.DataLoader(
+    torch_side.Examples(work, torch_side.arrays_of(source)),
+    batch_size=batch_size,
+    # Of these images only: an epoch of Examples is never shorter than CIFAR's.
+    sampler=torch.utils.data.RandomSampler(range(len(source))),
+    drop_last=True,
+    num_workers=workers,
+    persistent_workers=workers > 0,
+  )
+
+
 def rates(
-  pipeline: data.Pipeline,
-  batch_size: int,
-  chunk: int,
-  repeats: int,
-  use: Callable[..., Any],
-) -> list[float]:
-  """Images per second of each of `repeats` epochs."""
-  epoch(pipeline, chunk, use)
-  found = []
+  run: Callable[[], int], batch_size: int, repeats: int
+) -> dict[str, Any]:
+  """Images per second, and per CPU second, of each of `repeats` epochs.
+
+  Args:
+    run: takes an epoch; the number of its steps.
+    batch_size: images of a step.
+    repeats: how many are timed, after one that is not.
+
+  Returns:
+    For JSON: `measure.summary` of both.
+  """
+  run()
+  wall, cpu = [], []
   for _ in range(repeats):
-    begin = time.perf_counter()
-    steps = epoch(pipeline, chunk, use)
-    seconds = time.perf_counter() - begin
-    found.append(steps * batch_size / seconds)
-  return found
+    begin, begin_cpu = time.perf_counter(), measure.cpu_seconds()
+    images = run() * batch_size
+    wall.append(images / (time.perf_counter() - begin))
+    cpu.append(images / (measure.cpu_seconds() - begin_cpu))
+  return {
+    **measure.summary("images_per_second", wall),
+    **measure.summary("images_per_cpu_second", cpu),
+  }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,6 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--batch-size", type=int, default=64)
   parser.add_argument("--chunk", type=int, default=8, help="steps per chunk")
   parser.add_argument("--threads", type=int, default=1, help="grain's")
+  parser.add_argument(
+    *("--workers",),
+    type=int,
+    default=len(os.sched_getaffinity(0)),
+    help="processes of PyTorch's loader",
+  )
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--out", default="runs/benchmarks/input_pipeline.json")
   args = parser.parse_args(arguments)
@@ -111,8 +156,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
   def on_host(chunk: Any, start: int) -> None:
     del chunk, start
 
-  result = measure.head(("jax", "jaxlib", "numpy", "grain"))
+  result = measure.head(("jax", "jaxlib", "numpy", "grain", "torch"))
   rows = []
+
+  def add(title: str, load: list[float], run: Callable[[], int]) -> None:
+    found = rates(run, args.batch_size, args.repeats)
+    rows.append({"pipeline": title, **found, "load_average": load})
+
+  # First: its workers are forked, and of a process without JAX's threads.
+  if importlib.util.find_spec("torch") is not None:
+    load = list(os.getloadavg())
+    loader = make_loader(source, args.batch_size, args.workers)
+    title = f"PyTorch DataLoader, {args.workers} workers"
+    add(title, load, lambda: sum(1 for _ in loader))
 
   def add_row(
     title: str, name: str, device: bool, chunk: int, **options: Any
@@ -129,14 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       def use(chunk: Any, start: int) -> Any:
         return consume(resident, chunk, start)
 
-    found = rates(pipeline, args.batch_size, chunk, args.repeats, use)
-    rows.append(
-      {
-        "pipeline": title,
-        **measure.summary("images_per_second", found),
-        "load_average": load,
-      }
-    )
+    add(title, load, lambda: epoch(pipeline, chunk, use))
 
   whole = len(source) // args.batch_size
   threads = {"num_threads": args.threads}
@@ -155,7 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     f" {result['hardware']['cpu']}, {result['hardware']['cores']} cores,"
     f" {jax.devices()[0].device_kind}"
   )
-  print(measure.medians_table("pipeline", rows, images_per_second="images/s"))
+  columns = {
+    "images_per_second": "images/s",
+    "images_per_cpu_second": "images/CPU s",
+  }
+  print(measure.medians_table("pipeline", rows, **columns))
   out = pathlib.Path(args.out)
   settings = {
     "data": source.name,
@@ -163,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     "image_shape": list(source.images.shape[1:]),
     "batch_size": args.batch_size,
     "chunk": args.chunk,
+    "workers": args.workers,
     "repeats": args.repeats,
   }
   measure.write(out, {**result, **settings, "rows": rows})

@@ -200,6 +200,14 @@ class Program:
       for loss in found["loss"]
     ]
 
+  def compiled_text(self) -> str:
+    """The compiled program of a dispatch, as XLA writes it."""
+    chunk = self._devices.shard(self._pipeline.next_chunk(self.steps))
+    lowered = self._chunk.lower(
+      self._state, self._teacher_variables, self._resident, chunk
+    )
+    return lowered.compile().as_text()
+
   def flops(self) -> float | None:
     """Of one step on all devices, by XLA's count of its program."""
     lowered = jax.jit(self._alone).lower(

@@ -713,7 +713,11 @@ class Arrays(NamedTuple):
 
 def arrays(work: work_lib.Work) -> Arrays:
   """The training set of kd_jax's side."""
-  source = work.source
+  return arrays_of(work.source)
+
+
+def arrays_of(source: Any) -> Arrays:
+  """Of a `kd_jax.data.Source`."""
   labels = source.labels.astype(np.int64)
   return Arrays(source.images, labels, source.mean, source.std)
 

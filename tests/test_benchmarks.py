@@ -659,32 +659,55 @@ def check_rates(row, line, key, turns):
   assert f" {row[key]:,.0f} {least:,.0f}-{most:,.0f}" in shown
 
 
-def test_input_pipelines_beside_each_other(tmp_path, fast_compile, capsys):
+@pytest.fixture
+def coarse_clock(monkeypatch):
+  """CPU seconds that go on by one a look: too few ticks for so little work."""
+  seconds = itertools.count()
+  monkeypatch.setattr(measure, "cpu_seconds", lambda: next(seconds))
+
+
+def test_input_pipelines_beside_each_other(
+  tmp_path, fast_compile, capsys, coarse_clock
+):
   out = tmp_path / "input.json"
   input_pipeline.main(
     [
       *("--examples", "32", "--batch-size", "8", "--chunk", "2"),
-      *("--repeats", "3", "--out", str(out)),
+      *("--repeats", "3", "--workers", "0", "--out", str(out)),
     ]
   )
   result = json.loads(out.read_text())
   assert set(result) >= HEAD
-  assert {"jax", "grain"} < set(result["versions"])
+  assert {"jax", "grain", "torch"} < set(result["versions"])
   _, _, *lines, _ = capsys.readouterr().out.splitlines()
-  assert len(result["rows"]) == len(lines) == 6
+  assert len(result["rows"]) == len(lines) == 7
   for row, line in zip(result["rows"], lines, strict=True):
     assert line.startswith(row["pipeline"])
     assert len(row["load_average"]) == 3
     check_rates(row, line, "images_per_second", 3)
+    check_rates(row, line, "images_per_cpu_second", 3)
+    # An epoch is all of the 32 images, in a made-up second.
+    assert row["images_per_cpu_second"] == 32
 
 
-def test_image_loaders_beside_each_other(tmp_path, monkeypatch, capsys):
+def test_the_loader_hands_over_every_image_of_an_epoch_once():
+  source = data.load(
+    "synthetic", split="train", num_examples=24, num_classes=4, image_size=16
+  )
+  seen = []
+  for pixels, labels, index in input_pipeline.make_loader(source, 8, 0):
+    assert pixels.shape == (8, 3, 16, 16) and pixels.dtype == torch.float32
+    assert (labels.numpy() == source.labels[index]).all()
+    seen += index.tolist()
+  assert sorted(seen) == list(range(24))
+
+
+def test_image_loaders_beside_each_other(
+  tmp_path, monkeypatch, capsys, coarse_clock
+):
   for i in range(2):
     Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / f"{i}.png")
   monkeypatch.setattr(image_loading, "dali_is_installed", lambda: False)
-  # Ticks are too coarse for so little work.
-  ticks = iter(range(1000))
-  monkeypatch.setattr(image_loading, "cpu_seconds", lambda: next(ticks))
   out = tmp_path / "loading.json"
   image_loading.main(
     [
