@@ -206,6 +206,72 @@ def test_what_needs_no_convolution(size, width, groups, convolved):
     assert ("stablehlo.convolution" in text) == expected, platform
 
 
+OPTIONS = {
+  "strides": (1, 1),
+  "padding": ((1, 1), (1, 1)),
+  "feature_group_count": 1,
+  "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+}
+
+
+@pytest.mark.parametrize("examples", [4, 5, 8, 37])
+def test_kernel_gradients_of_few_examples_each_add_up(examples):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((examples, 5, 5, 3), np.float32)
+  kernel = rng.standard_normal((3, 3, 3, 2), np.float32)
+  directions = (np.ones_like(x), rng.standard_normal(kernel.shape, np.float32))
+
+  def run(convolve):
+    def function(x, kernel):
+      y = convolve(x, kernel, *OPTIONS.values())
+      return jnp.sum(jnp.sin(y))
+
+    @jax.jit
+    def run(x, kernel):
+      backward = jax.grad(function, argnums=(0, 1))(x, kernel)
+      return backward, jax.jvp(function, (x, kernel), directions)
+
+    return jax.tree.leaves(run(x, kernel))
+
+  def ours(x, kernel, *options):
+    return layers._convolve(x, kernel, **dict(zip(OPTIONS, options)))
+
+  def xla(x, kernel, strides, padding, groups, numbers):
+    return jax.lax.conv_general_dilated(
+      x, kernel, strides, padding, dimension_numbers=numbers
+    )
+
+  for got, expected in zip(run(ours), run(xla), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("examples", "platform", "of_kernel"),
+  [
+    *((4, "cpu", 1), (8, "cpu", 2), (64, "cpu", 8), (256, "cpu", 8)),
+    (64, "cuda", 1),
+  ],
+)
+def test_gradients_that_are_made(examples, platform, of_kernel):
+  """One convolution forward, one for the input, and on a CPU 8 for a kernel."""
+  shapes = (
+    jax.ShapeDtypeStruct((examples, 5, 5, 3), jnp.float32),
+    jax.ShapeDtypeStruct((3, 3, 3, 2), jnp.float32),
+  )
+
+  def count(argnums):
+    def loss(x, kernel):
+      return jnp.sum(jnp.sin(layers._convolve(x, kernel, **OPTIONS)))
+
+    traced = jax.jit(jax.grad(loss, argnums)).trace(*shapes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return text.count("stablehlo.convolution")
+
+  assert count((0, 1)) == 2 + of_kernel
+  assert count(0) == 2  # of a frozen network
+  assert count(1) == 1 + of_kernel  # of the first layer
+
+
 def test_depthwise_sums_of_bfloat16_lose_nothing():
   x = jnp.ones((1, 3, 3, 2), jnp.bfloat16)
   kernel = jnp.full((3, 3, 1, 2), 2.0**-9, jnp.bfloat16).at[0, 0].set(1.0)
