@@ -18,6 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 out=${OUT:-runs/benchmarks/gpu}
 limit=${SECONDS_EACH:-490}
+small=()
 common=(--weights "$out/weights" --seconds)
 
 if [[ -n ${SMALL:-} ]]; then
@@ -25,8 +26,8 @@ if [[ -n ${SMALL:-} ]]; then
   others=(_tiny_wide:_tiny)
   large=_tiny_wide:_tiny
   batch=8 batches=(16) large_batch=8 counts=(1 2)
-  common=(--examples 32 --image_size 16 --negatives 16 --workers 0
-    --steps 1 --turns 1 "${common[@]}")
+  small=(--examples 32 --image_size 16 --negatives 16)
+  common=("${small[@]}" --workers 0 --steps 1 --turns 1 "${common[@]}")
 else
   main=resnet32x4:resnet8x4
   others=(resnet32x4:vgg8 resnet32x4:ShuffleV2_1_5)
@@ -34,17 +35,32 @@ else
   batch=64 batches=(256) large_batch=256 counts=(1 11 71)
 fi
 
+# Finds the seconds that are left of the piece's time; $1 is what asks.
+find_left() {
+  left=$((limit - (SECONDS - began)))
+  if ((left <= 0)); then
+    echo "$1: not run, the piece's $limit s are over" >&2
+    return 1
+  fi
+}
+
 # Starts benchmarks.step for what is left of the piece's time: $1 names the
 # file, the rest are its arguments.
 step() {
-  local name=$1 left=$((limit - (SECONDS - began)))
+  local name=$1 left
   shift
-  if ((left <= 0)); then
-    echo "$name: not run, the piece's $limit s are over" >&2
-    return 0
-  fi
+  find_left "$name" || return 0
   "$python" -m benchmarks.step "${common[@]}" "$left" \
     --out "$out/$name.json" "$@" || failed=1
+}
+
+# Where the time of the main pair's step goes, and for how long no kernel runs.
+profile() {
+  local left
+  find_left profile || return 0
+  timeout "$left" "$python" -m benchmarks.profile_step "${small[@]}" \
+    --pair "$main" --batch "$batch" --dtype bfloat16 \
+    --weights "$out/weights" --out "$out/profile.json" || failed=1
 }
 
 # The main pair at the recipe's batch, all sides.
@@ -52,9 +68,10 @@ piece_1() {
   step main --pairs "$main" --batch "$batch" --methods simkd kd none crd semckd
 }
 
-# The step without augmentation; how it grows with the batch and with the steps
+# A profile; the step without augmentation; how it grows with the batch and with the steps
 # of a dispatch; other students; then the other methods of all these.
 piece_2() {
+  profile
   step bare --pairs "$main" --batch "$batch" --methods simkd --sides jax \
     --dtype bfloat16 --no_augment
   step batch --pairs "$main" --batch "${batches[@]}" --methods simkd kd

@@ -46,7 +46,7 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
 _NAMES = (
   ("kernel gradient", r"convBackwardFilter|wgrad"),
   ("input gradient", r"convBackwardInput|dgrad"),
-  ("convolution", r"convForward|convBias|fprop|conv"),
+  ("convolution", r"fprop|conv(?!ert)"),
   ("matrix product", r"gemm|cublas|matmul"),
   ("collective", r"nccl|" + _COLLECTIVES.pattern),
   ("transpose, copy", r"^(wrapped_|loop_)?(transpose|copy)|[Mm]emcpy"),
@@ -123,9 +123,9 @@ def _kind(
       return _kind_of_convolution(text, _operation(line) or _operation(text))
     if inner == "dot":
       return "matrix product"
-  if opcode == "custom-call":
-    target = re.search(r'custom_call_target="([^"]*)"', line)
-    return kind_of_name(target[1] if target else name)
+    target = re.search(r'custom_call_target="([^"]*)"', text)
+    if target and (kind := kind_of_name(target[1])) != "other":
+      return kind
   if opcode in ("transpose", "copy"):
     return "transpose, copy"
   return kind_of_name(name) if opcode == "fusion" else "other"
@@ -287,8 +287,8 @@ def report(found: dict[str, Any], longest: int) -> str:
   )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  """Measures, prints and writes."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """The arguments."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -305,7 +305,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--negatives", type=int, default=16384, help="of crd")
   add("--weights", default="runs/benchmarks/weights")
   add("--out", default="runs/benchmarks/profile.json")
-  args = parser.parse_args(arguments)
+  return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Measures, prints and writes."""
+  args = parse(arguments)
   parallel.split_cpu(args.batch)
   result = measure.head()
   work = make_work(args.pair, args.method, args.batch, args)

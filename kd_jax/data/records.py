@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import socket
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,9 @@ def read_labels(records: Any, path: pathlib.Path) -> np.ndarray:
       record["label"] for record in records.__getitems__(chunk)
     ]
   # Several processes may be here: each replaces the list by an equal one.
-  part = path.with_name(f"{path.name}.{os.getpid()}")
+  # Containers on two machines may have the same process id.
+  me = f"{socket.gethostname()}-{os.getpid()}"
+  part = path.with_name(f"{path.name}.{me}")
   try:
     with part.open("wb") as file:
       np.save(file, labels)
