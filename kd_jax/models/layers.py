@@ -159,7 +159,9 @@ def _convolve(
   is_small = 0 < min(rows, columns) < max(height, width)
   if is_small and feature_group_count == 1:
     return by_product(x, kernel)
-  if feature_group_count > 1 or x.shape[0] <= _FEW:
+  # Of a program for batches of any size, nobody takes a gradient.
+  fixed = isinstance(x.shape[0], int)
+  if feature_group_count > 1 or not fixed or x.shape[0] <= _FEW:
     return by_xla(x, kernel)
   function = jax.custom_jvp(by_xla)
   function.defjvp(tangent, symbolic_zeros=True)
