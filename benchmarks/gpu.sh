@@ -68,8 +68,8 @@ piece_1() {
   step main --pairs "$main" --batch "$batch" --methods simkd kd none crd semckd
 }
 
-# A profile; the step without augmentation; how it grows with the batch and with the steps
-# of a dispatch; other students; then the other methods of all these.
+# A profile; the step without augmentation; how it grows with the batch and with
+# the steps of a dispatch; other students; then the other methods of all these.
 piece_2() {
   profile
   step bare --pairs "$main" --batch "$batch" --methods simkd --sides jax \

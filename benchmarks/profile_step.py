@@ -263,7 +263,7 @@ def profile(
   }
 
 
-def report(found: dict[str, Any], longest: int) -> str:
+def report(found: dict[str, Any]) -> str:
   """The tables of what `profile` has found."""
 
   def cells(row):
@@ -273,7 +273,7 @@ def report(found: dict[str, Any], longest: int) -> str:
   kinds = [(row["kind"], *cells(row)) for row in found["kinds"]]
   operations = [
     (row["operation"][:40], row["kind"], *cells(row))
-    for row in found["operations"][:longest]
+    for row in found["operations"]
   ]
   idle = found["idle_share"]
   of_idle = "" if idle is None else f", of which {idle:.1%} idle"
@@ -299,7 +299,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add("--dtype", choices=("float32", "bfloat16"), default="float32")
   add("--devices", type=int, help="default: all; of a CPU, each core")
   add("--steps", type=int, default=4, help="that are traced, at least")
-  add("--longest", type=int, default=10, help="operations that are shown")
+  add("--longest", type=int, default=10, help="operations that are kept")
   add("--examples", type=int, help="in the training set (50,000)")
   add("--image_size", type=int, help="in pixels (32; of ResNets 224)")
   add("--negatives", type=int, default=16384, help="of crd")
@@ -323,9 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     devices=args.devices or jax.device_count(),
     steps=args.steps,
   )
+  result["operations"] = result["operations"][: args.longest]
   out = pathlib.Path(args.out)
   measure.write(out, result)
-  print(report(result, args.longest))
+  print(report(result))
   print(f"written: {out}")
 
 

@@ -32,13 +32,13 @@ def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
   changed = dict(environment)
   tunables = environment.get(VARIABLE, "")
   on_gpu = _NVIDIA.exists() and environment.get("JAX_PLATFORMS") != "cpu"
-  if on_gpu or _TUNABLE in tunables or not _asks_decide():
+  if on_gpu or _TUNABLE in tunables or not _programs_decide():
     return changed
   changed[VARIABLE] = ":".join(filter(None, [tunables, f"{_TUNABLE}=1"]))
   return changed
 
 
-def _asks_decide() -> bool:
+def _programs_decide() -> bool:
   try:
     return "[madvise]" in _MODES.read_text()
   except OSError:
