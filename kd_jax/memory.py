@@ -2,8 +2,8 @@
 
 A train step on a CPU takes and returns hundreds of megabytes, and with pages of
 4 KiB the kernel hands them over 90,000 times a step. Pages of 2 MiB make the
-step faster by 4 % or more (docs/speed.md). The C library asks for them if a variable
-of the environment says so, which it reads before Python begins.
+step faster by 4 % or more (docs/speed.md). The C library asks for them if a
+variable of the environment says so, which it reads before Python begins.
 """
 
 import os
