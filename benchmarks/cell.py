@@ -4,7 +4,9 @@
 
 So peak memory and time to first step are this cell's own, a cell that fails
 leaves the others, and only one framework has the device. The last line
-printed is the result, JSON. `benchmarks.step` starts it.
+printed is the result, JSON. `benchmarks.step` starts it, and lets it take each
+turn: the process says READY, and waits for a line. WARM has it take a dispatch
+that is not timed before the turn, since others were at work in between.
 """
 
 import dataclasses
@@ -13,11 +15,14 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure
 from benchmarks import work as work_lib
 
+READY = "ready for a turn"
+WARM = "warm up"
 # What measures, and in which arithmetic.
 SIDES = ("jax", "eager", "compiled", "teacher")
 
@@ -112,8 +117,14 @@ def build(cell: Cell, side: Any) -> Any:
   )
 
 
-def measure_cell(cell: Cell) -> dict[str, Any]:
+def measure_cell(
+  cell: Cell, before_turn: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
   """Builds, warms up and times.
+
+  Args:
+    cell: what is measured.
+    before_turn: called before each turn; whether to warm up for it.
 
   Returns:
     For JSON, `measure.summary` of ms_per_step, and:
@@ -145,7 +156,14 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
   if program.host_seconds is not None:
     program.host_seconds = 0.0
   steps = -(-cell.steps // program.steps) * program.steps
-  turns = measure.take_turns(program.run, steps=steps, turns=cell.turns)
+
+  def before() -> None:
+    if before_turn():
+      program.run(program.steps)
+
+  turns = measure.take_turns(
+    program.run, steps=steps, turns=cell.turns, before=before
+  )
   summary = measure.summary("ms_per_step", turns)
   made = program.dispatches - dispatches
   device = side.device()
@@ -175,9 +193,22 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
   }
 
 
+def wait_for_turn() -> bool:
+  """Tells the process that started this one, and waits for its line.
+
+  Returns:
+    Whether it says to warm up.
+  """
+  print(READY, flush=True)
+  line = sys.stdin.readline()
+  if not line:
+    raise SystemExit("expected a line for each turn, got the end of the input")
+  return line.strip() == WARM
+
+
 def main() -> None:
   """Measures, prints."""
-  print(json.dumps(measure_cell(Cell.parse(sys.argv[1]))))
+  print(json.dumps(measure_cell(Cell.parse(sys.argv[1]), wait_for_turn)))
 
 
 if __name__ == "__main__":

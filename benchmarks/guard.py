@@ -5,7 +5,8 @@
 
 Seconds depend on the machine; that kd_jax's step takes so many times as long
 as eager PyTorch's, or as its own parts, hardly does. In at most two minutes on
-2 cores it measures ResNet-32x4 -> ResNet-8x4 on the cells below and divides:
+2 cores it measures ResNet-32x4 -> ResNet-8x4 on the cells below, turn by turn,
+and divides:
 
   simkd / eager   images/s of kd_jax's SimKD step, on as many devices as a run
                   takes, over eager PyTorch's
@@ -50,7 +51,9 @@ def measure_cells(args: argparse.Namespace) -> dict[str, Any]:
     cells += step.make_cells(step.parse(options))
   out = pathlib.Path(args.weights) / "guard.json"
   out.unlink(missing_ok=True)  # to measure anew
-  return step.measure_all(cells, out=out, seconds=args.seconds)
+  return step.measure_all(
+    cells, out=out, seconds=args.seconds, together=lambda _: None
+  )
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -141,7 +144,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add("--tolerance", type=float, default=0.15)
   add("--pair", default="resnet32x4:resnet8x4")
   add("--batch", type=int, default=16)
-  add("--steps", type=int, default=2)
+  add("--steps", type=int, default=4)
   add("--turns", type=int, default=5)
   add("--seconds", type=float, default=120)
   add("--weights", default="runs/benchmarks/weights")

@@ -88,15 +88,26 @@ def summary(name: str, turns: Sequence[float]) -> dict[str, Any]:
 
 
 def take_turns(
-  run: Callable[[int], Any], *, steps: int, turns: int
+  run: Callable[[int], Any],
+  *,
+  steps: int,
+  turns: int,
+  before: Callable[[], Any] = lambda: None,
 ) -> list[float]:
   """Times `run(steps)`, which has to wait for its end, several times.
+
+  Args:
+    run: what is timed.
+    steps: of a turn.
+    turns: how many.
+    before: called before each turn, and not timed.
 
   Returns:
     Milliseconds of one step, of each turn.
   """
   found = []
   for _ in range(turns):
+    before()
     begin = time.perf_counter()
     run(steps)
     found.append(1e3 * (time.perf_counter() - begin) / steps)
@@ -151,6 +162,16 @@ def hardware() -> dict[str, Any]:
   }
 
 
+def command() -> list[str]:
+  """What was started: the program as the repository has it, and arguments."""
+  program, *arguments = sys.argv
+  root = pathlib.Path(__file__).resolve().parent.parent
+  path = pathlib.Path(program).resolve()
+  if path.is_relative_to(root):
+    program = path.relative_to(root).as_posix()
+  return [program, *arguments]
+
+
 def head(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
   """What a benchmark's JSON begins with: of what, when, where, by what.
 
@@ -162,7 +183,7 @@ def head(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     "date": datetime.date.today().isoformat(),
     "hardware": hardware(),
     "versions": versions(packages),
-    "command": sys.argv,
+    "command": command(),
   }
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.step [--pairs TEACHER:STUDENT ...] [--methods ...]
 
 The same work on made-up images, from the same weights, each cell in a process
-of its own, one after the other:
+of its own, one after the other; with --by_turns a work's cells turn by turn:
 
   jax        kd_jax's train chunk on its device pipeline, as a run has it
   eager      PyTorch, float32, in the published toolboxes' structure: a loader
@@ -25,20 +25,24 @@ Prints a table and writes a JSON file.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
+import operator
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
 
 from benchmarks import measure
 from benchmarks import work as work_lib
-from benchmarks.cell import SIDES, Cell
+from benchmarks.cell import READY, SIDES, WARM, Cell
 from kd_jax import memory
 
 NOT_RUN = "not run"
@@ -108,35 +112,113 @@ def make_cells(args: Any) -> list[Cell]:
   return cells
 
 
-def measure_in_process(cell: Cell, seconds: float) -> dict[str, Any]:
-  """The result of a cell, or {"error": why there is none}."""
+class _Process:
+  """A program whose last line is its result, and which may wait for turns.
+
+  Attributes:
+    result: what the last line says, JSON, or {"error": why there is none};
+      None as long as the program waits for a turn.
+  """
+
+  def __init__(
+    self, process: subprocess.Popen[str], stderr: IO[str], seconds: float
+  ):
+    self.result: dict[str, Any] | None = None
+    self._process, self._stderr = process, stderr
+    self._seconds, self._late = seconds, False
+
+  def end(self) -> None:
+    """Kills it: its seconds are over."""
+    self._late = True
+    self._process.kill()
+
+  def wait(self) -> None:
+    """Until it is ready for a turn, or has its result."""
+    last = ""
+    for line in self._process.stdout or ():
+      if line.strip() == READY:
+        return
+      last = line.strip() or last
+    code = self._process.wait()
+    if self._late:
+      error = f"not done in the {self._seconds:.0f} s that were left"
+      self.result = {"error": error}
+    elif code:
+      self._stderr.seek(0)
+      said = self._stderr.read().strip().splitlines() or ["it wrote nothing"]
+      self.result = {"error": f"exit code {code}: {said[-1]}"}
+    else:
+      self.result = json.loads(last)
+
+  def take_turn(self, warm: bool = False) -> None:
+    """Lets it take a turn, after warming up if so, and waits for its end."""
+    # One that has ended takes no line, and `wait` finds its result.
+    with contextlib.suppress(BrokenPipeError):
+      print(WARM if warm else "", file=self._process.stdin, flush=True)
+    self.wait()
+
+
+@contextlib.contextmanager
+def _started(
+  command: Sequence[str], seconds: float, environment: dict[str, str]
+) -> Iterator[_Process]:
+  """A Python module's process, which ends with the context or the seconds."""
+  with (
+    tempfile.TemporaryFile("w+") as stderr,
+    subprocess.Popen(
+      [sys.executable, "-m", *command],
+      cwd=pathlib.Path(__file__).resolve().parent.parent,
+      env=environment,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=stderr,
+      text=True,
+    ) as process,
+  ):
+    found = _Process(process, stderr, seconds)
+    timer = threading.Timer(seconds, found.end)
+    timer.start()
+    try:
+      yield found
+    finally:
+      timer.cancel()
+      process.kill()
+
+
+def _start(
+  cell: Cell, seconds: float
+) -> contextlib.AbstractContextManager[_Process]:
   environment = memory.with_huge_pages(os.environ)
   if cell.side in ("eager", "compiled"):
     environment["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
   fields = {**cell.key, "weights": cell.weights}
-  command = [sys.executable, "-m", "benchmarks.cell", json.dumps(fields)]
-  return _last_line(command, seconds, environment)
+  return _started(["benchmarks.cell", json.dumps(fields)], seconds, environment)
 
 
-def _last_line(
-  command: Sequence[str], seconds: float, environment: dict[str, str]
-) -> dict[str, Any]:
-  try:
-    done = subprocess.run(
-      command,
-      cwd=pathlib.Path(__file__).resolve().parent.parent,
-      env=environment,
-      capture_output=True,
-      text=True,
-      timeout=seconds,
-      check=False,
-    )
-  except subprocess.TimeoutExpired:
-    return {"error": f"not done in the {seconds:.0f} s that were left"}
-  if done.returncode:
-    last = done.stderr.strip().splitlines() or ["it wrote nothing"]
-    return {"error": f"exit code {done.returncode}: {last[-1]}"}
-  return json.loads(done.stdout.strip().splitlines()[-1])
+def measure_in_processes(
+  cells: Sequence[Cell], seconds: float
+) -> list[dict[str, Any]]:
+  """Measures cells, a turn of each after the other.
+
+  Args:
+    cells: alive at the same time, each in a process of its own, but at work
+      one at a time.
+    seconds: for all of them.
+
+  Returns:
+    Their results, or {"error": why there is none}.
+  """
+  end = time.monotonic() + seconds
+  with contextlib.ExitStack() as stack:
+    processes = []
+    for cell in cells:
+      left = max(end - time.monotonic(), 1.0)
+      processes.append(stack.enter_context(_start(cell, left)))
+      processes[-1].wait()  # builds and warms up
+    while waiting := [p for p in processes if p.result is None]:
+      for process in waiting:
+        process.take_turn(warm=len(cells) > 1)
+    return [process.result for process in processes if process.result]
 
 
 def _share_flops(rows: list[dict[str, Any]]) -> None:
@@ -179,7 +261,11 @@ def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_all(
-  cells: Sequence[Cell], *, out: pathlib.Path, seconds: float
+  cells: Sequence[Cell],
+  *,
+  out: pathlib.Path,
+  seconds: float,
+  together: Callable[[Cell], Any] = id,
 ) -> dict[str, Any]:
   """Measures cell after cell; the file is whole after each.
 
@@ -187,6 +273,8 @@ def measure_all(
     cells: in their order.
     out: the JSON file; what it has already of this code is kept.
     seconds: after which no cell goes on.
+    together: cells with the same of this, one behind the other, are measured
+      turn by turn.
 
   Returns:
     The content of the file.
@@ -207,16 +295,24 @@ def measure_all(
     if row["result"].get("error") == NOT_RUN
   ]
   measure.write(out, {**head, "rows": rows})
-  for row, cell in open_cells:
-    left = end - time.monotonic()
-    if left <= 0:
+  for _, group in itertools.groupby(open_cells, lambda pair: together(pair[1])):
+    if end - time.monotonic() <= 0:
       break
-    failed = _prepare(cell, left)
-    left = end - time.monotonic()
-    row["result"] = failed or measure_in_process(cell, max(left, 1.0))
+    measured, ready = [], []
+    for row, cell in group:
+      measured.append(row)
+      if failed := _prepare(cell, max(end - time.monotonic(), 1.0)):
+        row["result"] = failed
+      else:
+        ready.append((row, cell))
+    left = max(end - time.monotonic(), 1.0)
+    results = measure_in_processes([cell for _, cell in ready], left)
+    for (row, _), result in zip(ready, results, strict=True):
+      row["result"] = result
     _share_flops(rows)
     measure.write(out, {**head, "rows": rows})
-    print(_line(row), file=sys.stderr, flush=True)
+    for row in measured:
+      print(_line(row), file=sys.stderr, flush=True)
   return {**head, "rows": rows}
 
 
@@ -227,10 +323,12 @@ def _prepare(cell: Cell, seconds: float) -> dict[str, Any] | None:
   if all((folder / name).exists() for name in names):
     return None
   fields = json.dumps(dataclasses.asdict(work))
-  command = [sys.executable, "-m", "benchmarks.work", fields, cell.weights]
+  command = ["benchmarks.work", fields, cell.weights]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  found = _last_line(command, seconds, environment)
-  return found if "error" in found else None
+  with _started(command, seconds, environment) as process:
+    process.wait()
+    found = process.result
+  return found if found and "error" in found else None
 
 
 HEAD = (
@@ -328,6 +426,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add(
     "--no_augment", action="store_true", help="the bare step: no crop or flip"
   )
+  add(
+    "--by_turns",
+    action="store_true",
+    help="the cells of a work take turns, so that what slows the machine for a"
+    " while slows all of them; their processes are alive at once, which takes"
+    " the memory of all",
+  )
   add("--negatives", type=int, default=16384, help="of crd")
   add(
     *("--workers",),
@@ -352,7 +457,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
   """Measures, prints and writes."""
   args = parse(arguments)
   out = pathlib.Path(args.out)
-  result = measure_all(make_cells(args), out=out, seconds=args.seconds)
+  result = measure_all(
+    make_cells(args),
+    out=out,
+    seconds=args.seconds,
+    together=operator.attrgetter("work") if args.by_turns else id,
+  )
   print(report(result))
   print(f"written: {out}")
 

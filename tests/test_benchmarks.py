@@ -3,6 +3,7 @@
 How fast anything is, no test asserts.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -40,6 +41,7 @@ from kd_jax import data, models
 from kd_jax.data import augment
 from kd_jax.interop import dialects, pytorch
 
+GPU = pathlib.Path(step.__file__).parent / "gpu.sh"
 TINY = work_lib.Work(
   teacher="_tiny_wide",
   student="_tiny",
@@ -379,8 +381,8 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
   monkeypatch.setattr(step, "_prepare", lambda cell, seconds: None)
   monkeypatch.setattr(
     step,
-    "measure_in_process",
-    lambda cell, seconds: calls.append(cell) or dict(MADE_UP),
+    "measure_in_processes",
+    lambda cells, seconds: calls.extend(cells) or [dict(MADE_UP)] * len(cells),
   )
   monkeypatch.setattr(measure, "gpus", lambda: ["NVIDIA H200"])
   commits = iter(["a", "a", "b", "b-dirty", "b-dirty", "unknown", "unknown"])
@@ -396,6 +398,115 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
     made.append(len(calls))
   assert made[7:] == [7, 8, 9, 9]
+
+
+class Turns:
+  """Stands for cells' processes: notes what happens, in which order."""
+
+  def __init__(self, turns):
+    self.turns, self.notes = turns, []
+
+  def start(self, cell, seconds):
+    process = types.SimpleNamespace(result=None)
+    name, left = cell.side, self.turns[cell.side]
+
+    def wait(warm=None):
+      nonlocal left
+      # Others were at work since its last turn, but not since it was built.
+      assert warm is (None if left == self.turns[name] else True)
+      self.notes.append(name if left else f"{name} ends")
+      process.result = None if left else {"side": name}
+      left -= 1
+
+    process.wait = process.take_turn = wait
+    return contextlib.nullcontext(process)
+
+
+def test_cells_of_a_work_take_turns(tmp_path, monkeypatch):
+  turns = Turns({"jax": 2, "eager": 0, "teacher": 2})
+  monkeypatch.setattr(step, "_start", turns.start)
+  cells = [
+    dataclasses.replace(make_cell("x"), side=side) for side in turns.turns
+  ]
+  results = step.measure_in_processes(cells, 9)
+  assert [r["side"] for r in results] == ["jax", "eager", "teacher"]
+  # Each warms up; then those that have not ended, in their order.
+  assert turns.notes == [
+    *("jax", "eager ends", "teacher", "jax", "teacher"),
+    *("jax ends", "teacher ends"),
+  ]
+
+
+@pytest.mark.parametrize("options", [(), ("--by_turns",)])
+def test_by_turns_is_by_work(options, tmp_path, monkeypatch, capsys):
+  groups = []
+  monkeypatch.setattr(step, "_prepare", lambda cell, seconds: None)
+
+  def measured(cells, seconds):
+    groups.append([f"{cell.work.method} {cell.side}" for cell in cells])
+    return [dict(MADE_UP)] * len(cells)
+
+  monkeypatch.setattr(step, "measure_in_processes", measured)
+  step.main([
+    *("--pairs", "_tiny_wide:_tiny", "--methods", "kd", "none", *options),
+    *("--sides", "jax", "eager", "--batch", "8", "--dtype", "float32"),
+    *("--out", str(tmp_path / "out.json")),
+  ])  # fmt: skip
+  capsys.readouterr()
+  both = [["kd jax", "kd eager"], ["none jax", "none eager"]]
+  assert groups == (
+    both if options else [[name] for pair in both for name in pair]
+  )
+
+
+WAITING = """
+import json, sys, time
+from benchmarks import cell
+for turn in range(2):
+  print("warm:", cell.wait_for_turn())
+"""
+
+
+@pytest.mark.parametrize(
+  "last, result",
+  [
+    ("print('{\"a\": 1}')", {"a": 1}),
+    ("sys.exit('broken')", {"error": "exit code 1: broken"}),
+    ("time.sleep(99)", {"error": "not done in the 3 s that were left"}),
+  ],
+)
+def test_a_process_waits_for_its_turns(last, result, tmp_path):
+  (tmp_path / "waiting_program.py").write_text(WAITING + last)
+  paths = [str(GPU.parent.parent), str(tmp_path)]
+  environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
+  with step._started(["waiting_program"], 3, environment) as process:
+    process.wait()
+    for warm in (False, True):
+      assert process.result is None
+      process.take_turn(warm)
+    assert process.result == result
+
+
+def test_a_process_ends_with_its_turns(tmp_path):
+  """Its input at an end, a cell does not go on alone."""
+  (tmp_path / "waiting_program.py").write_text(WAITING)
+  done = subprocess.run(
+    [sys.executable, str(tmp_path / "waiting_program.py")],
+    env={**ENVIRONMENT, "PYTHONPATH": str(GPU.parent.parent)},
+    input="\n",
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout.splitlines() == [cell.READY, "warm: False", cell.READY]
+  assert done.returncode == 1 and "expected a line" in done.stderr
+
+
+def test_commands_are_told_without_the_machine(monkeypatch):
+  monkeypatch.setattr(sys, "argv", [step.__file__, "--out", "x.json"])
+  assert measure.command() == ["benchmarks/step.py", "--out", "x.json"]
+  monkeypatch.setattr(sys, "argv", ["/elsewhere/pytest", "-q"])
+  assert measure.command() == ["/elsewhere/pytest", "-q"]
 
 
 def test_the_driver_names_the_cards(tmp_path, monkeypatch):
@@ -434,6 +545,19 @@ class Clock:
     self.host_seconds += 0.5 * steps / self.steps
     self.dispatches += steps // self.steps
     return [1.0] * steps
+
+
+def test_a_turn_may_begin_with_a_dispatch_that_is_not_timed(monkeypatch):
+  program = Clock(monkeypatch, 3, 0.25)
+  device = {"device": "x", "platform": "cpu", "peak_bytes": 1}
+  side = types.SimpleNamespace(device=lambda: device)
+  monkeypatch.setattr(cell, "side_module", lambda _: side)
+  monkeypatch.setattr(cell, "build", lambda *_: program)
+  answers = iter([False, True])
+  made = dataclasses.replace(make_cell("x"), devices=1, turns=2)
+  found = cell.measure_cell(made, lambda: next(answers))
+  assert found["ms_per_step_turns"] == [250, 250]
+  assert program.dispatches == 3 + 2 + 1
 
 
 @pytest.mark.parametrize("steps", [1, 781])
@@ -527,7 +651,7 @@ def test_guard_keeps_a_history_and_compares(tmp_path, monkeypatch, capsys):
 def test_guard_asks_for_what_it_divides(monkeypatch, tmp_path):
   asked = []
   monkeypatch.setattr(
-    step, "measure_all", lambda cells, out, seconds: asked.extend(cells)
+    step, "measure_all", lambda cells, **options: asked.extend(cells)
   )
   guard.measure_cells(guard.parse(["--weights", str(tmp_path)]))
   found = {(cell.work.method, cell.side) for cell in asked}
@@ -538,9 +662,6 @@ def test_guard_asks_for_what_it_divides(monkeypatch, tmp_path):
   assert {c.side: c.devices for c in asked} == {
     "jax": 0, "teacher": 0, "eager": 1
   }  # fmt: skip
-
-
-GPU = pathlib.Path(step.__file__).parent / "gpu.sh"
 
 
 def run_gpu(tmp_path, python, *pieces: str, **environment: str):
@@ -618,11 +739,11 @@ def test_gpu_pieces_run_and_go_on(tmp_path):
 import sys
 sys.path.insert(0, {str(GPU.parent.parent)!r})
 from benchmarks import measure, step
-def measured(cell, seconds):
-  print("measured", file=sys.stderr)
-  return {MADE_UP}
+def measured(cells, seconds):
+  print("measured\\n" * len(cells), end="", file=sys.stderr)
+  return [{MADE_UP}] * len(cells)
 step._prepare = lambda cell, seconds: None
-step.measure_in_process = measured
+step.measure_in_processes = measured
 measure.commit = lambda: "a"
 step.main(sys.argv[3:])
 """)
