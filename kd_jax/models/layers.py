@@ -64,8 +64,9 @@ def uniform_bias_init(fan_in: int) -> Initializer:
   return init
 
 
-# In so many parts, of no fewer examples, a CPU makes a kernel's gradient.
-_PARTS, _FEW = 8, 4
+# In so many parts, of no fewer examples and pixels, a CPU makes a kernel's
+# gradient.
+_PARTS, _FEW, _FEW_PIXELS = 8, 4, 1024
 
 
 def _convolve(
@@ -135,7 +136,9 @@ def _convolve(
     return y.reshape(*y.shape[:-2], outputs)
 
   def by_parts(x, kernel):
-    few = max(-(-x.shape[0] // _PARTS), _FEW)
+    few = max(
+      -(-x.shape[0] // _PARTS), _FEW, -(-_FEW_PIXELS // (rows * columns))
+    )
     cuts = list(range(few, x.shape[0], few))
     return jnp.concatenate(
       [by_xla(part, kernel) for part in jnp.split(x, cuts)]
@@ -223,6 +226,30 @@ def dense(
   )(x)
 
 
+@jax.custom_jvp
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and (biased) variance over all axes but the last: [..., C] -> 2 x [C].
+
+  The variance is the mean square distance from the mean. What the mean has to
+  do with it is left out of its derivative, since the distances add up to
+  nothing: otherwise a gradient's program goes through the array once more.
+  """
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axes)
+  return mean, jnp.mean(jnp.square(x - mean), axes)
+
+
+@moments.defjvp
+def _moments_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  axes = tuple(range(x.ndim - 1))
+  mean, var = moments(x)
+  return (mean, var), (
+    jnp.mean(dx, axes),
+    2 * jnp.mean((x - mean) * dx, axes),
+  )
+
+
 class BatchNorm(nn.Module):
   """Batch normalisation over all axes but the last, as PyTorch computes it.
 
@@ -258,12 +285,9 @@ class BatchNorm(nn.Module):
     ra_var = self.variable("batch_stats", "var", jnp.ones, shape, f32)
     x = x.astype(f32)
     if train:
-      axes = tuple(range(x.ndim - 1))
       # No axis is bound while the variables are being made.
       axis_name = None if self.is_initializing() else self.axis_name
-      mean = jnp.mean(x, axes)
-      var = jnp.mean(jnp.square(x - mean), axes)
-      mean, var = parallel.axis_moments(mean, var, axis_name)
+      mean, var = parallel.axis_moments(*moments(x), axis_name)
       if not self.is_initializing():
         n = x.size // x.shape[-1] * parallel.axis_size(axis_name)
         unbiased = var * (n / max(n - 1, 1))
