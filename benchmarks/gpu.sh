@@ -63,13 +63,22 @@ profile() {
     --weights "$out/weights" --out "$out/profile.json" || failed=1
 }
 
+# SimKD's step with other parts of it in CUDA graphs: none, and the loop over
+# the epoch's steps too. $1 names the file, $2 is XLA's list of kinds.
+graphs() {
+  XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=$2" \
+    step "graphs_$1" --pairs "$main" --batch "$batch" --methods simkd \
+    --sides jax --dtype bfloat16
+}
+
 # The main pair at the recipe's batch, all sides.
 piece_1() {
   step main --pairs "$main" --batch "$batch" --methods simkd kd none crd semckd
 }
 
 # A profile; the step without augmentation; how it grows with the batch and with
-# the steps of a dispatch; other students; then the other methods of all these.
+# the steps of a dispatch; CUDA graphs; other students; then the other methods
+# of all these.
 piece_2() {
   profile
   step bare --pairs "$main" --batch "$batch" --methods simkd --sides jax \
@@ -77,6 +86,8 @@ piece_2() {
   step batch --pairs "$main" --batch "${batches[@]}" --methods simkd kd
   step dispatch --pairs "$main" --batch "$batch" --methods simkd --sides jax \
     --dtype bfloat16 --steps_per_dispatch "${counts[@]}"
+  graphs none ""
+  graphs loop FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE
   step students --pairs "${others[@]}" --batch "$batch" --methods simkd none
   step students_rest --pairs "${others[@]}" --batch "$batch" \
     --methods kd crd semckd

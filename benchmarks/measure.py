@@ -184,6 +184,7 @@ def head(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     "hardware": hardware(),
     "versions": versions(packages),
     "command": command(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
 
 

@@ -5,7 +5,8 @@
 Reads every JSON file of the folder, not of those below it, and puts images/s
 of the whole step, median, least and most of the turns, between the two marks of
 the document. On a CPU kd_jax's figure is that of float32, on a GPU of bfloat16.
-What no file has is "not run", "-" what PyTorch's side does not have.
+What no file has is "not run", "-" what PyTorch's side does not have. Files of
+runs with XLA_FLAGS are of things that were tried, and left out.
 """
 
 import argparse
@@ -75,7 +76,10 @@ def read(folder: pathlib.Path) -> dict[Key, dict[str, Any]]:
   found: dict[Key, dict[str, Any]] = {}
   origins: dict[Key, str] = {}
   for path in sorted(folder.glob("*.json")):
-    for row in json.loads(path.read_text()).get("rows", []):
+    content = json.loads(path.read_text())
+    if content.get("xla_flags"):
+      continue  # what was tried
+    for row in content.get("rows", []):
       if "cell" not in row or "error" in row["result"]:
         continue
       key = key_of(row)

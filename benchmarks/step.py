@@ -246,6 +246,7 @@ def _known(path: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
     return {}
   found = json.loads(path.read_text())
   same = all(found[k] == head[k] for k in ("commit", "versions"))
+  same = same and found.get("xla_flags", "") == head["xla_flags"]
   same = same and all(
     found["hardware"].get(k) == head["hardware"][k]
     for k in ("cpu", "cores", "gpus")

@@ -30,6 +30,7 @@ from benchmarks import (
   jax_side,
   measure,
   profile_step,
+  speed_table,
   step,
   torch_side,
   trials,
@@ -41,7 +42,8 @@ from kd_jax import data, models
 from kd_jax.data import augment
 from kd_jax.interop import dialects, pytorch
 
-GPU = pathlib.Path(step.__file__).parent / "gpu.sh"
+CPU = pathlib.Path(step.__file__).parent / "cpu.sh"
+GPU = CPU.with_name("gpu.sh")
 TINY = work_lib.Work(
   teacher="_tiny_wide",
   student="_tiny",
@@ -293,7 +295,7 @@ print([name for name in absent if name in sys.modules])
 
 
 # What each benchmark's file begins with.
-HEAD = {"commit", "date", "hardware", "versions", "command"}
+HEAD = {"commit", "date", "hardware", "versions", "command", "xla_flags"}
 
 
 def test_a_run_says_what_it_promises(tmp_path, monkeypatch, capsys):
@@ -398,6 +400,9 @@ def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
     step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
     made.append(len(calls))
   assert made[7:] == [7, 8, 9, 9]
+  monkeypatch.setenv("XLA_FLAGS", "--something")
+  step.measure_all([make_cell("x")], out=tmp_path / "o.json", seconds=9)
+  assert len(calls) == 10
 
 
 class Turns:
@@ -664,9 +669,11 @@ def test_guard_asks_for_what_it_divides(monkeypatch, tmp_path):
   }  # fmt: skip
 
 
-def run_gpu(tmp_path, python, *pieces: str, **environment: str):
+def run_gpu(
+  tmp_path, python, *pieces: str, script: pathlib.Path = GPU, **environment: str
+):
   return subprocess.run(
-    ["bash", str(GPU), *pieces],
+    ["bash", str(script), *pieces],
     env={
       **ENVIRONMENT,
       "PYTHON": str(python),
@@ -683,16 +690,21 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
   subprocess.run(["bash", "-n", str(GPU)], check=True)
   log = tmp_path / "log"
   profiles = []
+  graphs = {}
   stub = tmp_path / "python"
-  stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+  stub.write_text(f'#!/bin/sh\necho "$@" "#$XLA_FLAGS" >> {log}\n')
   stub.chmod(0o755)
 
   def commands(*pieces: str, small: str):
     log.unlink(missing_ok=True)
     assert run_gpu(tmp_path, stub, *pieces, SMALL=small).returncode == 0
     for line in log.read_text().splitlines():
+      line, flags = line.split("#")
       dash, module, *arguments = line.split()
       assert dash == "-m"
+      if "command_buffer" in flags:
+        name = step.parse(arguments).out.rpartition("/")[2]
+        graphs[name] = flags.rpartition("=")[2]
       if module == "benchmarks.profile_step":
         profiles.append(profile_step.parse(arguments))
       else:
@@ -729,7 +741,35 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
         pairs, work_lib.COMMON, SIDES[:3]
       ):
         assert (*pair, method, side) in found  # docs/speed.md's table
+  assert set(graphs) == {"graphs_none.json", "graphs_loop.json"}
+  assert graphs["graphs_none.json"] == ""
+  assert "WHILE" in graphs["graphs_loop.json"].split(",")
   assert run_gpu(tmp_path, stub, "4").returncode == 2
+
+
+def test_the_cpu_script_asks_for_every_cell_of_the_table(tmp_path):
+  log = tmp_path / "log"
+  stub = tmp_path / "python"
+  stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+  stub.chmod(0o755)
+  done = run_gpu(tmp_path, stub, script=CPU)
+  assert done.returncode == 0, done.stderr
+  keys = []
+  for line in log.read_text().splitlines():
+    dash, module, *arguments = line.split()
+    assert (dash, module) == ("-m", "benchmarks.step")
+    for asked in step.make_cells(step.parse(arguments)):
+      row = {"cell": asked.key, "result": {"platform": "cpu"}}
+      keys.append(speed_table.key_of(row))
+  assert len(set(keys)) == len(keys) and None not in keys
+  for pair, batch, method in speed_table.lines_of_table():
+    common = method in work_lib.COMMON
+    for side in speed_table.SIDES if common else ("jax",):
+      assert (False, pair, batch, method, side) in keys
+  log.unlink()
+  assert run_gpu(tmp_path, stub, "main", script=CPU).returncode == 0
+  assert len(log.read_text().splitlines()) == 1
+  assert run_gpu(tmp_path, stub, "none", script=CPU).returncode == 2
 
 
 def test_gpu_pieces_run_and_go_on(tmp_path):

@@ -87,6 +87,16 @@ def test_figures_are_in_their_places(tmp_path):
   ]
 
 
+def test_what_was_tried_with_flags_is_left_out(tmp_path):
+  path = tmp_path / "a.json"
+  file_of(path, "cpu", "--batch", "64", "--methods", "kd", *CPU)
+  assert speed_table.read(tmp_path)
+  path.write_text(
+    json.dumps({**json.loads(path.read_text()), "xla_flags": "-"})
+  )
+  assert not speed_table.read(tmp_path)
+
+
 def test_two_figures_for_a_place_are_refused(tmp_path):
   arguments = ("--batch", "64", "--methods", "kd", *CPU)
   file_of(tmp_path / "a.json", "cpu", *arguments)
