@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Measures the CPU cells of docs/speed.md's table, on a machine that does
-# nothing else: about two hours on 2 cores. Needs this repository, PyTorch, JAX
+# nothing else: batch 64 takes 40 minutes on 2 cores, the rest (not run as a
+# whole) perhaps 80. Needs this repository, PyTorch, JAX
 # and Flax with Optax, and 23 GB of memory.
 #
 #   benchmarks/cpu.sh            all files, one after the other
@@ -31,7 +32,8 @@ step() {
 }
 
 # Batch 64 by five turns of two steps, batch 256 by three turns of one step,
-# large images by two. Their processes have no memory for each other.
+# large images by two, one process at a time: all at once would take the memory
+# of all.
 measure() {
   case $1 in
     main) step main --pairs "$main" --batch 64 --methods "${methods[@]}" \
