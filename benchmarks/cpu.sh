@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures the CPU cells of docs/speed.md's table, on a machine that does
 # nothing else: batch 64 takes 40 minutes on 2 cores, the rest (not run as a
-# whole) perhaps 80. Needs this repository, PyTorch, JAX
-# and Flax with Optax, and 23 GB of memory.
+# whole) perhaps 80. Needs this repository, PyTorch, JAX and Flax with Optax, and
+# up to 9 GB of memory at batch 64.
 #
 #   benchmarks/cpu.sh            all files, one after the other
 #   benchmarks/cpu.sh students   one of them
