@@ -21,7 +21,7 @@ from kd_jax import (
   train_step,
 )
 from kd_jax.data import augment
-from kd_jax.interop import pytorch
+from kd_jax.interop import fold, pytorch
 
 
 class Program:
@@ -118,6 +118,10 @@ class Program:
         for _ in range(trials)
       ]
     )
+    if teacher_variables:
+      teacher_variables = fold.freeze(
+        arguments["teacher"], teacher_variables, source.image_shape
+      )
     self._teacher_variables = place(teacher_variables)
     self._resident = place(self._pipeline.resident)
     self._alone = train_step.make_train_step(optimizer=optimizer, **arguments)

@@ -47,7 +47,7 @@ _NAMES = (
   ("kernel gradient", r"convBackwardFilter|wgrad"),
   ("input gradient", r"convBackwardInput|dgrad"),
   ("convolution", r"fprop|conv(?!ert)"),
-  ("matrix product", r"gemm|cublas|matmul"),
+  ("matrix product", r"gemm|cublas|matmul|nvjet"),
   ("collective", r"nccl|" + _COLLECTIVES.pattern),
   ("transpose, copy", r"^(wrapped_|loop_)?(transpose|copy)|[Mm]emcpy"),
 )

@@ -20,6 +20,14 @@ from jax.sharding import PartitionSpec as P
 
 AXIS = "data"
 
+# XLA's option for what it captures in CUDA graphs, and its own kinds with
+# cuDNN's convolutions added: a step of small images is bound by their launches.
+_GRAPHS = "xla_gpu_enable_command_buffer"
+GPU_OPTIONS = {
+  _GRAPHS: "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+  ",CONVOLUTION"
+}
+
 # Into how many devices a CPU is cut: each holds the data set.
 _MOST_CPU_DEVICES = 8
 
@@ -58,6 +66,25 @@ def axis_gather(x: Any, axis_name: str | None) -> Any:
   if axis_name is None:
     return x
   return jax.lax.all_gather(x, axis_name, axis=0, tiled=True)
+
+
+def vary_like(x: jax.Array, *others: jax.Array) -> list[jax.Array]:
+  """The others, as arrays that differ from device to device where x does.
+
+  Only a shard_map that tracks replication (`check_vma`) sees a difference: a
+  gradient written by hand has to be of the kind of its array.
+  """
+
+  def axes_of(x):
+    kind = getattr(jax.typeof(x), "manual_axis_type", None)
+    return kind.varying if kind else frozenset()
+
+  varied = []
+  for other in others:
+    if axes := axes_of(x) - axes_of(other):
+      other = jax.lax.pcast(other, tuple(axes), to="varying")
+    varied.append(other)
+  return varied
 
 
 def axis_moments(
@@ -207,7 +234,14 @@ class Devices:
       out_specs=P() if carry_specs is None else (carry, P()),
       check_vma=False,
     )
-    return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+    on_gpu = self.mesh.devices.flat[0].platform == "gpu"
+    # What XLA_FLAGS say of it holds.
+    free = on_gpu and _GRAPHS not in os.environ.get("XLA_FLAGS", "")
+    return jax.jit(
+      mapped,
+      donate_argnums=(0,) if donate else (),
+      compiler_options=GPU_OPTIONS if free else None,
+    )
 
   def _pmap(self, fn):
     mine = self.mesh.local_mesh.devices

@@ -46,6 +46,7 @@ from kd_jax import (
 )
 from kd_jax import state as state_lib
 from kd_jax.data import augment
+from kd_jax.interop import fold
 
 _log = logging.getLogger(__name__)
 
@@ -277,6 +278,16 @@ class Run:
     """The teachers' variables, as the train step takes them."""
     return _as_one([teacher.variables for teacher in self.teachers], {})
 
+  def _frozen_teachers(self) -> Any:
+    """The teachers' variables, as a train step needs them; on the devices."""
+    frozen = [
+      fold.freeze(
+        teacher.network, teacher.variables, self.train_source.image_shape
+      )
+      for teacher in self.teachers
+    ]
+    return self.devices.replicate(_as_one(frozen, {}))
+
   def _distiller(self, axis_name):
     return inference.create_distiller(
       self.config.distiller.to_dict(),
@@ -466,6 +477,7 @@ class Run:
       chunk, donate=True, carry_specs=specs
     )
     self.resident = self.devices.replicate(self.pipeline.resident)
+    self.frozen_teachers = self._frozen_teachers()
     self.begin_evaluation = self._evaluator(
       self.student, self.teacher_model, self.distiller
     )
@@ -1041,7 +1053,7 @@ class Loop:
     size = whole - self.step % whole
     xs = run.devices.shard(run.pipeline.next_chunk(size))
     self.state, sums = run.train_chunk(
-      self.state, run.teacher_variables, run.resident, xs
+      self.state, run.frozen_teachers, run.resident, xs
     )
     wishes: Any = np.zeros(2, int)
     if jax.process_count() > 1:

@@ -1,6 +1,8 @@
 """The train step and the evaluation step: one of each for every method."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,31 @@ from kd_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], jax.Array]
-Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict]]
+
+# Pixels that a frozen teacher is shown at once: 1,024 images of 32x32, with
+# which a GPU is busy.
+_SHOWN_PIXELS = 1024 * 32 * 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A train step: `step(state, teacher_variables, batch) -> (state, sums)`.
+
+  Attributes:
+    learn: the same, of a batch as it comes or as `look` has shown it.
+    look: (teacher_variables, batch, number of the step) -> the batch with what
+      needs no student, the images ("shown") and the teacher's output
+      ("taught"); None if they are not to be had before the step.
+  """
+
+  learn: Callable[[TrainState, Any, Batch], tuple[TrainState, dict]]
+  look: Callable[[Any, Batch, jax.Array], Batch] | None = None
+
+  def __call__(
+    self, state: TrainState, teacher_variables: Any, batch: Batch
+  ) -> tuple[TrainState, dict]:
+    """Takes the step."""
+    return self.learn(state, teacher_variables, batch)
 
 
 def run_teacher(teacher: Any, variables: Any, images: jax.Array) -> Any:
@@ -37,8 +63,60 @@ def run_teacher(teacher: Any, variables: Any, images: jax.Array) -> Any:
     runs = zip(teacher, variables, strict=True)
     return tuple(zip(*[run_teacher(t, v, images) for t, v in runs]))
   output = teacher.apply(variables, images, train=False)
-  classify = functools.partial(teacher.classify, variables["params"])
-  return jax.lax.stop_gradient(output), classify
+  return jax.lax.stop_gradient(output), _classifiers(teacher, variables)
+
+
+def make_look(
+  *,
+  teacher: Any,
+  transform: Transform,
+  mixing: Mapping[str, float] | None = None,
+  seed: int | Sequence[int],
+  data_seed: int | None = None,
+) -> Callable[[Any, Batch, jax.Array], Batch]:
+  """Builds `Step.look`; see `make_train_step` for the arguments."""
+  shown_seed = data_seed
+  if shown_seed is None:
+    shown_seed = seed if isinstance(seed, int) else seed[0]
+
+  def show(batch, step):
+    augment_key, _, _ = _keys(shown_seed, step)
+    images = transform(augment_key, batch)
+    if mixing:
+      (mix_key,) = jax.random.split(augment_key, 1)
+      images, share = augment.mix(mix_key, images, **mixing)
+      neighbours = augment.partner(batch["label"])
+      batch = {**batch, "share": share, "mixed_label": neighbours}
+    return {**batch, "shown": images}
+
+  def look(teacher_variables, batch, step):
+    """Of several steps at once, if `step` is [k] and all leaves [k, B, ...]."""
+    several = jnp.ndim(step) > 0
+    batch = (jax.vmap(show) if several else show)(batch, step)
+    images = batch["shown"]
+    if several:
+      images = images.reshape(-1, *images.shape[2:])
+    taught, _ = run_teacher(teacher, teacher_variables, images)
+    if several:
+      shape = batch["shown"].shape[:2]
+      taught = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), taught)
+    return {**batch, "taught": taught}
+
+  return look
+
+
+def _keys(seed, step):
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  return jax.random.split(key, 3)
+
+
+def _classifiers(teacher: Any, variables: Any) -> Any:
+  """pooled -> logits, of a teacher, or a tuple of several teachers'."""
+  if teacher is None:
+    return None
+  if isinstance(teacher, tuple):
+    return tuple(map(_classifiers, teacher, variables))
+  return functools.partial(teacher.classify, variables["params"])
 
 
 def make_loss_fn(
@@ -65,21 +143,19 @@ def make_loss_fn(
   """
   several = not isinstance(seed, int)
   seeds = (seed,) if isinstance(seed, int) else tuple(seed)
-  shown_seed = seeds[0] if data_seed is None else data_seed
-
-  def keys(seed, step):
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.random.split(key, 3)
+  look = make_look(
+    teacher=teacher,
+    transform=transform,
+    mixing=mixing,
+    seed=seed,
+    data_seed=data_seed,
+  )
 
   def loss_fn(params, collections, teacher_variables, batch, step):
-    augment_key, _, _ = keys(shown_seed, step)
-    images = transform(augment_key, batch)
-    if mixing:
-      (mix_key,) = jax.random.split(augment_key, 1)
-      images, share = augment.mix(mix_key, images, **mixing)
-      neighbours = augment.partner(batch["label"])
-      batch = {**batch, "share": share, "mixed_label": neighbours}
-    taught = run_teacher(teacher, teacher_variables, images)
+    batch = batch if "taught" in batch else look(teacher_variables, batch, step)
+    batch = dict(batch)
+    images = batch.pop("shown")
+    taught = batch.pop("taught"), _classifiers(teacher, teacher_variables)
     if not several:
       return trial_loss(
         seeds[0], params, collections, taught, images, batch, step
@@ -96,7 +172,7 @@ def make_loss_fn(
 
   def trial_loss(seed, params, collections, taught, images, batch, step):
     teacher_output, classify = taught
-    _, example_key, replica_key = keys(seed, step)
+    _, example_key, replica_key = _keys(seed, step)
     replica_key = jax.random.fold_in(
       replica_key, parallel.axis_index(axis_name)
     )
@@ -168,9 +244,8 @@ def make_train_step(
       data_seed: of augmentation and mixing; None: `seed`, or the first.
 
   Returns:
-    `train_step(state, teacher_variables, batch) -> (state, sums)`; for several
-    trials the state is one of `state.join`, the optimiser of
-    `optim.for_each`, and the sums but "count" are [trials].
+    The step; for several trials its state is one of `state.join`, its optimiser
+    of `optim.for_each`, and its sums but "count" are [trials].
   """
   loss_fn = make_loss_fn(axis_name=axis_name, **loss_arguments)
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
@@ -219,7 +294,11 @@ def make_train_step(
     count = jnp.asarray(batch["label"].shape[0], jnp.float32)
     return state, metrics.global_sums(sums, count, axis_name)
 
-  return train_step
+  if accumulate_steps > 1:
+    return Step(train_step)
+  names = ("teacher", "transform", "mixing", "seed", "data_seed")
+  look = {n: loss_arguments[n] for n in names if n in loss_arguments}
+  return Step(train_step, make_look(**look))
 
 
 def _average_statistics(collections, axis_name):
@@ -313,6 +392,11 @@ def make_train_chunk(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
   """Wraps a step to take k steps in one dispatch.
 
+  The teacher does not change, so that it need not wait for the student: it is
+  shown the batches of several steps at once, as many as divide k and have not
+  too many pixels together. A batch of 64 small images would leave most of a
+  large GPU idle.
+
   Args:
     step: made by `make_train_step`.
     load: (resident data, one step's slice) -> batch, of the pipeline.
@@ -326,12 +410,45 @@ def make_train_chunk(
     def body(state, x):
       return step(state, teacher_variables, load(resident, x))
 
+    def several(look, state, group):
+      batches = jax.vmap(load, (None, 0))(resident, group)
+      numbers = state.step + jnp.arange(_length(group))
+      return jax.lax.scan(
+        lambda state, batch: step(state, teacher_variables, batch),
+        state,
+        look(teacher_variables, batches, numbers),
+      )
+
     if _length(xs) == 1:  # XLA's CPU convolutions are slower in a loop
       state, sums = body(state, _first(xs))
       return state, jax.tree.map(lambda s: s[None], sums)
-    return jax.lax.scan(body, state, xs)
+    together = 1
+    if step.look is not None and jax.tree.leaves(teacher_variables):
+      shape = jax.eval_shape(load, resident, _first(xs))["image"].shape
+      together = steps_together(_length(xs), shape)
+    if together == 1:
+      return jax.lax.scan(body, state, xs)
+    groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), xs)
+    state, sums = jax.lax.scan(
+      functools.partial(several, step.look), state, groups
+    )
+    return state, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums)
 
   return train_chunk
+
+
+def steps_together(steps: int, shape: Sequence[int]) -> int:
+  """Of how many steps a teacher is shown the batches at once.
+
+  Args:
+    steps: of a dispatch.
+    shape: of a step's images, [B, H, W, C].
+
+  Returns:
+    A divisor of `steps`.
+  """
+  most = min(max(_SHOWN_PIXELS // math.prod(shape[:3]), 1), steps)
+  return max(n for n in range(1, most + 1) if steps % n == 0)
 
 
 def make_eval_chunk(

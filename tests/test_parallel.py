@@ -252,3 +252,13 @@ def test_batch_norm_over_devices_is_of_all_examples_in_one_exchange_each_way():
   exchanges = ("all_gather", "reduce_scatter", "all_reduce")
   counts = [text.count(f"stablehlo.{name}") for name in exchanges]
   assert counts == [1, 1, 0]
+
+
+def test_xla_knows_the_options_for_gpus():
+  """It refuses an option, or a kind of CUDA graph, that it does not know."""
+  double = jax.jit(lambda x: 2 * x, compiler_options=parallel.GPU_OPTIONS)
+  assert double(1) == 2
+  (name,) = parallel.GPU_OPTIONS
+  wrong = {name: parallel.GPU_OPTIONS[name] + ",NO_SUCH_KIND"}
+  with pytest.raises(Exception, match="NO_SUCH_KIND"):
+    jax.jit(lambda x: 2 * x, compiler_options=wrong)(1)

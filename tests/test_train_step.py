@@ -438,7 +438,10 @@ def test_accumulation_is_the_mean_of_its_parts():
   assert worst[0] < 1e-5, worst
 
 
-def test_steps_in_one_dispatch():
+@pytest.mark.parametrize("pixels", [1, 2 * 8 * SIZE**2, 10**9])
+def test_steps_in_one_dispatch(pixels, monkeypatch):
+  """Whether the teacher is shown the batches of one, two or all at once."""
+  monkeypatch.setattr(train_step, "_SHOWN_PIXELS", pixels)
   parts = made("crd")
   optimizer = parts.optimizer()
   step = train_step.make_train_step(
@@ -464,6 +467,76 @@ def test_steps_in_one_dispatch():
   assert one[1]["loss"].shape == (4,)
   worst = worst_difference(one, four)
   assert worst[0] < 1e-5, worst
+
+
+@pytest.mark.parametrize("seed", [0, (0, 3)])
+def test_a_batch_is_shown_the_same_among_others(seed):
+  """With all that is random, and to the teacher of several trials."""
+  parts = made("kd")
+  arguments = {
+    "teacher": parts.teacher,
+    "transform": _noisy,
+    "mixing": {"mixup": 0.4, "cutmix": 1.0},
+    "seed": seed,
+    "data_seed": 7,
+  }
+  look = jax.jit(train_step.make_look(**arguments))
+  batches = [make_batch(8, seed=i) for i in range(3)]
+  several = look(
+    parts.teacher_variables,
+    jax.tree.map(lambda *leaves: np.stack(leaves), *batches),
+    np.arange(3) + 5,
+  )
+  for i, batch in enumerate(batches):
+    one = look(parts.teacher_variables, batch, 5 + i)
+    mine = jax.tree.map(lambda x, i=i: x[i], several)
+    assert set(one) > {"shown", "taught", "share", "mixed_label"}
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+      *(mine, one),
+    )
+
+
+def test_a_teacher_is_asked_once_for_several_steps(monkeypatch):
+  parts, shown = made("kd"), []
+  whole = train_step.run_teacher
+  monkeypatch.setattr(
+    train_step,
+    "run_teacher",
+    lambda t, v, images: shown.append(images.shape) or whole(t, v, images),
+  )
+  batches = [make_batch(8, seed=i) for i in range(4)]
+  xs = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+  def trace(**options):
+    optimizer = parts.optimizer()
+    step = train_step.make_train_step(
+      optimizer=optimizer, **parts.loss_arguments(), **options
+    )
+    chunk = train_step.make_train_chunk(step, lambda _, x: x)
+    jax.eval_shape(
+      chunk, parts.state(optimizer), parts.teacher_variables, {}, xs
+    )
+    found = set(shown)
+    shown.clear()
+    return found
+
+  image = (SIZE, SIZE, 3)
+  assert trace() == {(32, *image)}
+  # Parts of a batch are mixed among themselves: they come as they are.
+  assert trace(accumulate_steps=2) == {(4, *image)}
+
+
+@pytest.mark.parametrize(
+  ("steps", "batch", "size", "together"),
+  [
+    *((781, 64, 32, 11), (195, 256, 32, 3), (390, 128, 32, 6)),
+    *((780, 64, 32, 15), (781, 2048, 32, 1), (100, 256, 224, 1)),
+  ],
+)
+def test_steps_together(steps, batch, size, together):
+  shape = (batch, size, size, 3)
+  assert train_step.steps_together(steps, shape) == together
 
 
 class Linear(nn.Module):

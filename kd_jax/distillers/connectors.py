@@ -88,7 +88,7 @@ class HintRegressor(nn.Module):
       x, train=train
     )
     target = adaptive_average_pool(teacher_map, (x.shape[1], x.shape[2]))
-    return nn.relu(x), target
+    return layers.relu(x), target
 
 
 class GaussianRegressor(nn.Module):
@@ -110,7 +110,7 @@ class GaussianRegressor(nn.Module):
     x = x.astype(self.dtype)
     for i in (1, 2, 3):
       x = layers.conv(x, channels, 1, name=f"conv{i}", dtype=self.dtype)
-      x = nn.relu(x) if i < 3 else x
+      x = layers.relu(x) if i < 3 else x
     log_scale = self.param(
       "log_scale",
       nn.initializers.constant(self.initial_log_scale),
@@ -143,7 +143,7 @@ class SimilarityEmbedding(nn.Module):
     """[B, width] -> [B, width // 4] float32, rows of length 1."""
     dim = rows.shape[-1] // 4
     # Always float32: inner products of whole maps span many magnitudes.
-    x = nn.relu(layers.dense(rows, 2 * dim, name="linear1"))
+    x = layers.relu(layers.dense(rows, 2 * dim, name="linear1"))
     return l2_normalize(layers.dense(x, dim, name="linear2"))
 
 
@@ -183,7 +183,7 @@ class Bottleneck(nn.Module):
         x = layers.BatchNorm(
           axis_name=self.axis_name, dtype=self.dtype, name=f"bn{i}"
         )(x, train=train)
-        x = nn.relu(x)
+        x = layers.relu(x)
     return x
 
 
@@ -201,7 +201,7 @@ class FeatureTransfer(nn.Module):
     x = layers.BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn")(
       x, train=train
     )
-    return nn.relu(x)[:, 0, 0]
+    return layers.relu(x)[:, 0, 0]
 
 
 class AttentionFusion(nn.Module):

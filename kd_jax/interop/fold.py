@@ -127,6 +127,32 @@ def fold(
   return {"params": params}
 
 
+def freeze(
+  network: nn.Module, variables: Mapping[str, Any], image_shape: Sequence[int]
+) -> dict[str, Any]:
+  """What a network that is not trained needs for its forward pass, made once.
+
+  Args:
+    network: of the variables, with the type of its arithmetic.
+    variables: `{"params": ..., "batch_stats": ...}`, folded or not; unchanged.
+    image_shape: (height, width, channels).
+
+  Returns:
+    Variables for the same network: BatchNorm folded, and the convolutions in
+    the network's own type, which a step would turn them into each time.
+  """
+  params = variables["params"]
+  if variables.get("batch_stats"):
+    params = fold(network, variables, image_shape)["params"]
+  params = _copy(params)
+  for _, layer in _modules(params):
+    is_convolution = np.ndim(layer.get("kernel")) == 4
+    if is_convolution or set(layer) == {"offset"}:
+      for name, value in layer.items():
+        layer[name] = value.astype(network.dtype)
+  return {"params": params}
+
+
 def _affine(params: Mapping[str, Any], stats: Mapping[str, Any]) -> Any:
   mean, var = (np.asarray(stats[name], np.float64) for name in ("mean", "var"))
   # Every network of the package has PyTorch's epsilon.

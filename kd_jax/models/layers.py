@@ -226,28 +226,126 @@ def dense(
   )(x)
 
 
-@jax.custom_jvp
-def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean and (biased) variance over all axes but the last: [..., C] -> 2 x [C].
+# Rows of which a GPU does not add up a column in two steps.
+_FEW_ROWS = 1024
 
-  The variance is the mean square distance from the mean. What the mean has to
-  do with it is left out of its derivative, since the distances add up to
-  nothing: otherwise a gradient's program goes through the array once more.
+
+def channel_sums(*maps: jax.Array) -> jax.Array:
+  """Sums over all axes but the last of n maps [..., C] float32: [n, C].
+
+  XLA for GPUs adds up the columns of a few thousand rows (CIFAR's last stage at
+  batch 64 has 4,096) in a handful of blocks, which leaves most of the GPU idle
+  (figures in docs/speed.md). There, sums of groups of rows come first, in as
+  many blocks as there are groups, and then their sums.
   """
-  axes = tuple(range(x.ndim - 1))
-  mean = jnp.mean(x, axes)
-  return mean, jnp.mean(jnp.square(x - mean), axes)
+  rows, channels = maps[0].size // maps[0].shape[-1], maps[0].shape[-1]
+  groups = 2 ** (max(rows - 1, 1).bit_length() // 2)
+
+  def at_once(*maps):
+    axes = tuple(range(maps[0].ndim - 1))
+    return jnp.stack([jnp.sum(x, axes) for x in maps])
+
+  def by_groups(*maps):
+    sums = [jnp.sum(x.reshape(groups, -1, channels), 1) for x in maps]
+    # Else XLA makes one sum of the two.
+    return jnp.sum(jnp.stack(jax.lax.optimization_barrier(sums)), 1)
+
+  if rows < _FEW_ROWS or rows % groups:
+    return at_once(*maps)
+  return jax.lax.platform_dependent(*maps, cpu=at_once, default=by_groups)
 
 
-@moments.defjvp
-def _moments_jvp(primals, tangents):
-  (x,), (dx,) = primals, tangents
-  axes = tuple(range(x.ndim - 1))
-  mean, var = moments(x)
-  return (mean, var), (
-    jnp.mean(dx, axes),
-    2 * jnp.mean((x - mean) * dx, axes),
-  )
+def moments(x: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and (biased) variance over all axes but the last.
+
+  On a CPU the variance is the mean square distance from the mean. Elsewhere,
+  to read the array once instead of twice, both are of the distances from
+  another value, of which the variance is the mean square less the squared mean
+  (Chan et al., "Algorithms for Computing the Sample Variance", The American
+  Statistician 37, 1983, equation 2.1, on shifted data): as exact, where that
+  value is nearer to the mean than a few standard deviations.
+
+  Args:
+    x: [..., C] float32.
+    near: [C], near the mean, such as the running one.
+
+  Returns:
+    2 x [C].
+  """
+  count = x.size // x.shape[-1]
+
+  def twice(x, near):
+    del near
+    axes = tuple(range(x.ndim - 1))
+    mean = jnp.mean(x, axes)
+    return mean, jnp.mean(jnp.square(x - mean), axes)
+
+  def once(x, near):
+    x = x - near
+    mean, square = channel_sums(x, jnp.square(x)) / count
+    return mean + near, jnp.maximum(square - jnp.square(mean), 0)
+
+  return jax.lax.platform_dependent(x, near, cpu=twice, default=once)
+
+
+def normalize_batch(
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  near: jax.Array,
+  *,
+  epsilon: float,
+  axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Normalises a batch by its own mean and variance (Ioffe and Szegedy, 2015).
+
+  Its gradient is written by hand: from the array as it came, in one pass for
+  the sums over the batch and one for the result. It cannot be differentiated
+  forwards (`jax.jvp`).
+
+  Args:
+    x: [..., C], of any float type.
+    scale: [C] float32.
+    bias: [C] float32.
+    near: [C] float32; see `moments`.
+    epsilon: added to the variance.
+    axis_name: mapped axis whose devices share their statistics, or None.
+
+  Returns:
+    float32 [..., C], and the mean and the (biased) variance [C], which have no
+    gradient.
+  """
+
+  def statistics(x, near):
+    return parallel.axis_moments(
+      *moments(x.astype(jnp.float32), near), axis_name
+    )
+
+  def forward(x, scale, bias, near):
+    mean, var = statistics(x, near)
+    inverse = jax.lax.rsqrt(var + epsilon)
+    y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
+    return (y, mean, var), (x, scale, mean, inverse)
+
+  def backward(kept, gradients):
+    x, scale, mean, inverse = kept
+    g = gradients[0]
+    count = x.size // x.shape[-1] * parallel.axis_size(axis_name)
+    distance = x.astype(jnp.float32) - mean
+    # What each device's loss depends on is the others' batches too, but its
+    # own parameters, whose gradients are averaged later.
+    mine = channel_sums(g, g * distance)
+    of_bias, of_distance = parallel.axis_sum(mine, axis_name) / count
+    slope = jnp.square(inverse) * of_distance
+    dx = inverse * scale * (g - of_bias - distance * slope)
+    return dx.astype(x.dtype), mine[1] * inverse, mine[0], jnp.zeros_like(mean)
+
+  @jax.custom_vjp
+  def normalized(x, scale, bias, near):
+    return forward(x, scale, bias, near)[0]
+
+  normalized.defvjp(forward, backward)
+  return normalized(x, *parallel.vary_like(x, scale, bias, near))
 
 
 class BatchNorm(nn.Module):
@@ -283,25 +381,25 @@ class BatchNorm(nn.Module):
     f32 = jnp.float32
     ra_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, f32)
     ra_var = self.variable("batch_stats", "var", jnp.ones, shape, f32)
-    x = x.astype(f32)
-    if train:
-      # No axis is bound while the variables are being made.
-      axis_name = None if self.is_initializing() else self.axis_name
-      mean, var = parallel.axis_moments(*moments(x), axis_name)
-      if not self.is_initializing():
-        n = x.size // x.shape[-1] * parallel.axis_size(axis_name)
-        unbiased = var * (n / max(n - 1, 1))
-        keep = self.momentum
-        ra_mean.value = keep * ra_mean.value + (1 - keep) * mean
-        ra_var.value = keep * ra_var.value + (1 - keep) * unbiased
-    else:
-      mean, var = ra_mean.value, ra_var.value
-    multiplier = jax.lax.rsqrt(var + self.epsilon)
+    scale, bias = jnp.ones(shape, f32), jnp.zeros(shape, f32)
     if self.use_affine:
-      multiplier *= self.param("scale", nn.initializers.ones, shape, f32)
-    y = (x - mean) * multiplier
-    if self.use_affine:
-      y += self.param("bias", nn.initializers.zeros, shape, f32)
+      scale = self.param("scale", nn.initializers.ones, shape, f32)
+      bias = self.param("bias", nn.initializers.zeros, shape, f32)
+    if not train:
+      multiplier = jax.lax.rsqrt(ra_var.value + self.epsilon) * scale
+      y = (x.astype(f32) - ra_mean.value) * multiplier + bias
+      return y.astype(self.dtype)
+    # No axis is bound while the variables are being made.
+    axis_name = None if self.is_initializing() else self.axis_name
+    y, mean, var = normalize_batch(
+      x, scale, bias, ra_mean.value, epsilon=self.epsilon, axis_name=axis_name
+    )
+    if not self.is_initializing():
+      n = x.size // x.shape[-1] * parallel.axis_size(axis_name)
+      unbiased = var * (n / max(n - 1, 1))
+      keep = self.momentum
+      ra_mean.value = keep * ra_mean.value + (1 - keep) * mean
+      ra_var.value = keep * ra_var.value + (1 - keep) * unbiased
     return y.astype(self.dtype)
 
   def _folded(self, x: jax.Array, train: bool) -> jax.Array:
@@ -310,10 +408,28 @@ class BatchNorm(nn.Module):
         "Expected a network with BatchNorm to train, got one whose BatchNorm"
         " is folded into its convolutions; take the weights from before."
       )
-    y = x.astype(jnp.float32)
-    if self.has_variable("params", "multiplier"):
-      y *= self.get_variable("params", "multiplier")
-    return (y + self.get_variable("params", "offset")).astype(self.dtype)
+    offset: jax.Array = self.get_variable("params", "offset")
+    if not self.has_variable("params", "multiplier"):
+      # In the convolution's own type, so that it can be the bias of one of
+      # cuDNN's, which knows the activation that follows, too.
+      return (x + offset.astype(x.dtype)).astype(self.dtype)
+    multiplier: jax.Array = self.get_variable("params", "multiplier")
+    return (x.astype(jnp.float32) * multiplier + offset).astype(self.dtype)
+
+
+def relu(x: jax.Array) -> jax.Array:
+  """`nn.relu`; on a CPU, of bfloat16 by way of float32.
+
+  XLA for the CPU, in JAX 0.11 and 0.12, gives NaN or worse where it fuses two
+  bfloat16 maxima with one constant, as two ReLUs are, into a sum.
+  """
+  if x.dtype != jnp.bfloat16:
+    return nn.relu(x)
+
+  def in_float32(x):
+    return nn.relu(x.astype(jnp.float32)).astype(x.dtype)
+
+  return jax.lax.platform_dependent(x, cpu=in_float32, default=nn.relu)
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ class MobileNetV2Classifier(base.Classifier):
 
   width_multiplier: float = 1.0
   strides: tuple[int, ...] = (1, 1, 2, 2, 1, 2, 1)
-  activation: Callable[[jax.Array], jax.Array] = nn.relu
+  activation: Callable[[jax.Array], jax.Array] = layers.relu
   expand_always: bool = True
   dropout_rate: float = 0.0
 

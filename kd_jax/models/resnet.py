@@ -57,7 +57,7 @@ class ResNet(base.Classifier):
     x = conv(x, self.stem_width, 7, strides=2, padding=3, name="conv1")
     x = norm(name="bn1")(x, train=train)
     x = features["stem_preact"] = layers.max_pool(x, 3, strides=2, padding=1)
-    x = features["stem"] = nn.relu(x)
+    x = features["stem"] = layers.relu(x)
     widths = self.widths
     block: Callable[..., nn.Module]
     if self.bottleneck:

@@ -41,7 +41,7 @@ class Bottleneck(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
     inner, out = self.inner_factor * self.width, _EXPANSION * self.width
     y = self.conv(x, inner, 1, name="conv1")
-    y = nn.relu(self.norm(name="bn1")(y, train=train))
+    y = layers.relu(self.norm(name="bn1")(y, train=train))
     y = self.conv(
       y,
       inner,
@@ -51,7 +51,7 @@ class Bottleneck(nn.Module):
       groups=self.groups,
       name="conv2",
     )
-    y = nn.relu(self.norm(name="bn2")(y, train=train))
+    y = layers.relu(self.norm(name="bn2")(y, train=train))
     y = self.conv(y, out, 1, name="conv3")
     y = self.norm(name="bn3")(y, train=train)
     if self.strides != 1 or x.shape[-1] != out:
@@ -89,7 +89,7 @@ class BottleneckResNetCifar(base.Classifier):
     x = self._prepare(images)
     x = conv(x, self.widths[0], 3, padding=1, name="conv1")
     features["stem_preact"] = norm(name="bn1")(x, train=train)
-    x = features["stem"] = nn.relu(features["stem_preact"])
+    x = features["stem"] = layers.relu(features["stem_preact"])
     block = functools.partial(Bottleneck, conv=conv, norm=norm)
     x = residual_stages(
       x, features, block, self.blocks, self.widths, train=train

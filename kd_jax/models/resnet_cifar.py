@@ -38,7 +38,7 @@ class BasicBlock(nn.Module):
     y = self.conv(
       x, self.width, 3, strides=self.strides, padding=1, name="conv1"
     )
-    y = nn.relu(self.norm(name="bn1")(y, train=train))
+    y = layers.relu(self.norm(name="bn1")(y, train=train))
     y = self.conv(y, self.width, 3, padding=1, name="conv2")
     y = self.norm(name="bn2")(y, train=train)
     if self.strides != 1 or x.shape[-1] != self.width:
@@ -78,7 +78,7 @@ def residual_stages(
     for i in range(count):
       strides = 2 if stage > 1 and i == 0 else 1
       preact = block(width, strides, name=f"layer{stage}_{i}")(x, train=train)
-      x = nn.relu(preact)
+      x = layers.relu(preact)
     features[f"stage{stage}_preact"] = preact
     features[f"stage{stage}"] = x
   return x
@@ -117,7 +117,7 @@ class ResNetCifar(base.Classifier):
     x = self._prepare(images)
     x = conv(x, self.widths[0], 3, padding=1, name="conv1")
     features["stem_preact"] = norm(name="bn1")(x, train=train)
-    x = features["stem"] = nn.relu(features["stem_preact"])
+    x = features["stem"] = layers.relu(features["stem_preact"])
     block = functools.partial(BasicBlock, conv=conv, norm=norm)
     blocks = 3 * ((self.depth - 2) // 6,)
     x = residual_stages(

@@ -45,7 +45,7 @@ class ShuffleUnit(nn.Module):
     # The stem's few channels are not worth grouping (section 3.2).
     groups = 1 if channels == _STEM_WIDTH else self.groups
     y = self.conv(x, inner, 1, groups=groups, name="conv1")
-    y = nn.relu(self.norm(name="bn1")(y, train=train))
+    y = layers.relu(self.norm(name="bn1")(y, train=train))
     y = layers.channel_shuffle(y, groups)
     y = self.conv(
       y,
@@ -56,7 +56,7 @@ class ShuffleUnit(nn.Module):
       groups=inner,
       name="conv2",
     )
-    y = nn.relu(self.norm(name="bn2")(y, train=train))
+    y = layers.relu(self.norm(name="bn2")(y, train=train))
     y = self.conv(y, out, 1, groups=self.groups, name="conv3")
     y = self.norm(name="bn3")(y, train=train)
     if not join:
@@ -93,7 +93,7 @@ class ShuffleNetV1(base.Classifier):
     x = self._prepare(images)
     x = conv(x, _STEM_WIDTH, 1, name="conv1")
     features["stem_preact"] = norm(name="bn1")(x, train=train)
-    x = features["stem"] = nn.relu(features["stem_preact"])
+    x = features["stem"] = layers.relu(features["stem_preact"])
     for stage, (width, blocks) in enumerate(
       zip(self.widths, self.blocks), start=1
     ):
@@ -107,7 +107,7 @@ class ShuffleNetV1(base.Classifier):
           name=f"layer{stage}_{i}",
         )
         preact = unit(x, train=train)
-        x = nn.relu(preact)
+        x = layers.relu(preact)
       features[f"stage{stage}_preact"] = preact
       features[f"stage{stage}"] = x
     return self._finish(features, x)

@@ -34,7 +34,7 @@ class SplitUnit(nn.Module):
     passed, y = jnp.split(x, 2, axis=-1)
     width = y.shape[-1]
     y = self.conv(y, width, 1, name="conv1")
-    y = nn.relu(self.norm(name="bn1")(y, train=train))
+    y = layers.relu(self.norm(name="bn1")(y, train=train))
     y = self.conv(y, width, 3, padding=1, groups=width, name="conv2")
     y = self.norm(name="bn2")(y, train=train)
     y = self.conv(y, width, 1, name="conv3")
@@ -66,7 +66,7 @@ class DownUnit(nn.Module):
     left = self.conv(left, half, 1, name="conv2")
     left = self.norm(name="bn2")(left, train=train)
     right = self.conv(x, half, 1, name="conv3")
-    right = nn.relu(self.norm(name="bn3")(right, train=train))
+    right = layers.relu(self.norm(name="bn3")(right, train=train))
     right = depthwise(right, half, 3, groups=half, name="conv4")
     right = self.norm(name="bn4")(right, train=train)
     right = self.conv(right, half, 1, name="conv5")
@@ -114,24 +114,24 @@ class ShuffleNetV2(base.Classifier):
       x = conv(x, 24, 1, name="conv1")
       x = norm(name="bn1")(x, train=train)
     features["stem_preact"] = x
-    x = features["stem"] = nn.relu(x)
+    x = features["stem"] = layers.relu(x)
     for stage, (width, blocks) in enumerate(
       zip(self.widths, self.blocks), start=1
     ):
       preact = DownUnit(width, conv, norm, name=f"layer{stage}_0")(
         x, train=train
       )
-      x = nn.relu(preact)
+      x = layers.relu(preact)
       for i in range(1, blocks + 1):
         unit = SplitUnit(conv, norm, name=f"layer{stage}_{i}")
         preact = unit(x, train=train)
-        x = nn.relu(preact)
+        x = layers.relu(preact)
       features[f"stage{stage}_preact"] = preact
       features[f"stage{stage}"] = x
     preact = norm(name="bn2")(
       conv(x, self.last_width, 1, name="conv2"), train=train
     )
-    x = nn.relu(preact)
+    x = layers.relu(preact)
     if self.imagenet:
       features["stage3_preact"], features["stage3"] = preact, x
     return self._finish(features, x)

@@ -52,7 +52,7 @@ class VGG(base.Classifier):
         # The reference counts each convolution, BatchNorm and ReLU as one.
         x = conv(x, width, 3, padding=1, name=f"block{block}_{3 * i}")
         preact = norm(name=f"block{block}_{3 * i + 1}")(x, train=train)
-        x = nn.relu(preact)
+        x = layers.relu(preact)
       name = f"stage{block}" if block else "stem"
       features[f"{name}_preact"] = preact
       features[name] = x

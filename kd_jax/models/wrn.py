@@ -35,11 +35,11 @@ class PreactivationBlock(nn.Module):
     self, x: jax.Array, *, train: bool
   ) -> tuple[jax.Array, jax.Array]:
     preact = self.norm(name="bn1")(x, train=train)
-    activated = nn.relu(preact)
+    activated = layers.relu(preact)
     y = self.conv(
       activated, self.width, 3, strides=self.strides, padding=1, name="conv1"
     )
-    y = nn.relu(self.norm(name="bn2")(y, train=train))
+    y = layers.relu(self.norm(name="bn2")(y, train=train))
     y = self.conv(y, self.width, 3, padding=1, name="conv2")
     if x.shape[-1] != self.width:
       # A block that changes the width projects the activated input, the
@@ -103,7 +103,7 @@ class WideResNet(base.Classifier):
     features[f"{before}_preact"] = norm(name="bn1")(x, train=train)
     return self._finish(
       features,
-      nn.relu(features[f"{before}_preact"]),
+      layers.relu(features[f"{before}_preact"]),
       bias_init=nn.initializers.zeros,
     )
 

@@ -171,3 +171,39 @@ def test_a_student_with_its_teachers_classifier():
   assert kinds(folded["params"]) == (9 + 3, 0)  # the projector's too
   expected, got = compute(network, variables), compute(network, folded)
   np.testing.assert_allclose(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_2", "ShuffleV2"])
+def test_a_frozen_network_computes_the_same(name, dtype):
+  network = models.create(name, 10, dtype=jnp.dtype(dtype))
+  variables = draw(network)
+  frozen = fold.freeze(network, variables, SIZE)
+  again = fold.freeze(network, frozen, SIZE)
+  jax.tree.map(np.testing.assert_array_equal, frozen, again)
+  expected = compute(models.create(name, 10), variables).logits
+  got, as_is = (compute(network, v).logits for v in (frozen, variables))
+  assert got.dtype == jnp.float32
+
+  def error(logits):
+    return np.abs(logits - expected).max() / np.abs(expected).max()
+
+  # Folded, what bfloat16 rounds are other numbers, not more of them.
+  assert error(got) < (1e-5 if dtype == "float32" else 2 * error(as_is))
+
+
+def test_a_frozen_network_keeps_what_is_not_convolved_in_float32():
+  network = models.create("wrn_16_2", 10, dtype=jnp.bfloat16)
+  params = fold.freeze(network, draw(network), SIZE)["params"]
+  types = {
+    (path[-1].key, np.ndim(leaf), leaf.dtype.name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  assert types == {
+    ("kernel", 4, "bfloat16"),
+    ("kernel", 2, "float32"),  # the classifier
+    ("bias", 1, "float32"),
+    ("offset", 1, "bfloat16"),
+    ("multiplier", 1, "float32"),
+    ("offset", 1, "float32"),  # beside a multiplier
+  }
