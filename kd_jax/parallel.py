@@ -7,6 +7,7 @@ tested, as a plain function.
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+_log = logging.getLogger(__name__)
 
 AXIS = "data"
 
@@ -30,6 +33,22 @@ GPU_OPTIONS = {
 
 # Into how many devices a CPU is cut: each holds the data set.
 _MOST_CPU_DEVICES = 8
+
+
+def gpu_options() -> dict[str, str] | None:
+  """How XLA compiles chunks of steps for GPUs; None: as it does by itself.
+
+  That is where XLA_FLAGS say what goes into CUDA graphs, or this XLA does not
+  know the kinds.
+  """
+  if _GRAPHS in os.environ.get("XLA_FLAGS", ""):
+    return None
+  try:
+    jax.jit(lambda x: x, compiler_options=GPU_OPTIONS).lower(0.0).compile()
+  except jax.errors.JaxRuntimeError as error:
+    _log.warning("convolutions are not in CUDA graphs: %s", error)
+    return None
+  return GPU_OPTIONS
 
 
 def axis_mean(x: Any, axis_name: str | None) -> Any:
@@ -235,12 +254,10 @@ class Devices:
       check_vma=False,
     )
     on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-    # What XLA_FLAGS say of it holds.
-    free = on_gpu and _GRAPHS not in os.environ.get("XLA_FLAGS", "")
     return jax.jit(
       mapped,
       donate_argnums=(0,) if donate else (),
-      compiler_options=GPU_OPTIONS if free else None,
+      compiler_options=gpu_options() if on_gpu else None,
     )
 
   def _pmap(self, fn):

@@ -255,44 +255,40 @@ def channel_sums(*maps: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(*maps, cpu=at_once, default=by_groups)
 
 
-def moments(x: jax.Array, near: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Mean and (biased) variance over all axes but the last.
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and (biased) variance over all axes but the last: [..., C] -> 2 x [C].
 
   On a CPU the variance is the mean square distance from the mean. Elsewhere,
-  to read the array once instead of twice, both are of the distances from
-  another value, of which the variance is the mean square less the squared mean
-  (Chan et al., "Algorithms for Computing the Sample Variance", The American
-  Statistician 37, 1983, equation 2.1, on shifted data): as exact, where that
-  value is nearer to the mean than a few standard deviations.
+  to read the array once instead of twice, both are of the distances from the
+  first of the values, of which the variance is the mean square less the squared
+  mean: shifted data (Chan et al., "Algorithms for Computing the Sample
+  Variance", The American Statistician 37, 1983). What is lost grows with the
+  number of standard deviations between that value and the mean, not with the
+  mean itself.
 
   Args:
-    x: [..., C] float32.
-    near: [C], near the mean, such as the running one.
-
-  Returns:
-    2 x [C].
+    x: float32.
   """
   count = x.size // x.shape[-1]
 
-  def twice(x, near):
-    del near
+  def twice(x):
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(x, axes)
     return mean, jnp.mean(jnp.square(x - mean), axes)
 
-  def once(x, near):
+  def once(x):
+    near = x[(0,) * (x.ndim - 1)]
     x = x - near
     mean, square = channel_sums(x, jnp.square(x)) / count
     return mean + near, jnp.maximum(square - jnp.square(mean), 0)
 
-  return jax.lax.platform_dependent(x, near, cpu=twice, default=once)
+  return jax.lax.platform_dependent(x, cpu=twice, default=once)
 
 
 def normalize_batch(
   x: jax.Array,
   scale: jax.Array,
   bias: jax.Array,
-  near: jax.Array,
   *,
   epsilon: float,
   axis_name: str | None = None,
@@ -307,7 +303,6 @@ def normalize_batch(
     x: [..., C], of any float type.
     scale: [C] float32.
     bias: [C] float32.
-    near: [C] float32; see `moments`.
     epsilon: added to the variance.
     axis_name: mapped axis whose devices share their statistics, or None.
 
@@ -316,13 +311,10 @@ def normalize_batch(
     gradient.
   """
 
-  def statistics(x, near):
-    return parallel.axis_moments(
-      *moments(x.astype(jnp.float32), near), axis_name
+  def forward(x, scale, bias):
+    mean, var = parallel.axis_moments(
+      *moments(x.astype(jnp.float32)), axis_name
     )
-
-  def forward(x, scale, bias, near):
-    mean, var = statistics(x, near)
     inverse = jax.lax.rsqrt(var + epsilon)
     y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
     return (y, mean, var), (x, scale, mean, inverse)
@@ -338,14 +330,14 @@ def normalize_batch(
     of_bias, of_distance = parallel.axis_sum(mine, axis_name) / count
     slope = jnp.square(inverse) * of_distance
     dx = inverse * scale * (g - of_bias - distance * slope)
-    return dx.astype(x.dtype), mine[1] * inverse, mine[0], jnp.zeros_like(mean)
+    return dx.astype(x.dtype), mine[1] * inverse, mine[0]
 
   @jax.custom_vjp
-  def normalized(x, scale, bias, near):
-    return forward(x, scale, bias, near)[0]
+  def normalized(x, scale, bias):
+    return forward(x, scale, bias)[0]
 
   normalized.defvjp(forward, backward)
-  return normalized(x, *parallel.vary_like(x, scale, bias, near))
+  return normalized(x, *parallel.vary_like(x, scale, bias))
 
 
 class BatchNorm(nn.Module):
@@ -392,7 +384,7 @@ class BatchNorm(nn.Module):
     # No axis is bound while the variables are being made.
     axis_name = None if self.is_initializing() else self.axis_name
     y, mean, var = normalize_batch(
-      x, scale, bias, ra_mean.value, epsilon=self.epsilon, axis_name=axis_name
+      x, scale, bias, epsilon=self.epsilon, axis_name=axis_name
     )
     if not self.is_initializing():
       n = x.size // x.shape[-1] * parallel.axis_size(axis_name)

@@ -129,14 +129,13 @@ def test_channel_sums_elsewhere_are_of_two_steps():
   assert "tensor<64x32xf32>" in text and "optimization_barrier" in text
 
 
-@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_moments(offset, branch):
-  """Exact with a value near the mean, however far that is from 0."""
+  """Exact, however far from 0 the mean is."""
   rng = np.random.default_rng(0)
   x = (offset + 2 * rng.standard_normal((64, 8, 8, 5))).astype(np.float32)
   flat = x.reshape(-1, 5).astype(np.float64)
-  near = np.full(5, offset + 1, np.float32)
-  mean, var = jax.jit(layers.moments)(x, near)
+  mean, var = jax.jit(layers.moments)(x)
   np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(var, flat.var(0), rtol=1e-5)
 
@@ -147,7 +146,7 @@ def test_gradients_of_a_normalised_batch(dtype, branch):
   rng = np.random.default_rng(0)
   shape = (64, 8, 8, 5)
   x = jnp.asarray(3 + 2 * rng.standard_normal(shape), dtype)
-  scale, bias, near = rng.standard_normal((3, 5)).astype(np.float32)
+  scale, bias = rng.standard_normal((2, 5)).astype(np.float32)
   weights = rng.standard_normal(shape).astype(np.float32)
 
   def plain(x, scale, bias):
@@ -156,7 +155,7 @@ def test_gradients_of_a_normalised_batch(dtype, branch):
     return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
 
   def ours(x, scale, bias):
-    return layers.normalize_batch(x, scale, bias, near, epsilon=1e-5)[0]
+    return layers.normalize_batch(x, scale, bias, epsilon=1e-5)[0]
 
   def results(function):
     def loss(*args):
@@ -178,7 +177,7 @@ def test_a_normalised_batch_gives_its_statistics_no_gradient():
 
   def loss(x):
     _, mean, var = layers.normalize_batch(
-      x, jnp.ones(3), jnp.zeros(3), jnp.zeros(3), epsilon=1e-5
+      x, jnp.ones(3), jnp.zeros(3), epsilon=1e-5
     )
     return jnp.sum(mean + var)
 
@@ -189,7 +188,7 @@ def test_a_gradient_of_batch_norm_adds_up_four_times():
   """Twice for the moments, twice for the gradients of what is learned."""
 
   def loss(x, scale, bias):
-    y, *_ = layers.normalize_batch(x, scale, bias, bias, epsilon=1e-5)
+    y, *_ = layers.normalize_batch(x, scale, bias, epsilon=1e-5)
     return jnp.sum(jnp.sin(y))
 
   gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
