@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 REPO = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(REPO))
 
-from kd_jax import memory
+from kd_jax import environment
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -238,5 +238,5 @@ def _fail(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
-  memory.restart_with_huge_pages()
+  environment.restart_prepared()
   app.run(main, flags_parser=parse)

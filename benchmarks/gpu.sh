@@ -63,8 +63,9 @@ profile() {
     --weights "$out/weights" --out "$out/profile.json" || failed=1
 }
 
-# SimKD's step with other parts of it in CUDA graphs: none, and the loop over
-# the epoch's steps too. $1 names the file, $2 is XLA's list of kinds.
+# SimKD's step with other parts of it in CUDA graphs: none; cuDNN's convolutions
+# as well, which XLA leaves out; and the loop over the epoch's steps too. $1 names
+# the file, $2 is XLA's list of kinds.
 graphs() {
   XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=$2" \
     step "graphs_$1" --pairs "$main" --batch "$batch" --methods simkd \
@@ -87,7 +88,8 @@ piece_2() {
   step dispatch --pairs "$main" --batch "$batch" --methods simkd --sides jax \
     --dtype bfloat16 --steps_per_dispatch "${counts[@]}"
   graphs none ""
-  graphs loop FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE
+  graphs convolutions +CONVOLUTION
+  graphs loop +CONVOLUTION,+WHILE
   step students --pairs "${others[@]}" --batch "$batch" --methods simkd none
   step students_rest --pairs "${others[@]}" --batch "$batch" \
     --methods kd crd semckd

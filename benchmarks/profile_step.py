@@ -31,7 +31,7 @@ import jax
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.step import make_work
-from kd_jax import memory, parallel
+from kd_jax import environment, parallel
 
 KINDS = (
   *("convolution", "input gradient", "kernel gradient", "matrix product"),
@@ -331,5 +331,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  memory.restart_with_huge_pages()
+  environment.restart_prepared()
   main()

@@ -17,7 +17,8 @@ of its own, one after the other; with --by_turns a work's cells turn by turn:
 Cells are measured in the order of the methods, and what is in --out already,
 of the same commit and hardware, is not measured again; so a run that --seconds
 ended can be gone on with. A cell that was not reached is "not run", one that
-broke says how. On a CPU all sides get huge pages, as `launch.py` has them.
+broke says how. On a CPU all sides get huge pages, and kd_jax's XLA its flag, as
+`launch.py` has them.
 
 FLOPs are XLA's count of kd_jax's step, and the work of all sides alike; the
 share of the peak is of the arithmetic's own peak (`benchmarks.measure.PEAKS`).
@@ -43,7 +44,7 @@ from typing import IO, Any
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.cell import READY, SIDES, WARM, Cell
-from kd_jax import memory
+from kd_jax import environment
 
 NOT_RUN = "not run"
 
@@ -146,7 +147,9 @@ class _Process:
     elif code:
       self._stderr.seek(0)
       said = self._stderr.read().strip().splitlines() or ["it wrote nothing"]
-      self.result = {"error": f"exit code {code}: {said[-1]}"}
+      # The last line is often not the one that tells.
+      error = f"exit code {code}: {said[-1]}"
+      self.result = {"error": error, "said": said[-20:]}
     else:
       self.result = json.loads(last)
 
@@ -188,11 +191,11 @@ def _started(
 def _start(
   cell: Cell, seconds: float
 ) -> contextlib.AbstractContextManager[_Process]:
-  environment = memory.with_huge_pages(os.environ)
+  variables = environment.prepared(os.environ)
   if cell.side in ("eager", "compiled"):
-    environment["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
+    variables["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
   fields = {**cell.key, "weights": cell.weights}
-  return _started(["benchmarks.cell", json.dumps(fields)], seconds, environment)
+  return _started(["benchmarks.cell", json.dumps(fields)], seconds, variables)
 
 
 def measure_in_processes(

@@ -7,7 +7,6 @@ tested, as a plain function.
 
 import dataclasses
 import functools
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -19,36 +18,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-_log = logging.getLogger(__name__)
-
 AXIS = "data"
-
-# XLA's option for what it captures in CUDA graphs, and its own kinds with
-# cuDNN's convolutions added: a step of small images is bound by their launches.
-_GRAPHS = "xla_gpu_enable_command_buffer"
-GPU_OPTIONS = {
-  _GRAPHS: "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
-  ",CONVOLUTION"
-}
 
 # Into how many devices a CPU is cut: each holds the data set.
 _MOST_CPU_DEVICES = 8
-
-
-def gpu_options() -> dict[str, str] | None:
-  """How XLA compiles chunks of steps for GPUs; None: as it does by itself.
-
-  That is where XLA_FLAGS say what goes into CUDA graphs, or this XLA does not
-  know the kinds.
-  """
-  if _GRAPHS in os.environ.get("XLA_FLAGS", ""):
-    return None
-  try:
-    jax.jit(lambda x: x, compiler_options=GPU_OPTIONS).lower(0.0).compile()
-  except jax.errors.JaxRuntimeError as error:
-    _log.warning("convolutions are not in CUDA graphs: %s", error)
-    return None
-  return GPU_OPTIONS
 
 
 def axis_mean(x: Any, axis_name: str | None) -> Any:
@@ -253,12 +226,7 @@ class Devices:
       out_specs=P() if carry_specs is None else (carry, P()),
       check_vma=False,
     )
-    on_gpu = self.mesh.devices.flat[0].platform == "gpu"
-    return jax.jit(
-      mapped,
-      donate_argnums=(0,) if donate else (),
-      compiler_options=gpu_options() if on_gpu else None,
-    )
+    return jax.jit(mapped, donate_argnums=(0,) if donate else ())
 
   def _pmap(self, fn):
     mine = self.mesh.local_mesh.devices

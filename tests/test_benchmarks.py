@@ -476,7 +476,10 @@ for turn in range(2):
   "last, result",
   [
     ("print('{\"a\": 1}')", {"a": 1}),
-    ("sys.exit('broken')", {"error": "exit code 1: broken"}),
+    (
+      "print('because', file=sys.stderr); sys.exit('broken')",
+      {"error": "exit code 1: broken", "said": ["because", "broken"]},
+    ),
     ("time.sleep(99)", {"error": "not done in the 3 s that were left"}),
   ],
 )
@@ -741,9 +744,12 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
         pairs, work_lib.COMMON, SIDES[:3]
       ):
         assert (*pair, method, side) in found  # docs/speed.md's table
-  assert set(graphs) == {"graphs_none.json", "graphs_loop.json"}
+  assert set(graphs) == {
+    f"graphs_{kind}.json" for kind in ("none", "convolutions", "loop")
+  }
   assert graphs["graphs_none.json"] == ""
-  assert "WHILE" in graphs["graphs_loop.json"].split(",")
+  assert graphs["graphs_convolutions.json"] == "+CONVOLUTION"
+  assert graphs["graphs_loop.json"] == "+CONVOLUTION,+WHILE"
   # XLA knows all of them: it ends a process for one that it does not.
   flag = f"--xla_gpu_enable_command_buffer={graphs['graphs_loop.json']}"
   subprocess.run(

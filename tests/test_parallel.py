@@ -252,22 +252,3 @@ def test_batch_norm_over_devices_is_of_all_examples_in_one_exchange_each_way():
   exchanges = ("all_gather", "reduce_scatter", "all_reduce")
   counts = [text.count(f"stablehlo.{name}") for name in exchanges]
   assert counts == [1, 0, 1]
-
-
-def test_xla_knows_the_options_for_gpus():
-  double = jax.jit(lambda x: 2 * x, compiler_options=parallel.gpu_options())
-  assert double(1) == 2 and parallel.gpu_options() == parallel.GPU_OPTIONS
-
-
-def test_a_kind_of_cuda_graph_that_xla_does_not_know(monkeypatch, caplog):
-  (name,) = parallel.GPU_OPTIONS
-  wrong = {name: f"{parallel.GPU_OPTIONS[name]},NO_SUCH_KIND"}
-  monkeypatch.setattr(parallel, "GPU_OPTIONS", wrong)
-  assert parallel.gpu_options() is None
-  assert "NO_SUCH_KIND" in caplog.text
-
-
-def test_what_is_said_of_cuda_graphs_holds(monkeypatch):
-  (name,) = parallel.GPU_OPTIONS
-  monkeypatch.setenv("XLA_FLAGS", f"--{name}=FUSION")
-  assert parallel.gpu_options() is None
