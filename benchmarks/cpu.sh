@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the CPU cells of docs/speed.md's table, on a machine that does
-# nothing else: batch 64 takes 40 minutes on 2 cores, the rest (not run as a
+# nothing else: batch 64 takes 34 minutes on 2 cores, the rest (not run as a
 # whole) perhaps 80. Needs this repository, PyTorch, JAX and Flax with Optax, and
 # up to 9 GB of memory at batch 64.
 #
