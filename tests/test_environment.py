@@ -88,6 +88,13 @@ def test_the_scheduler_is_named_once(kernel, before, after):
   assert environment.with_scheduler(found) == found
 
 
+def test_a_cpus_programs_have_both(kernel):
+  kernel("always [madvise] never")
+  both = environment.prepared({"A": "b"})
+  assert set(both) == {"A", environment.TUNABLES, environment.FLAGS}
+  assert environment.prepared(both) == both
+
+
 @pytest.mark.parametrize("version", ["0.9.2", "0.13.0", "1.10.0"])
 def test_an_unknown_xla_gets_no_flag(kernel, monkeypatch, version):
   kernel(None)
