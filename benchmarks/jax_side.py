@@ -236,14 +236,15 @@ class TeacherForward:
     network = models.create(work.teacher, work.classes, dtype=jnp.dtype(dtype))
     self.steps, self.host_seconds, self.dispatches = 1, 0.0, 0
     placed = parallel.make_devices(num_devices=devices)
-    self._variables = placed.replicate(
-      pytorch.from_state_dict(
-        work.teacher,
-        work.classes,
-        _state_dict(weights / work.network_file("teacher")),
-      )
-    )
     source = work.source
+    variables = pytorch.from_state_dict(
+      work.teacher,
+      work.classes,
+      _state_dict(weights / work.network_file("teacher")),
+    )
+    self._variables = placed.replicate(
+      fold.freeze(network, variables, source.image_shape)
+    )
     self._pipeline = data.create(
       "device", source, batch_size=work.batch, seed=work_lib.SEED
     )
