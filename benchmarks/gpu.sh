@@ -65,11 +65,13 @@ profile() {
 
 # SimKD's step with other parts of it in CUDA graphs: none; cuDNN's convolutions
 # as well, which XLA leaves out; and the loop over the epoch's steps too. $1 names
-# the file, $2 is XLA's list of kinds.
+# the file, $2 is XLA's list of kinds, the rest are benchmarks.step's arguments.
 graphs() {
-  XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=$2" \
-    step "graphs_$1" --pairs "$main" --batch "$batch" --methods simkd \
-    --sides jax --dtype bfloat16
+  local name=$1 kinds=$2
+  shift 2
+  XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=$kinds" \
+    step "graphs_$name" --pairs "$main" --batch "$batch" --methods simkd \
+    --sides jax --dtype bfloat16 "$@"
 }
 
 # The main pair at the recipe's batch, all sides.
@@ -89,6 +91,10 @@ piece_2() {
     --dtype bfloat16 --steps_per_dispatch "${counts[@]}"
   graphs none ""
   graphs convolutions +CONVOLUTION
+  # The program that once failed (docs/speed.md); then with all of a library's
+  # kernels loaded at the start, in case it is loading them that a graph forbids.
+  graphs convolutions_bare +CONVOLUTION --no_augment
+  CUDA_MODULE_LOADING=EAGER graphs convolutions_eager +CONVOLUTION --no_augment
   graphs loop +CONVOLUTION,+WHILE
   step students --pairs "${others[@]}" --batch "$batch" --methods simkd none
   step students_rest --pairs "${others[@]}" --batch "$batch" \

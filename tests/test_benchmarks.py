@@ -695,19 +695,20 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
   profiles = []
   graphs = {}
   stub = tmp_path / "python"
-  stub.write_text(f'#!/bin/sh\necho "$@" "#$XLA_FLAGS" >> {log}\n')
+  stub.write_text(f'#!/bin/sh\necho "$@" "#$CUDA_MODULE_LOADING#$XLA_FLAGS" >> {log}\n')
   stub.chmod(0o755)
 
   def commands(*pieces: str, small: str):
     log.unlink(missing_ok=True)
     assert run_gpu(tmp_path, stub, *pieces, SMALL=small).returncode == 0
     for line in log.read_text().splitlines():
-      line, flags = line.split("#")
+      line, loading, flags = line.split("#")
       dash, module, *arguments = line.split()
       assert dash == "-m"
       if "command_buffer" in flags:
         name = step.parse(arguments).out.rpartition("/")[2]
         graphs[name] = flags.rpartition("=")[2]
+        assert loading == ("EAGER" if "eager" in name else "")
       if module == "benchmarks.profile_step":
         profiles.append(profile_step.parse(arguments))
       else:
@@ -727,7 +728,8 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
     methods = {cell.work.method for cell in cells if cell.side == "jax"}
     assert methods == set(work_lib.METHODS)
     assert {cell.side for cell in cells} == set(SIDES[:3])
-    (bare,) = (c for c in cells if not (c.work.pad or c.work.flip))
+    bare, *again = (c for c in cells if not (c.work.pad or c.work.flip))
+    assert again == [bare, bare]  # with convolutions in CUDA graphs
     whole = dataclasses.replace(bare.work, pad=4, flip=True)
     assert dataclasses.replace(bare, work=whole) in cells
     work = step.make_work(profile.pair, profile.method, profile.batch, profile)
@@ -744,12 +746,13 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
         pairs, work_lib.COMMON, SIDES[:3]
       ):
         assert (*pair, method, side) in found  # docs/speed.md's table
-  assert set(graphs) == {
-    f"graphs_{kind}.json" for kind in ("none", "convolutions", "loop")
+  assert graphs == {
+    "graphs_none.json": "",
+    "graphs_convolutions.json": "+CONVOLUTION",
+    "graphs_convolutions_bare.json": "+CONVOLUTION",
+    "graphs_convolutions_eager.json": "+CONVOLUTION",
+    "graphs_loop.json": "+CONVOLUTION,+WHILE",
   }
-  assert graphs["graphs_none.json"] == ""
-  assert graphs["graphs_convolutions.json"] == "+CONVOLUTION"
-  assert graphs["graphs_loop.json"] == "+CONVOLUTION,+WHILE"
   # XLA knows all of them: it ends a process for one that it does not.
   flag = f"--xla_gpu_enable_command_buffer={graphs['graphs_loop.json']}"
   subprocess.run(
