@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures the CPU cells of docs/speed.md's table, on a machine that does
-# nothing else: batch 64 takes 34 minutes on 2 cores, the rest (not run as a
-# whole) perhaps 80. Needs this repository, PyTorch, JAX and Flax with Optax, and
-# up to 9 GB of memory at batch 64.
+# nothing else: on 2 cores batch 64 takes 34 minutes, batch 256 takes 63, large
+# images (not run) perhaps 50. Needs this repository, PyTorch, JAX and Flax with
+# Optax, and up to 9 GB of memory at batch 64.
 #
 #   benchmarks/cpu.sh            all files, one after the other
 #   benchmarks/cpu.sh students   one of them

@@ -14,6 +14,7 @@ import optax
 from kd_jax import metrics, parallel
 from kd_jax.data import augment
 from kd_jax.distillers import base
+from kd_jax.models.layers import ModelOutput
 from kd_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -420,7 +421,10 @@ def make_train_chunk(
       )
 
     if _length(xs) == 1:  # XLA's CPU convolutions are slower in a loop
-      state, sums = body(state, _first(xs))
+      batch = load(resident, _first(xs))
+      if step.look is not None and jax.tree.leaves(teacher_variables):
+        batch = _teacher_first(step.look(teacher_variables, batch, state.step))
+      state, sums = step(state, teacher_variables, batch)
       return state, jax.tree.map(lambda s: s[None], sums)
     together = 1
     if step.look is not None and jax.tree.leaves(teacher_variables):
@@ -435,6 +439,30 @@ def make_train_chunk(
     return state, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums)
 
   return train_chunk
+
+
+def _teacher_first(batch: Batch) -> Batch:
+  """Lets nothing be done with the images before the teacher has seen them.
+
+  XLA runs a CPU's operations as soon as their inputs are there. A student's
+  BatchNorm that waits for the other devices holds one of the few threads, which
+  those devices' teachers then lack. `jax.lax.optimization_barrier` does not
+  help, since XLA drops it before it puts the operations in order; a term of
+  zero does, which XLA has to compute because it might be NaN.
+
+  Args:
+    batch: of `Step.look`.
+
+  Returns:
+    The same batch, its images to be had after the teacher's last map.
+  """
+  taught = batch["taught"]
+  outputs = [taught] if isinstance(taught, ModelOutput) else taught
+  images = batch["shown"]
+  for output in outputs:
+    last = output.features["pooled"].ravel()[0]
+    images = images + (0 * last).astype(images.dtype)
+  return {**batch, "shown": images}
 
 
 def steps_together(steps: int, shape: Sequence[int]) -> int:

@@ -695,7 +695,8 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
   profiles = []
   graphs = {}
   stub = tmp_path / "python"
-  stub.write_text(f'#!/bin/sh\necho "$@" "#$CUDA_MODULE_LOADING#$XLA_FLAGS" >> {log}\n')
+  said = '"$@" "#$CUDA_MODULE_LOADING#$XLA_FLAGS"'
+  stub.write_text(f"#!/bin/sh\necho {said} >> {log}\n")
   stub.chmod(0o755)
 
   def commands(*pieces: str, small: str):

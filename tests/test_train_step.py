@@ -527,6 +527,29 @@ def test_a_teacher_is_asked_once_for_several_steps(monkeypatch):
   assert trace(accumulate_steps=2) == {(4, *image)}
 
 
+def test_the_images_of_a_lone_step_wait_for_the_teacher():
+  """In what XLA compiles too: it might have dropped the dependency."""
+  parts = made("kd")
+  look = train_step.make_look(
+    teacher=parts.teacher, transform=_noisy, seed=0, data_seed=None
+  )
+  teacher, batch = parts.teacher_variables, make_batch(8)
+
+  def shown(wait, teacher, batch):
+    seen = look(teacher, batch, jnp.zeros((), jnp.int32))
+    return (train_step._teacher_first(seen) if wait else seen)["shown"]
+
+  at_once, waiting = [
+    jax.jit(functools.partial(shown, wait)).lower(teacher, batch).compile()
+    for wait in (False, True)
+  ]
+  flops = at_once.cost_analysis()["flops"], waiting.cost_analysis()["flops"]
+  assert flops[1] > 3 * flops[0]
+  np.testing.assert_array_equal(
+    at_once(teacher, batch), waiting(teacher, batch)
+  )
+
+
 @pytest.mark.parametrize(
   ("steps", "batch", "size", "together"),
   [
