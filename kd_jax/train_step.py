@@ -14,7 +14,6 @@ import optax
 from kd_jax import metrics, parallel
 from kd_jax.data import augment
 from kd_jax.distillers import base
-from kd_jax.models.layers import ModelOutput
 from kd_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -457,7 +456,7 @@ def _teacher_first(batch: Batch) -> Batch:
     The same batch, its images to be had after the teacher's last map.
   """
   taught = batch["taught"]
-  outputs = [taught] if isinstance(taught, ModelOutput) else taught
+  outputs = [taught] if hasattr(taught, "features") else taught
   images = batch["shown"]
   for output in outputs:
     last = output.features["pooled"].ravel()[0]
