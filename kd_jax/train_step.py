@@ -105,6 +105,33 @@ def make_look(
   return look
 
 
+def _after_teachers(images: jax.Array, outputs: Sequence[Any]) -> jax.Array:
+  """The images, on a CPU not to be had before the teachers have seen them.
+
+  XLA runs a CPU's operations as soon as their inputs are there. A student's
+  BatchNorm that waits for the other devices holds one of the few threads, which
+  those devices' teachers then lack. `jax.lax.optimization_barrier` does not
+  help, since XLA drops it before it puts the operations in order; a term of
+  zero does, which XLA has to compute because it might be NaN.
+
+  Args:
+    images: [B, H, W, C] float.
+    outputs: of each teacher.
+
+  Returns:
+    The same images.
+  """
+
+  def waiting(images, *pooled):
+    zeros = [0 * p.ravel()[0].astype(images.dtype) for p in pooled]
+    return images + sum(zeros)
+
+  pooled = [output.features["pooled"] for output in outputs]
+  return jax.lax.platform_dependent(
+    images, *pooled, cpu=waiting, default=lambda images, *pooled: images
+  )
+
+
 def _keys(seed, step):
   key = jax.random.fold_in(jax.random.key(seed), step)
   return jax.random.split(key, 3)
@@ -152,7 +179,12 @@ def make_loss_fn(
   )
 
   def loss_fn(params, collections, teacher_variables, batch, step):
-    batch = batch if "taught" in batch else look(teacher_variables, batch, step)
+    if "taught" not in batch:
+      batch = look(teacher_variables, batch, step)
+      if teacher is not None and parallel.axis_size(axis_name) > 1:
+        taught = batch["taught"]
+        outputs = taught if isinstance(teacher, tuple) else (taught,)
+        batch["shown"] = _after_teachers(batch["shown"], outputs)
     batch = dict(batch)
     images = batch.pop("shown")
     taught = batch.pop("taught"), _classifiers(teacher, teacher_variables)
@@ -420,10 +452,7 @@ def make_train_chunk(
       )
 
     if _length(xs) == 1:  # XLA's CPU convolutions are slower in a loop
-      batch = load(resident, _first(xs))
-      if step.look is not None and jax.tree.leaves(teacher_variables):
-        batch = _teacher_first(step.look(teacher_variables, batch, state.step))
-      state, sums = step(state, teacher_variables, batch)
+      state, sums = body(state, _first(xs))
       return state, jax.tree.map(lambda s: s[None], sums)
     together = 1
     if step.look is not None and jax.tree.leaves(teacher_variables):
@@ -438,30 +467,6 @@ def make_train_chunk(
     return state, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums)
 
   return train_chunk
-
-
-def _teacher_first(batch: Batch) -> Batch:
-  """Lets nothing be done with the images before the teacher has seen them.
-
-  XLA runs a CPU's operations as soon as their inputs are there. A student's
-  BatchNorm that waits for the other devices holds one of the few threads, which
-  those devices' teachers then lack. `jax.lax.optimization_barrier` does not
-  help, since XLA drops it before it puts the operations in order; a term of
-  zero does, which XLA has to compute because it might be NaN.
-
-  Args:
-    batch: of `Step.look`.
-
-  Returns:
-    The same batch, its images to be had after the teacher's last map.
-  """
-  taught = batch["taught"]
-  outputs = [taught] if hasattr(taught, "features") else taught
-  images = batch["shown"]
-  for output in outputs:
-    last = output.features["pooled"].ravel()[0]
-    images = images + (0 * last).astype(images.dtype)
-  return {**batch, "shown": images}
 
 
 def steps_together(steps: int, shape: Sequence[int]) -> int:

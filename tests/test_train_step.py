@@ -527,8 +527,24 @@ def test_a_teacher_is_asked_once_for_several_steps(monkeypatch):
   assert trace(accumulate_steps=2) == {(4, *image)}
 
 
-def test_the_images_of_a_lone_step_wait_for_the_teacher():
-  """In what XLA compiles too: it might have dropped the dependency."""
+@pytest.mark.parametrize(
+  ("method", "devices", "waits"), [("kd", 2, 1), ("kd", 1, 0), ("none", 2, 0)]
+)
+def test_a_step_waits_for_the_teacher_where_devices_do(
+  method, devices, waits, monkeypatch
+):
+  asked, wait = [], train_step._after_teachers
+  monkeypatch.setattr(
+    train_step,
+    "_after_teachers",
+    lambda images, outputs: asked.append(images.shape) or wait(images, outputs),
+  )
+  Method(method).train(make_devices(devices), steps=1)
+  assert len(set(asked)) == waits
+
+
+def test_images_wait_for_the_teacher():
+  """In what XLA compiles for a CPU, too: it might have dropped it."""
   parts = made("kd")
   look = train_step.make_look(
     teacher=parts.teacher, transform=_noisy, seed=0, data_seed=None
@@ -537,7 +553,10 @@ def test_the_images_of_a_lone_step_wait_for_the_teacher():
 
   def shown(wait, teacher, batch):
     seen = look(teacher, batch, jnp.zeros((), jnp.int32))
-    return (train_step._teacher_first(seen) if wait else seen)["shown"]
+    images = seen["shown"]
+    if wait:
+      images = train_step._after_teachers(images, [seen["taught"]])
+    return images
 
   at_once, waiting = [
     jax.jit(functools.partial(shown, wait)).lower(teacher, batch).compile()
