@@ -64,6 +64,25 @@ def uniform_bias_init(fan_in: int) -> Initializer:
   return init
 
 
+def _windows(
+  x: jax.Array,
+  size: Sequence[int],
+  strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+  fill: float = 0.0,
+) -> list[jax.Array]:
+  """What each pixel of a window sees of `x`: [B, rows, columns, C] for each."""
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
+  last = [
+    (x.shape[1 + i] - size[i]) // strides[i] * strides[i] + 1 for i in (0, 1)
+  ]
+  return [
+    x[:, i : i + last[0] : strides[0], j : j + last[1] : strides[1]]
+    for i in range(size[0])
+    for j in range(size[1])
+  ]
+
+
 # In so many parts, of no fewer examples and pixels, a CPU makes a kernel's
 # gradient.
 _PARTS, _FEW, _FEW_PIXELS = 8, 4, 1024
@@ -109,17 +128,7 @@ def _convolve(
     )
 
   def windows(x):
-    """What each pixel of the kernel sees: [B, rows, columns, C] for each."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    return [
-      x[
-        :,
-        i : i + (rows - 1) * strides[0] + 1 : strides[0],
-        j : j + (columns - 1) * strides[1] + 1 : strides[1],
-      ]
-      for i in range(height)
-      for j in range(width)
-    ]
+    return _windows(x, (height, width), strides, padding)
 
   def by_sum(x, kernel):
     weights = kernel.reshape(-1, outputs).astype(jnp.float32)
@@ -432,9 +441,42 @@ def global_average_pool(x: jax.Array) -> jax.Array:
 def max_pool(
   x: jax.Array, window: int, *, strides: int, padding: int = 0
 ) -> jax.Array:
-  """Maximum over square windows; padded pixels never win."""
+  """Maximum over square windows; padded pixels never win.
+
+  The gradient goes to the first of equal pixels, as in PyTorch. XLA's for the
+  CPU is 5 to 30 times as slow as the one by shifted maps (docs/speed.md).
+  """
   pad: Sequence[tuple[int, int]] = ((padding, padding), (padding, padding))
-  return nn.max_pool(x, (window, window), (strides, strides), pad)
+  size, steps = (window, window), (strides, strides)
+
+  def by_xla(x):
+    return nn.max_pool(x, size, steps, pad)
+
+  def tangent_by_xla(x, dx):
+    return jax.jvp(by_xla, (x,), (dx,))[1]
+
+  def tangent_by_sum(x, dx):
+    best, *others = _windows(x, size, steps, pad, -jnp.inf)
+    which = jnp.zeros(best.shape, jnp.int8)
+    for i, other in enumerate(others, 1):
+      which = jnp.where(other > best, jnp.int8(i), which)
+      best = jnp.maximum(best, other)
+    terms = [
+      jnp.where(which == i, of, 0)
+      for i, of in enumerate(_windows(dx, size, steps, pad))
+    ]
+    return functools.reduce(jnp.add, terms)
+
+  def tangent(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    dy = jax.lax.platform_dependent(
+      x, dx, cpu=tangent_by_sum, default=tangent_by_xla
+    )
+    return by_xla(x), dy
+
+  function = jax.custom_jvp(by_xla)
+  function.defjvp(tangent)
+  return function(x)
 
 
 def avg_pool(

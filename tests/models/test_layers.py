@@ -230,6 +230,46 @@ def test_pools():
   np.testing.assert_allclose(pooled, x.mean((1, 2)), rtol=1e-2)
 
 
+@pytest.mark.parametrize(
+  ("size", "window", "strides", "padding"),
+  [(8, 2, 2, 0), (7, 2, 2, 0), (8, 3, 2, 1), (7, 3, 2, 1), (6, 3, 1, 1)],
+)
+def test_gradients_of_a_max_pool(size, window, strides, padding, branch):
+  """Of maps with many equal pixels: the first of them has it all."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(-2, 3, (3, size, size, 5)).astype(np.float32)
+  direction = rng.standard_normal(x.shape, np.float32)
+  pad = 2 * ((padding, padding),)
+
+  def xla(x):
+    return nn.max_pool(x, 2 * (window,), 2 * (strides,), pad)
+
+  def ours(x):
+    return layers.max_pool(x, window, strides=strides, padding=padding)
+
+  def run(pool):
+    @jax.jit
+    def run(x):
+      weights = jnp.arange(xla(x).size, dtype=x.dtype).reshape(xla(x).shape)
+      grad = jax.grad(lambda x: jnp.sum(weights * pool(x)))(x)
+      return grad, *jax.jvp(pool, (x,), (direction,))
+
+    return run(x)
+
+  for got, expected in zip(run(ours), run(xla), strict=True):
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_cpu_has_no_select_and_scatter():
+  def loss(x):
+    return jnp.sum(layers.max_pool(x, 2, strides=2) ** 2)
+
+  traced = jax.jit(jax.grad(loss)).trace(jnp.zeros((2, 4, 4, 3)))
+  for platform, expected in {"cpu": False, "cuda": True}.items():
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.select_and_scatter" in text) == expected, platform
+
+
 def test_channel_shuffle_interleaves_the_groups():
   x = jnp.arange(6).reshape(1, 1, 1, 6)
   assert layers.channel_shuffle(x, 2).ravel().tolist() == [0, 3, 1, 4, 2, 5]
