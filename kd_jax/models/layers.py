@@ -138,7 +138,10 @@ def _convolve(
   def by_product(x, kernel):
     found = jnp.concatenate(windows(x), -1)
     if feature_group_count == 1:
-      return jnp.dot(found, kernel.reshape(-1, outputs))
+      # Of rows, or the CPU turns the maps over for the kernel's gradient.
+      rows = found.reshape(-1, found.shape[-1])
+      y = jnp.dot(rows, kernel.reshape(-1, outputs))
+      return y.reshape(*found.shape[:-1], outputs)
     found = found.reshape(*found.shape[:-1], feature_group_count, inputs)
     kernel = kernel.reshape(inputs, feature_group_count, -1)
     y = jnp.einsum("bhwgi,igo->bhwgo", found, kernel)
@@ -153,19 +156,49 @@ def _convolve(
       [by_xla(part, kernel) for part in jnp.split(x, cuts)]
     )
 
-  def tangent(primals, tangents):
-    """Linear in the tangents: transposed, it gives both gradients."""
-    (x, kernel), (dx, dkernel) = primals, tangents
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-      terms.append(by_xla(dx, kernel))
-    if not isinstance(dkernel, SymbolicZero):
-      terms.append(choose(x, dkernel, cpu=by_parts, default=by_xla))
-    return by_xla(x, kernel), functools.reduce(jnp.add, terms)
+  def by_shifts(x, kernel):
+    """`by_sum` at stride 1 whose transpose, too, is a sum of windows."""
+    weights = kernel.reshape(-1, outputs).astype(jnp.float32)
+    places = [(i, j) for i in range(height) for j in range(width)]
+    shifted = [
+      jnp.pad(
+        x * w,
+        ((0, 0), (height - 1 - i, i), (width - 1 - j, j), (0, 0)),
+      )
+      for w, (i, j) in zip(weights, places)
+    ]
+    top, left = height - 1 - padding[0][0], width - 1 - padding[1][0]
+    y = functools.reduce(jnp.add, shifted)
+    return y[:, top : top + rows, left : left + columns].astype(x.dtype)
+
+  def differentiable(function, of_input, of_kernel):
+    """`function`, whose tangents, and by transposing gradients, are of two."""
+
+    def tangent(primals, tangents):
+      (x, kernel), (dx, dkernel) = primals, tangents
+      terms = []
+      if not isinstance(dx, SymbolicZero):
+        terms.append(choose(dx, kernel, cpu=of_input, default=by_xla))
+      if not isinstance(dkernel, SymbolicZero):
+        terms.append(choose(x, dkernel, cpu=of_kernel, default=by_xla))
+      return function(x, kernel), functools.reduce(jnp.add, terms)
+
+    found = jax.custom_jvp(function)
+    found.defjvp(tangent, symbolic_zeros=True)
+    return found
 
   choose = jax.lax.platform_dependent
   if inputs == 1 and feature_group_count == outputs > 1:
-    return choose(x, kernel, cpu=by_sum, default=by_xla)
+
+    def depthwise(x, kernel):
+      return choose(x, kernel, cpu=by_sum, default=by_xla)
+
+    is_dense = tuple(strides) == (1, 1) and all(
+      max(pad) < n for pad, n in zip(padding, (height, width))
+    )
+    if not is_dense:
+      return depthwise(x, kernel)
+    return differentiable(depthwise, by_shifts, by_sum)(x, kernel)
   if height == width == 1:
     return choose(x, kernel, cpu=by_product, default=by_xla)
   is_small = 0 < min(rows, columns) < max(height, width)
@@ -175,9 +208,7 @@ def _convolve(
   fixed = isinstance(x.shape[0], int)
   if feature_group_count > 1 or not fixed or x.shape[0] <= _FEW:
     return by_xla(x, kernel)
-  function = jax.custom_jvp(by_xla)
-  function.defjvp(tangent, symbolic_zeros=True)
-  return function(x, kernel)
+  return differentiable(by_xla, by_xla, by_parts)(x, kernel)
 
 
 def conv(
