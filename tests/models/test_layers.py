@@ -411,6 +411,73 @@ def test_gradients_that_are_made(examples, size, platform, of_kernel):
   assert count(1) == 1 + of_kernel  # of the first layer
 
 
+@pytest.mark.parametrize(
+  ("strides", "padding"), [(1, 0), (1, 2), (1, 3), (2, 1)]
+)
+def test_depthwise_tangents_and_gradients(strides, padding, branch):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, 7, 7, 3), np.float32)
+  kernel = rng.standard_normal((3, 3, 1, 3), np.float32)
+  directions = (np.ones_like(x), rng.standard_normal(kernel.shape, np.float32))
+  options = {
+    "dimension_numbers": OPTIONS["dimension_numbers"],
+    "feature_group_count": 3,
+  }
+
+  def run(convolve):
+    def function(x, kernel):
+      pad = 2 * ((padding, padding),)
+      return convolve(x, kernel, 2 * (strides,), pad, **options)
+
+    def loss(x, kernel):
+      return jnp.sum(jnp.sin(function(x, kernel)))
+
+    tangent = jax.jvp(function, (x, kernel), directions)
+    # Several trials are trained at once by `vmap`.
+    twice = jax.vmap(jax.grad(loss, argnums=(0, 1)))(
+      np.stack([x, -x]), np.stack([kernel, kernel])
+    )
+    return jax.tree.leaves((tangent, twice))
+
+  for got, expected in zip(
+    run(layers._convolve), run(jax.lax.conv_general_dilated), strict=True
+  ):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def _lowered_gradient(argnums, kernel_shape, groups):
+  """The text, for a CPU, of a convolution's gradient on maps of 8x8x6."""
+  options = OPTIONS | {
+    "feature_group_count": groups,
+    "padding": 2 * ((kernel_shape[0] // 2,) * 2,),
+  }
+
+  def loss(x, kernel):
+    return jnp.sum(jnp.sin(layers._convolve(x, kernel, **options)))
+
+  traced = jax.jit(jax.grad(loss, argnums)).trace(
+    jnp.zeros((16, 8, 8, 6)), jnp.zeros(kernel_shape)
+  )
+  return traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_depthwise_input_gradient_is_a_sum_of_windows():
+  """And not of nine padded maps."""
+  text = _lowered_gradient(0, (3, 3, 1, 6), 6)
+  amounts = re.findall(r"pad .*low = \[(.*)\], high = \[(.*)\], inter", text)
+  # A negative amount cuts a window out.
+  windows = [low for low, high in amounts if "-" in low + high]
+  # With one padded map forward and one in the gradient.
+  assert (len(windows), len(amounts)) == (9, 11)
+
+
+def test_a_1x1_kernel_gradient_is_a_product_of_rows():
+  """Of one axis of 1,024; of three, XLA would turn the maps over."""
+  text = _lowered_gradient(1, (1, 1, 6, 6), 1)
+  assert "contracting_dims = [0] x [0]" in text
+  assert "contracting_dims = [0, 1, 2]" not in text
+
+
 def test_depthwise_sums_of_bfloat16_lose_nothing():
   x = jnp.ones((1, 3, 3, 2), jnp.bfloat16)
   kernel = jnp.full((3, 3, 1, 2), 2.0**-9, jnp.bfloat16).at[0, 0].set(1.0)
