@@ -475,7 +475,7 @@ def max_pool(
   """Maximum over square windows; padded pixels never win.
 
   The gradient goes to the first of equal pixels, as in PyTorch. XLA's for the
-  CPU is 5 to 30 times as slow as the one by shifted maps (docs/speed.md).
+  CPU takes 5 to 40 times as long as the one by shifted maps (docs/speed.md).
   """
   pad: Sequence[tuple[int, int]] = ((padding, padding), (padding, padding))
   size, steps = (window, window), (strides, strides)
