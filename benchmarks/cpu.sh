@@ -2,8 +2,8 @@
 # Measures the CPU cells of docs/speed.md's table, on a machine that does
 # nothing else: on 2 cores batch 64 takes 34 to 48 minutes, batch 256 takes 63,
 # large images 50. Needs this repository, PyTorch, JAX and Flax with Optax, and up
-# to 9 GB of memory at batch 64, 14 for large images; SemCKD of those takes more
-# than 23, and is killed where there is no more.
+# to 9 GB of memory at batch 64, 14 for large images; SemCKD of those was killed
+# on a machine of 23.
 #
 #   benchmarks/cpu.sh            all files, one after the other
 #   benchmarks/cpu.sh students   one of them

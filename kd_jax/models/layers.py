@@ -139,8 +139,8 @@ def _convolve(
     found = jnp.concatenate(windows(x), -1)
     if feature_group_count == 1:
       # Of rows, or the CPU turns the maps over for the kernel's gradient.
-      rows = found.reshape(-1, found.shape[-1])
-      y = jnp.dot(rows, kernel.reshape(-1, outputs))
+      flat = found.reshape(-1, found.shape[-1])
+      y = jnp.dot(flat, kernel.reshape(-1, outputs))
       return y.reshape(*found.shape[:-1], outputs)
     found = found.reshape(*found.shape[:-1], feature_group_count, inputs)
     kernel = kernel.reshape(inputs, feature_group_count, -1)
@@ -171,36 +171,37 @@ def _convolve(
     y = functools.reduce(jnp.add, shifted)
     return y[:, top : top + rows, left : left + columns].astype(x.dtype)
 
+  def on_cpus(function):
+    return functools.partial(
+      jax.lax.platform_dependent, cpu=function, default=by_xla
+    )
+
   def differentiable(function, of_input, of_kernel):
-    """`function`, whose tangents, and by transposing gradients, are of two."""
+    """`function` with these tangents, which transposed are its gradients."""
 
     def tangent(primals, tangents):
       (x, kernel), (dx, dkernel) = primals, tangents
       terms = []
       if not isinstance(dx, SymbolicZero):
-        terms.append(choose(dx, kernel, cpu=of_input, default=by_xla))
+        terms.append(of_input(dx, kernel))
       if not isinstance(dkernel, SymbolicZero):
-        terms.append(choose(x, dkernel, cpu=of_kernel, default=by_xla))
+        terms.append(of_kernel(x, dkernel))
       return function(x, kernel), functools.reduce(jnp.add, terms)
 
     found = jax.custom_jvp(function)
     found.defjvp(tangent, symbolic_zeros=True)
     return found
 
-  choose = jax.lax.platform_dependent
   if inputs == 1 and feature_group_count == outputs > 1:
-
-    def depthwise(x, kernel):
-      return choose(x, kernel, cpu=by_sum, default=by_xla)
-
+    depthwise = on_cpus(by_sum)
     is_dense = tuple(strides) == (1, 1) and all(
       max(pad) < n for pad, n in zip(padding, (height, width))
     )
     if not is_dense:
       return depthwise(x, kernel)
-    return differentiable(depthwise, by_shifts, by_sum)(x, kernel)
+    return differentiable(depthwise, on_cpus(by_shifts), depthwise)(x, kernel)
   if height == width == 1:
-    return choose(x, kernel, cpu=by_product, default=by_xla)
+    return on_cpus(by_product)(x, kernel)
   is_small = 0 < min(rows, columns) < max(height, width)
   if is_small and feature_group_count == 1:
     return by_product(x, kernel)
@@ -208,7 +209,7 @@ def _convolve(
   fixed = isinstance(x.shape[0], int)
   if feature_group_count > 1 or not fixed or x.shape[0] <= _FEW:
     return by_xla(x, kernel)
-  return differentiable(by_xla, by_xla, by_parts)(x, kernel)
+  return differentiable(by_xla, by_xla, on_cpus(by_parts))(x, kernel)
 
 
 def conv(
@@ -475,7 +476,7 @@ def max_pool(
   """Maximum over square windows; padded pixels never win.
 
   The gradient goes to the first of equal pixels, as in PyTorch. XLA's for the
-  CPU takes 5 to 40 times as long as the one by shifted maps (docs/speed.md).
+  CPU takes 5 to 50 times as long as the one by shifted maps (docs/speed.md).
   """
   pad: Sequence[tuple[int, int]] = ((padding, padding), (padding, padding))
   size, steps = (window, window), (strides, strides)
