@@ -118,7 +118,9 @@ def _kind(
   if _COLLECTIVES.match(opcode):
     return "collective"
   called = re.search(r"calls=%?([\w.-]+)", line)
-  for inner, text in [(opcode, line), *inside[called[1] if called else ""]]:
+  parts = [(opcode, line), *inside[called[1] if called else ""]]
+  # A fusion of many convolutions may hold a product as well, and first.
+  for inner, text in sorted(parts, key=lambda part: part[0] != "convolution"):
     if inner == "convolution":
       return _kind_of_convolution(text, _operation(line) or _operation(text))
     if inner == "dot":

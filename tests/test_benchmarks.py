@@ -927,6 +927,13 @@ window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
 metadata={op_name="jit(f)/jvp(Net)/conv_general_dilated"}
 }
 
+%stage.1 (a: f32[2,8,8,3], b: f32[3,3,3,4]) -> f32[2,4] {
+  %dot.0 = f32[2,8,8,3]{3,2,1,0} dot(%a, %c), lhs_contracting_dims={3}
+  %conv.5 = f32[2,8,8,4]{3,2,1,0} convolution(%dot.0, %b), \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f, \
+metadata={op_name="jit(f)/Net/conv_general_dilated"}
+}
+
 %gemm.1 (a: f32[2,3]) -> f32[2,4] {
   %a.1 = f32[2,3]{1,0} parameter(0)
   ROOT %call.9 = f32[2,4]{1,0} custom-call(%a.1), \
@@ -953,6 +960,7 @@ custom_call_target="__cudnn$convForward"
 custom_call_target="__cudnn$convBackwardFilter"
   %cudnn.3 = (f32[2,8,8,4]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), \
 custom_call_target="__cudnn$convBackwardInput"
+  %ynn.2 = f32[2,4]{1,0} fusion(%x, %w), kind=kCustom, calls=%stage.1
   %triton.1 = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%gemm.1
   %dot.1 = f32[2,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}
   %psum.1 = f32[4]{0} all-reduce(%a), channel_id=1, to_apply=%sum
@@ -971,6 +979,7 @@ KINDS_OF_PROGRAM = {
   "cudnn.1": "convolution",
   "cudnn.2": "kernel gradient",
   "cudnn.3": "input gradient",
+  "ynn.2": "convolution",
   "triton.1": "matrix product",
   "dot.1": "matrix product",
   "psum.1": "collective",
