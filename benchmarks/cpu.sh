@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the CPU cells of docs/speed.md's table, on a machine that does
-# nothing else: on 2 cores batch 64 takes 34 to 48 minutes, batch 256 takes 63,
+# nothing else: on 2 cores batch 64 takes 34 to 48 minutes, batch 256 takes 68,
 # large images 50. Needs this repository, PyTorch, JAX and Flax with Optax, and up
 # to 9 GB of memory at batch 64, 14 for large images; SemCKD of those was killed
 # on a machine of 23.
