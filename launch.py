@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 REPO = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(REPO))
 
-from kd_jax import environment
+from kd_jax.distributed import cpu_environment
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -68,9 +68,9 @@ def parse(argv: list[str]) -> list[str]:
     if _CONFIG.value is None:
       raise ValueError("name a config, as in --config configs/quickstart.py")
     _ = _CONFIG.value.grid  # a file that cannot be read is an error only now
-    from kd_jax import processes
+    from kd_jax.distributed import launcher
 
-    processes.check_flags(
+    launcher.check_flags(
       coordinator_address=_COORDINATOR_ADDRESS.value,
       num_processes=_NUM_PROCESSES.value,
       process_id=_PROCESS_ID.value,
@@ -124,10 +124,10 @@ def _no_such_field(error: BaseException, argv: list[str]) -> str:
 def main(argv: list[str]) -> None:
   """Runs the config, in as many processes as there are to be."""
   del argv
-  from kd_jax import processes
+  from kd_jax.distributed import signals
 
   # While a run trains, it watches the signals itself, to save first.
-  with processes.ended_by_signals(EXIT_STOPPED):
+  with signals.ended_by_signals(EXIT_STOPPED):
     _start_processes()
     try:
       _run()
@@ -137,13 +137,13 @@ def main(argv: list[str]) -> None:
 
 def _start_processes() -> None:
   """Joins the other processes; or starts them, and exits as they do."""
-  from kd_jax import processes
+  from kd_jax.distributed import launcher, processes
 
   try:
     if _LOCAL_PROCESSES.value is not None:
       flag = "local_processes"
       command = [sys.executable, *_without(flag, [__file__, *sys.argv[1:]])]
-      sys.exit(processes.start_local(_LOCAL_PROCESSES.value, command))
+      sys.exit(launcher.start_local(_LOCAL_PROCESSES.value, command))
     processes.initialize(
       coordinator_address=_COORDINATOR_ADDRESS.value,
       num_processes=_NUM_PROCESSES.value,
@@ -169,10 +169,10 @@ def _without(flag: str, argv: list[str]) -> list[str]:
 
 
 def _run() -> None:
-  from kd_jax import grid, setup, train
+  from kd_jax.runs import grid, logs, train
 
   _split_cpu(grid.cells(_CONFIG.value).values())
-  setup.configure_logging()
+  logs.configure_logging()
   path, _, arg = flags.FLAGS["config"].config_filename.partition(":")
   name = "_".join(filter(None, [pathlib.Path(path).stem, arg]))
   workdir = _WORKDIR.value or str(pathlib.Path("runs") / name)
@@ -185,12 +185,12 @@ def _split_cpu(cells: Iterable[ConfigDict]) -> None:
   """Gives every core its share of the batch, where that changes no result."""
   import jax
 
-  from kd_jax import parallel
+  from kd_jax.distributed import devices
 
   cells = list(cells)
   alone = not jax.distributed.is_initialized()
   if alone and all(cell.sync_batch_stats for cell in cells):
-    parallel.split_cpu(
+    devices.split_cpu(
       *(cell.batch_size // max(cell.accumulate_steps, 1) for cell in cells)
     )
 
@@ -199,21 +199,22 @@ def _fail(error: Exception) -> NoReturn:
   """Says what has ended the run, and exits; a fault keeps its traceback."""
   import jax
 
-  from kd_jax import grid, processes, train
+  from kd_jax.distributed import processes
+  from kd_jax.runs import errors, grid
 
-  agreed = (*train.AGREED, grid.CellsFailedError)
+  agreed = (*errors.AGREED, grid.CellsFailedError)
   several = jax.process_count() > 1
   # How XLA's and gloo's errors begin, of whatever class they are.
   lost = several and re.match(r"[A-Z_]{5,}: ", str(error)) is not None
   code = EXIT_FAILED
-  if isinstance(error, train.PreemptedError):
+  if isinstance(error, errors.PreemptedError):
     # Without room it would be stopped like this again and again.
-    unsaved = isinstance(error, train.UnsavedStopError)
+    unsaved = isinstance(error, errors.UnsavedStopError)
     code = EXIT_FAILED if unsaved else EXIT_STOPPED
   elif isinstance(error, (ValueError, ImportError)) and not lost:
     code = EXIT_BAD_INPUT
   kind = f"{type(error).__name__}: "
-  stopped = isinstance(error, (train.PreemptedError, processes.RefusedError))
+  stopped = isinstance(error, (errors.PreemptedError, processes.RefusedError))
   text = f"{'' if stopped else kind}{error}"
   if not several:
     if code == EXIT_FAILED and not isinstance(error, agreed):
@@ -238,5 +239,5 @@ def _fail(error: Exception) -> NoReturn:
 
 
 if __name__ == "__main__":
-  environment.restart_prepared()
+  cpu_environment.restart_prepared()
   app.run(main, flags_parser=parse)

@@ -82,9 +82,9 @@ def side_module(cell: Cell) -> Any:
     # Before JAX first looks at its devices.
     jax.config.update("jax_num_cpu_devices", cell.devices)
   elif not cell.devices:
-    from kd_jax import parallel
+    from kd_jax.distributed import devices as devices_lib
 
-    parallel.split_cpu(cell.work.batch)
+    devices_lib.split_cpu(cell.work.batch)
   return jax_side
 
 

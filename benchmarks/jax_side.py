@@ -11,17 +11,15 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import work as work_lib
-from kd_jax import (
-  data,
-  distillers,
-  models,
-  optim,
-  parallel,
-  state,
-  train_step,
-)
+from kd_jax import data, distillers, models
 from kd_jax.data import augment
-from kd_jax.interop import fold, pytorch
+from kd_jax.distributed import collectives
+from kd_jax.distributed import devices as devices_lib
+from kd_jax.interop import pytorch
+from kd_jax.models import fold
+from kd_jax.training import loss as loss_lib
+from kd_jax.training import optim, state
+from kd_jax.training import step as step_lib
 
 
 class Program:
@@ -67,7 +65,7 @@ class Program:
         f" epoch, got {self.steps}"
       )
     source = work.source
-    self._devices = parallel.make_devices(num_devices=devices)
+    self._devices = devices_lib.make_devices(num_devices=devices)
     self._pipeline = data.create(
       "device", source, batch_size=work.batch, seed=work_lib.SEED
     )
@@ -92,8 +90,8 @@ class Program:
     arguments = self._arguments(None)
     student_params, student_rest = state.split_params(variables["student"])
     params, rest = state.split_params(distilled)
-    mask = train_step.reached_parameters(
-      train_step.make_loss_fn(axis_name=None, **arguments),
+    mask = optim.reached_parameters(
+      loss_lib.make_loss_fn(axis_name=None, **arguments),
       {"student": student_params, "distiller": params},
       {"student": student_rest, "distiller": rest},
       teacher_variables,
@@ -124,15 +122,15 @@ class Program:
       )
     self._teacher_variables = place(teacher_variables)
     self._resident = place(self._pipeline.resident)
-    self._alone = train_step.make_train_step(optimizer=optimizer, **arguments)
-    arguments = self._arguments(parallel.AXIS)
+    self._alone = step_lib.make_train_step(optimizer=optimizer, **arguments)
+    arguments = self._arguments(collectives.AXIS)
     if trials > 1:
       arguments["seed"] = range(work_lib.SEED, work_lib.SEED + trials)
       optimizer = optim.for_each(optimizer)
-    step = train_step.make_train_step(
-      optimizer=optimizer, axis_name=parallel.AXIS, **arguments
+    step = step_lib.make_train_step(
+      optimizer=optimizer, axis_name=collectives.AXIS, **arguments
     )
-    chunk = train_step.make_train_chunk(step, self._pipeline.load)
+    chunk = step_lib.make_train_chunk(step, self._pipeline.load)
     self._chunk = self._devices.map_chunk(chunk, donate=True)
     self.host_seconds, self.dispatches = 0.0, 0
 
@@ -235,7 +233,7 @@ class TeacherForward:
     """Builds it; nothing is compiled yet. See `Program`."""
     network = models.create(work.teacher, work.classes, dtype=jnp.dtype(dtype))
     self.steps, self.host_seconds, self.dispatches = 1, 0.0, 0
-    placed = parallel.make_devices(num_devices=devices)
+    placed = devices_lib.make_devices(num_devices=devices)
     source = work.source
     variables = pytorch.from_state_dict(
       work.teacher,
@@ -255,15 +253,15 @@ class TeacherForward:
     @functools.partial(
       jax.shard_map,
       mesh=placed.mesh,
-      in_specs=(P(), P(), P(parallel.AXIS)),
-      out_specs=P(parallel.AXIS),
+      in_specs=(P(), P(), P(collectives.AXIS)),
+      out_specs=P(collectives.AXIS),
     )
     def forward(variables, resident, index):
       batch = self._pipeline.load(resident, {"index": index})
       images = augment.normalize(
         batch["image"], source.mean, source.std, jnp.dtype(dtype)
       )
-      output, _ = train_step.run_teacher(network, variables, images)
+      output, _ = loss_lib.run_teacher(network, variables, images)
       return output.logits, output.features["last"]
 
     self._forward = forward

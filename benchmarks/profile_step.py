@@ -31,7 +31,8 @@ import jax
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.step import make_work
-from kd_jax import environment, parallel
+from kd_jax.distributed import cpu_environment
+from kd_jax.distributed import devices as devices_lib
 
 KINDS = (
   *("convolution", "input gradient", "kernel gradient", "matrix product"),
@@ -313,7 +314,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
   """Measures, prints and writes."""
   args = parse(arguments)
-  parallel.split_cpu(args.batch)
+  devices_lib.split_cpu(args.batch)
   result = measure.head()
   work = make_work(args.pair, args.method, args.batch, args)
   result["hardware"]["device"] = jax.devices()[0].device_kind
@@ -333,5 +334,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  environment.restart_prepared()
+  cpu_environment.restart_prepared()
   main()

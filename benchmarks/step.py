@@ -44,7 +44,7 @@ from typing import IO, Any
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.cell import READY, SIDES, WARM, Cell
-from kd_jax import environment
+from kd_jax.distributed import cpu_environment
 
 NOT_RUN = "not run"
 
@@ -191,7 +191,7 @@ def _started(
 def _start(
   cell: Cell, seconds: float
 ) -> contextlib.AbstractContextManager[_Process]:
-  variables = environment.prepared(os.environ)
+  variables = cpu_environment.prepared(os.environ)
   if cell.side in ("eager", "compiled"):
     variables["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
   fields = {**cell.key, "weights": cell.weights}

@@ -23,7 +23,8 @@ import jax
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.step import make_work
-from kd_jax import environment, parallel
+from kd_jax.distributed import cpu_environment
+from kd_jax.distributed import devices as devices_lib
 
 
 def compare(
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   add("--weights", default="runs/benchmarks/weights")
   add("--out", default="runs/benchmarks/trials.json")
   args = parser.parse_args(arguments)
-  parallel.split_cpu(args.batch)
+  devices_lib.split_cpu(args.batch)
   result = measure.head()
   result["hardware"]["device"] = jax.devices()[0].device_kind
   result["hardware"]["platform"] = jax.default_backend()
@@ -155,5 +156,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  environment.restart_prepared()
+  cpu_environment.restart_prepared()
   main()

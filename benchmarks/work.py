@@ -246,7 +246,7 @@ def _method(work: Work) -> dict[str, np.ndarray]:
       outputs["student"],
       outputs.get("teacher"),
       batch,
-      teacher_classifier=lambda pooled: jnp.zeros((size, work.classes)),
+      teacher_head=lambda pooled: jnp.zeros((size, work.classes)),
       step=jnp.zeros((), jnp.int32),
       train=True,
     )

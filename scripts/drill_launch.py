@@ -23,8 +23,9 @@ def main(argv: list[str]) -> None:
   """Arms what the flags say, and runs launch.py."""
   import jax
 
-  from kd_jax import processes, train
   from kd_jax.data import grain_pipeline
+  from kd_jax.distributed import processes
+  from kd_jax.runs import train
 
   if _DATA_FILE.value is not None:
     next_chunk = grain_pipeline.GrainPipeline.next_chunk

@@ -18,7 +18,8 @@ sys.path.insert(0, str(REPO))
 
 import jax
 
-from kd_jax import processes, setup, train
+from kd_jax.distributed import processes
+from kd_jax.runs import errors, logs, train
 
 TINY = {
   "student.name": "_tiny",
@@ -54,7 +55,7 @@ def main(address: str, count: str, index: str, folder: str, jobs: str) -> None:
       process_id=int(index),
       heartbeat_seconds=10,
     )
-  setup.configure_logging()
+  logs.configure_logging()
   cache = pathlib.Path(folder) / "cache"
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -70,7 +71,7 @@ def main(address: str, count: str, index: str, folder: str, jobs: str) -> None:
     stop_at = step or -1
     try:
       train.train_and_evaluate(make_config(method, changes), f"{folder}/{name}")
-    except train.PreemptedError as stopped:
+    except errors.PreemptedError as stopped:
       print(stopped, flush=True)
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(REPO))
 
 import numpy as np
 
-from kd_jax import checkpoint
+from kd_jax import storage
 
 OPTIONS = (
   "--config.student.name=_tiny",
@@ -231,7 +231,7 @@ def steps_saved(workdir: pathlib.Path) -> list[int]:
 def final_arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
   """Step and arrays of the newest checkpoint, by path."""
   step = steps_saved(workdir)[-1]
-  tree = checkpoint.restore_tree(workdir / "checkpoints" / str(step) / "state")
+  tree = storage.restore_tree(workdir / "checkpoints" / str(step) / "state")
   return step, dict(leaves(tree))
 
 

@@ -111,7 +111,7 @@ def smoke_run(session_folder, fast_compile):
   Each run is made once for all tests, and by one of xdist's workers for all.
   They lie beside each other, so that they share a teacher.
   """
-  from kd_jax import grid, train
+  from kd_jax.runs import grid, train
 
   root = session_folder / "smoke"
   root.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def smoke_run(session_folder, fast_compile):
 def write():
   """write(folder, top1, **more): a finished run that nobody has trained."""
   from configs import kd_cifar, teacher_cifar
-  from kd_jax import record
+  from kd_jax.runs import identity
 
   def make(folder, top1, *, age=0, evals=2, changes=None, **fields):
     """A run of that many evaluations, `age` seconds old.
@@ -159,7 +159,7 @@ def write():
     }
     module = teacher_cifar if result["method"] == "none" else kd_cifar
     config = {
-      **record.as_json(module.get_config()),
+      **identity.as_json(module.get_config()),
       "student": {"name": result["student"]},
       "seed": result["seed"],
       **(changes or {}),

@@ -8,7 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from kd_jax import distillers, grid, models, published, record, train
+from kd_jax import distillers, models, storage
+from kd_jax.reporting import published
+from kd_jax.runs import grid, identity, train
+from kd_jax.runs import workdir as workdir_lib
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
@@ -38,7 +41,7 @@ def fields(config: ConfigDict) -> dict[str, str]:
     else config[name.rpartition(".")[0]]
     .get_type(name.rpartition(".")[2])
     .__name__
-    for name in record.flatten(config.to_dict())
+    for name in storage.flatten(config.to_dict())
     if not name.startswith(FREE_FORM)
   }
 
@@ -157,7 +160,7 @@ def test_table_is_the_published_one():
   assert len(made) == 3 * 3 * 13
   values = {}
   for name, cell in list(made.items())[: 3 * 13]:
-    found = published.find(record.as_json(cell))
+    found = published.find(identity.as_json(cell))
     values[name] = [v.top1 for v in found if v.source == "SimKD"]
   assert [name for name, v in values.items() if not v] == [
     f"{student}_reviewkd" for student in ("resnet8x4", "shufflev2", "vgg8")
@@ -173,7 +176,7 @@ def test_table_with_the_weights_of_repdistiller():
   values = {
     name: [v.top1 for v in found if v.source == "RepDistiller"]
     for name, cell in made.items()
-    if (found := published.find(record.as_json(cell)))
+    if (found := published.find(identity.as_json(cell)))
   }
   columns = ("kd", "fitnet", "at", "sp", "vid", "crd", "alone")
   row = [values[f"resnet8x4_{name}"] for name in columns]
@@ -245,11 +248,11 @@ def values_of(name="kd_cifar", **changes):
   with config.unlocked():
     for field, value in changes.items():
       config.update_from_flattened_dict({field: value})
-  return [v.top1 for v in published.find(record.as_json(config))]
+  return [v.top1 for v in published.find(identity.as_json(config))]
 
 
 def test_what_a_published_value_depends_on_is_known_of_every_field():
-  every = record.identity(load("kd_cifar")).keys() | {"data.seed"}
+  every = identity.config_fingerprint(load("kd_cifar")).keys() | {"data.seed"}
   assert every == OTHER_RECIPES.keys() | SAME_RECIPE.keys() | NO_RECIPE
 
 
@@ -301,10 +304,10 @@ def test_a_mobile_student_has_its_own_rate():
 def test_a_row_without_values_is_of_one_recipe(change):
   row = published.Row("SimKD", "resnet32x4", "reviewkd")
   config = load("reviewkd_cifar")
-  assert row.has(record.as_json(config))
+  assert row.has(identity.as_json(config))
   config.unlock()
   config.update_from_flattened_dict(change)
-  assert not row.has(record.as_json(config))
+  assert not row.has(identity.as_json(config))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -342,7 +345,7 @@ def test_smoke_runs(name, smoke_run):
     workdirs, deltas = {name: workdir}, {name: {}}
   for cell, folder in workdirs.items():
     method = {**config.to_dict(), **deltas[cell]}["distiller"]["name"]
-    result = record.result(folder)
+    result = workdir_lib.result(folder)
     assert result["method"] == method
     assert result["student"] == "resnet8"
     assert result["steps"] == config.epochs * (64 // config.batch_size)
@@ -367,6 +370,8 @@ def test_one_teacher_serves_the_runs_beside_each_other(names, smoke_run):
     folders = [parent / cell for cell in ("kd", "simkd")]
   else:
     parent = folders[0].parent
-  used = {record.result(folder)["teacher"]["checkpoint"] for folder in folders}
+  used = {
+    workdir_lib.result(folder)["teacher"]["checkpoint"] for folder in folders
+  }
   made = {str(folder) for folder in (parent / "teachers").iterdir()}
   assert len(used) == 1 and used <= made

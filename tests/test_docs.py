@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_jax import convert, export, models
-from kd_jax.interop import files, pytorch
+from kd_jax import models
+from kd_jax.interop import card as card_lib
+from kd_jax.interop import conversion, files, formats, opening, pytorch, store
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 MODELS = (REPO / "docs" / "models.md").read_text(encoding="utf-8")
@@ -73,8 +74,8 @@ def classes(model, pictures):
 
 
 def test_programs(smoke_run, tmp_path, pictures):
-  model = export.load(smoke_run("simkd_cifar"))
-  export.save(model, tmp_path / "student.stablehlo")
+  model = store.load(smoke_run("simkd_cifar"))
+  formats.save(model, tmp_path / "student.stablehlo")
   printed = run("predict.py", "student.stablehlo", *pictures, folder=tmp_path)
   assert printed == classes(model, pictures)
 
@@ -82,7 +83,7 @@ def test_programs(smoke_run, tmp_path, pictures):
 def test_arrays(smoke_run, tmp_path):
   folder = smoke_run("simkd_cifar") / "export"
   shutil.copytree(folder, tmp_path / "export")
-  card = export.read_card(folder)
+  card = card_lib.read_card(folder)
   printed = run("arrays.py", "export", folder=tmp_path)
   mean = card["normalization"]["mean"]
   assert printed == f"resnet8 {card['parameters']} {mean}\n"
@@ -103,8 +104,8 @@ def test_state_dicts(tmp_path, pictures):
   files.write(tmp_path / "theirs.npz", {"model": tensors})
   for path in pictures:
     Image.open(path).resize((32, 32)).save(path)
-  convert.convert(tmp_path / "theirs.npz", tmp_path / "vgg8.pth")
-  model = convert.open_model(tmp_path / "vgg8.pth")
+  conversion.convert(tmp_path / "theirs.npz", tmp_path / "vgg8.pth")
+  model = opening.open_model(tmp_path / "vgg8.pth")
   assert model.card["normalization"]["mean"] == [0.5071, 0.4867, 0.4408]
   printed = run("torch_predict.py", "vgg8.pth", *pictures, folder=tmp_path)
   assert printed == classes(model, pictures)

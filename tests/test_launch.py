@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from kd_jax import claims, grid, processes, train
+from kd_jax.distributed import claims, launcher, processes
+from kd_jax.runs import errors, grid, train
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 KD = f"{REPO}/configs/kd_cifar.py"
@@ -373,7 +374,7 @@ def test_unfinished_run_is_no_teacher(
   assert launch(*teacher_arguments(unfinished)) == 2
   error = capsys.readouterr().err
   assert f"{unfinished} holds a run that is not finished. Finish it" in error
-  assert f"python -m kd_jax.export --workdir {unfinished} --to DIR" in error
+  assert f"python -m kd_jax export --workdir {unfinished} --to DIR" in error
 
 
 def test_folder_of_nothing_is_no_teacher(
@@ -449,7 +450,7 @@ def test_a_grid_goes_to_the_grid(launch, monkeypatch):
 
 def test_a_stopped_run_may_be_requeued(launch, monkeypatch, capsys):
   def stop(*_):
-    raise train.PreemptedError("stopped by SIGTERM at step 3")
+    raise errors.PreemptedError("stopped by SIGTERM at step 3")
 
   monkeypatch.setattr(train, "train_and_evaluate", stop)
   assert launch(*SMOKE) == 75
@@ -458,7 +459,7 @@ def test_a_stopped_run_may_be_requeued(launch, monkeypatch, capsys):
 
 def test_a_run_that_could_not_save_may_not(launch, monkeypatch, capsys):
   def stop(*_):
-    raise train.UnsavedStopError("stopped, which could not be saved")
+    raise errors.UnsavedStopError("stopped, which could not be saved")
 
   monkeypatch.setattr(train, "train_and_evaluate", stop)
   assert launch(*SMOKE) == 1
@@ -484,9 +485,7 @@ def test_stopped_while_another_trains_the_teacher(
 
 def test_local_processes_get_the_other_flags(launch, monkeypatch):
   calls = []
-  monkeypatch.setattr(
-    processes, "start_local", lambda *a: calls.append(a) or 75
-  )
+  monkeypatch.setattr(launcher, "start_local", lambda *a: calls.append(a) or 75)
   assert launch(*SMOKE, "--local_processes", "2", "--workdir=x") == 75
   ((count, command),) = calls
   assert count == 2

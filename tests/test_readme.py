@@ -65,13 +65,13 @@ def test_commands_sees_every_form():
         --config.x=1
 ```bash
 pip install x && python launch.py --config b.py  # a comment
-python -m kd_jax.predict --model c
+python -m kd_jax predict --model c
 echo python launch.py
 ```
 """
   assert set(commands(text)) == {
     "python launch.py --config b.py",
-    "python -m kd_jax.predict --model c",
+    "python -m kd_jax predict --model c",
     "python launch.py --config a.py --config.x=1",
   }
 
@@ -125,8 +125,8 @@ def test_command_parses(command, parse_launch, monkeypatch, capsys):
       "python launch.py --config configs/kd_cifar.py --config.sed=1",
       'Did you mean "seed"',
     ),
-    ("python -m kd_jax.predict --modle x y", "required: --model"),
-    ("python -m kd_jax.export --workdir a --to b --x c", "unrecognized"),
+    ("python -m kd_jax predict --modle x y", "required: --model"),
+    ("python -m kd_jax export --workdir a --to b --x c", "unrecognized"),
   ],
 )
 def test_wrong_commands_would_be_seen(

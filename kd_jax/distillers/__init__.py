@@ -10,10 +10,10 @@ from kd_jax.distillers.base import Distiller, DistillOutput, weighted_sum
 from kd_jax.distillers.crd import CRD
 from kd_jax.distillers.fitnet import FitNet
 from kd_jax.distillers.kd import KD
+from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.semckd import SemCKD
-from kd_jax.distillers.several import SeveralTeachers
 from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
 from kd_jax.distillers.srrl import SRRL
@@ -24,7 +24,7 @@ __all__ = [
   "DistillOutput",
   "Distiller",
   "create",
-  "create_for_several",
+  "create_for_teachers",
   "names",
   "weighted_sum",
 ]
@@ -87,9 +87,9 @@ def create(name: str, **fields: Any) -> Distiller:
   return cls(**fields)
 
 
-def create_for_several(
+def create_for_teachers(
   name: str, weights: Sequence[float], **fields: Any
-) -> SeveralTeachers:
+) -> MultiTeacher:
   """Makes the distiller of a method with several teachers.
 
   Args:
@@ -104,14 +104,14 @@ def create_for_several(
     ValueError: see `create`; or if the method is one for a single teacher.
   """
   members = tuple(create(name, **fields) for _ in weights)
-  if not members[0].takes_several_teachers:
-    able = [n for n, cls in DISTILLERS.items() if cls.takes_several_teachers]
+  if not members[0].takes_many_teachers:
+    able = [n for n, cls in DISTILLERS.items() if cls.takes_many_teachers]
     raise ValueError(
       f"{name} learns from one teacher, got {len(weights)}: what it compares"
       " has no meaning as a mean over teachers. The methods that take several"
       f" are: {', '.join(able)}"
     )
   total = sum(weights)
-  return SeveralTeachers(
+  return MultiTeacher(
     members=members, weights=tuple(weight / total for weight in weights)
   )

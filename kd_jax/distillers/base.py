@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import losses
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 Batch = Mapping[str, jax.Array]
 Classifier = Callable[[jax.Array], jax.Array]
@@ -52,7 +52,7 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
   label_smoothing: float = 0.0
 
   # Whether the mean of the losses over several teachers makes sense.
-  takes_several_teachers: ClassVar[bool] = False
+  takes_many_teachers: ClassVar[bool] = False
   # Arrays of "memory" with a row for every training example. On several
   # devices each may be given its share of the rows; see `crd`.
   memory_rows: ClassVar[tuple[str, ...]] = ()
@@ -77,11 +77,11 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
   @abc.abstractmethod
   def __call__(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     batch: Batch,
     *,
-    teacher_classifier: Classifier,
+    teacher_head: Classifier,
     step: jax.Array | int,
     train: bool,
   ) -> DistillOutput:
@@ -93,7 +93,7 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
       batch: at least `label` [B]; with `index` [B] in training. Where images
         are mixed, `share` (scalar) is that of `label` and the rest is that of
         `mixed_label` [B].
-      teacher_classifier: from a pooled feature [B, C] to the teacher's logits.
+      teacher_head: from a pooled feature [B, C] to the teacher's logits.
       step: number of the step, from 0.
       train: whether running statistics and memories move.
 
@@ -104,7 +104,7 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
     """
 
   def last_map(
-    self, student: ModelOutput, teacher: ModelOutput, *, train: bool = False
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool = False
   ) -> jax.Array:
     """The map whose global average pool the prediction's classifier takes.
 
@@ -126,8 +126,8 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
 
   def logit_losses(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput | None,
+    student: ModelOutputs,
+    teacher: ModelOutputs | None,
     batch: Batch,
   ) -> dict[str, jax.Array]:
     """The terms that need no features: "ce" and, with a teacher, "kd"."""
@@ -151,7 +151,7 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
     return share * own + (1 - share) * of(batch["mixed_label"])
 
 
-def feature(output: ModelOutput, name: str, *, whose: str) -> Any:
+def feature(output: ModelOutputs, name: str, *, whose: str) -> Any:
   """One of a network's features.
 
   Raises:
@@ -165,7 +165,7 @@ def feature(output: ModelOutput, name: str, *, whose: str) -> Any:
   return output.features[name]
 
 
-def stages(output: ModelOutput, *, whose: str) -> list[jax.Array]:
+def stages(output: ModelOutputs, *, whose: str) -> list[jax.Array]:
   """The maps stage1..stageN of a network.
 
   Raises:

@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kd_jax import losses, parallel
+from kd_jax import losses
 from kd_jax.distillers import base, connectors
-from kd_jax.models.layers import ModelOutput
+from kd_jax.distributed import collectives
+from kd_jax.models.layers import ModelOutputs
 
 
 @final
@@ -56,11 +57,11 @@ class CRD(base.Distiller):
   @nn.compact
   def __call__(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_classifier: base.Classifier,
+    teacher_head: base.Classifier,
     step: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
@@ -143,9 +144,9 @@ class CRD(base.Distiller):
     scores_t = self._scores(v_t, bank_s.value, indices, num_examples)
     z_s = self._normalizer("z_s", scores_s, num_examples)
     z_t = self._normalizer("z_t", scores_t, num_examples)
-    index = parallel.axis_gather(batch["index"], self.axis_name)
+    index = collectives.axis_gather(batch["index"], self.axis_name)
     for bank, v in ((bank_s, v_s), (bank_t, v_t)):
-      v = parallel.axis_gather(jax.lax.stop_gradient(v), self.axis_name)
+      v = collectives.axis_gather(jax.lax.stop_gradient(v), self.axis_name)
       bank.value = losses.crd_update(
         bank.value,
         v,
@@ -162,7 +163,7 @@ class CRD(base.Distiller):
     rows = bank.shape[0]
     if rows >= num_examples:
       return 0
-    return rows * parallel.axis_index(self.axis_name)
+    return rows * collectives.axis_index(self.axis_name)
 
   def _scores(
     self, v: jax.Array, bank: jax.Array, indices: jax.Array, num_examples: int
@@ -172,13 +173,13 @@ class CRD(base.Distiller):
         v, bank, indices, temperature=self.nce_temperature
       )
     scores = losses.crd_scores(
-      parallel.axis_gather(v, self.axis_name),
+      collectives.axis_gather(v, self.axis_name),
       bank,
-      parallel.axis_gather(indices, self.axis_name),
+      collectives.axis_gather(indices, self.axis_name),
       temperature=self.nce_temperature,
       first_row=self._first_row(bank, num_examples),
     )
-    return parallel.axis_sum_rows(scores, self.axis_name)
+    return collectives.axis_sum_rows(scores, self.axis_name)
 
   def _normalizer(
     self, name: str, scores: jax.Array, num_examples: int
@@ -186,6 +187,6 @@ class CRD(base.Distiller):
     """The stored Z, or on the first batch that batch's, which is stored."""
     z: nn.Variable[jax.Array] = self.variable("memory", name)
     first = losses.crd_normalizer(jax.lax.stop_gradient(scores), num_examples)
-    first = parallel.axis_mean(first, self.axis_name)
+    first = collectives.axis_mean(first, self.axis_name)
     z.value = jnp.where(z.value > 0, z.value, first)
     return z.value

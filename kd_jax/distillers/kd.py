@@ -5,22 +5,22 @@ from typing import ClassVar, final
 import jax
 
 from kd_jax.distillers import base
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 
 @final
 class KD(base.Distiller):
   """The terms "ce" and "kd" that every method has, and no other."""
 
-  takes_several_teachers: ClassVar[bool] = True
+  takes_many_teachers: ClassVar[bool] = True
 
   def __call__(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_classifier: base.Classifier,
+    teacher_head: base.Classifier,
     step: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:

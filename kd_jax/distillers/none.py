@@ -5,7 +5,7 @@ from typing import final
 import jax
 
 from kd_jax.distillers import base
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 
 @final
@@ -14,11 +14,11 @@ class NoTeacher(base.Distiller):
 
   def __call__(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput | None,
+    student: ModelOutputs,
+    teacher: ModelOutputs | None,
     batch: base.Batch,
     *,
-    teacher_classifier: base.Classifier | None,
+    teacher_head: base.Classifier | None,
     step: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:

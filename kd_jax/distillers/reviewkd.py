@@ -7,7 +7,7 @@ import jax
 
 from kd_jax import losses
 from kd_jax.distillers import base, connectors
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 
 @final
@@ -28,11 +28,11 @@ class ReviewKD(base.Distiller):
   @nn.compact
   def __call__(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_classifier: base.Classifier,
+    teacher_head: base.Classifier,
     step: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:

@@ -6,7 +6,7 @@ import jax
 
 from kd_jax import losses
 from kd_jax.distillers import base, connectors
-from kd_jax.models.layers import ModelOutput, global_average_pool
+from kd_jax.models.layers import ModelOutputs, global_average_pool
 
 
 @final
@@ -27,7 +27,7 @@ class SimKD(base.Distiller):
   factor: int = 2
   student_map: str | None = None
 
-  takes_several_teachers: ClassVar[bool] = True
+  takes_many_teachers: ClassVar[bool] = True
 
   @property
   def predicts_with_teacher_head(self) -> bool:
@@ -40,7 +40,7 @@ class SimKD(base.Distiller):
       final_activation=True, axis_name=self.batch_axis, dtype=self.dtype
     )
 
-  def _student_map(self, student: ModelOutput) -> jax.Array:
+  def _student_map(self, student: ModelOutputs) -> jax.Array:
     if self.student_map is None:
       return base.stages(student, whose="student")[-1]
     return base.feature(student, self.student_map, whose="student")
@@ -60,7 +60,7 @@ class SimKD(base.Distiller):
     return self.projector(map_s, channels // self.factor, channels, train=train)
 
   def last_map(
-    self, student: ModelOutput, teacher: ModelOutput, *, train: bool = False
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool = False
   ) -> jax.Array:
     """See `base.Distiller.last_map`: the projection onto the teacher's map."""
     map_s = self._student_map(student)
@@ -69,11 +69,11 @@ class SimKD(base.Distiller):
 
   def __call__(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_classifier: base.Classifier,
+    teacher_head: base.Classifier,
     step: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
@@ -85,5 +85,5 @@ class SimKD(base.Distiller):
       map_t, (projected.shape[1], projected.shape[2])
     )
     terms["simkd"] = losses.simkd_loss(projected, target)
-    logits = teacher_classifier(global_average_pool(projected))
+    logits = teacher_head(global_average_pool(projected))
     return base.DistillOutput(logits, terms)

@@ -7,23 +7,23 @@ import jax
 
 from kd_jax import losses
 from kd_jax.distillers import base, connectors
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 
 @final
 class SRRL(base.Distiller):
   """Matches the pooled feature, also seen through the teacher's classifier."""
 
-  takes_several_teachers: ClassVar[bool] = True
+  takes_many_teachers: ClassVar[bool] = True
 
   @nn.compact
   def __call__(
     self,
-    student: ModelOutput,
-    teacher: ModelOutput,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_classifier: base.Classifier,
+    teacher_head: base.Classifier,
     step: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
@@ -38,7 +38,5 @@ class SRRL(base.Distiller):
       target.shape[-1],
       train=train,
     )
-    terms["srrl"] = losses.srrl_loss(
-      x, teacher_classifier(x), target, teacher.logits
-    )
+    terms["srrl"] = losses.srrl_loss(x, teacher_head(x), target, teacher.logits)
     return base.DistillOutput(student.logits, terms)

@@ -129,7 +129,7 @@ def network_alone(
     raise ValueError(
       f"{path}: expected a network with a classifier of its own, got a SimKD"
       " student, which predicts through its teacher's. Make one model of both"
-      f" with python -m kd_jax.convert --simkd_student {path} --teacher FILE"
+      f" with python -m kd_jax convert --simkd_student {path} --teacher FILE"
       " --to DIR"
     )
   return weights.tensors
@@ -321,7 +321,7 @@ def _card(content: Mapping[str, Any]) -> dict[str, Any] | None:
   if not isinstance(card, dict):
     raise ValueError(
       f"expected a model card, JSON, under {CARD!r}, got {text[:40]!r}. Write"
-      " the file again with python -m kd_jax.export"
+      " the file again with python -m kd_jax export"
     )
   return card
 

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import models
-from kd_jax.interop import dialects
-from kd_jax.interop.dialects import Path, Rename, module_name
+from kd_jax.interop import naming
+from kd_jax.interop.naming import Path, Rename, module_name
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
@@ -311,7 +311,7 @@ def _template(model_name: str, num_classes: int) -> dict[str, Any]:
 
 
 def tensor_shapes(
-  model_name: str, num_classes: int, dialect: dialects.Dialect
+  model_name: str, num_classes: int, dialect: naming.Dialect
 ) -> dict[str, tuple[int, ...]]:
   """What a model's state dict holds, without the batch counters.
 
@@ -350,7 +350,7 @@ def from_state_dict(
   """
   template = _template(model_name, num_classes)
   tensors = strip_prefixes(state_dict)
-  dialect = dialects.recognise(
+  dialect = naming.recognise(
     model_name, tensors, lambda d: _shapes(template, d.rename, ())
   )
   return variables_from_tensors(
@@ -382,7 +382,7 @@ def to_state_dict(
   bias = variables.get("params", {}).get(head, {}).get("bias")
   # Without a classifier any number will do: it is reported as missing.
   num_classes = 1 if bias is None else bias.shape[0]
-  rename = dialects.of(model_name)[0].rename
+  rename = naming.of(model_name)[0].rename
   _check(
     _shapes(variables, rename, ()),
     _shapes(_template(model_name, num_classes), rename, ()),

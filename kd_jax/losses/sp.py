@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kd_jax import parallel
+from kd_jax.distributed import collectives
 from kd_jax.losses import checks, spatial
 
 
@@ -20,7 +20,7 @@ def similarity_matrix(
     [B, B * devices] float32.
   """
   rows = x.reshape(x.shape[0], -1).astype(jnp.float32)
-  columns = parallel.axis_gather(rows, axis_name)
+  columns = collectives.axis_gather(rows, axis_name)
   # Full precision: methods that normalise or attend to these products amplify
   # the rounding of a TF32 or bfloat16 product.
   return jnp.matmul(rows, columns.T, precision=spatial.HIGHEST)

@@ -22,9 +22,9 @@ from kd_jax.models import (
   wrn,
 )
 from kd_jax.models.base import Classifier
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
-__all__ = ["MODELS", "Classifier", "ModelOutput", "create", "names"]
+__all__ = ["MODELS", "Classifier", "ModelOutputs", "create", "names"]
 
 # For 32x32 images first, then for ImageNet. A leading underscore: for tests,
 # not listed.
@@ -105,7 +105,7 @@ def create(
 
   Returns:
     A linen module: `model.init(key, images, train=False)`,
-    `model.apply(variables, images, train=False) -> ModelOutput`, and
+    `model.apply(variables, images, train=False) -> ModelOutputs`, and
     `model.classify(params, pooled) -> logits`.
 
   Raises:

@@ -42,7 +42,7 @@ class Classifier(nn.Module, abc.ABC):
   @abc.abstractmethod
   def __call__(
     self, images: jax.Array, *, train: bool = False
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """Classifies `images` [B, H, W, 3], float and already normalised.
 
     Args:
@@ -52,7 +52,7 @@ class Classifier(nn.Module, abc.ABC):
         dropout also `rngs={"dropout": key}`.
 
     Returns:
-      Logits [B, num_classes] and the features that `ModelOutput` describes.
+      Logits [B, num_classes] and the features that `ModelOutputs` describes.
 
     Raises:
       ValueError: if the images are not such an array, or too small, or if the
@@ -121,7 +121,7 @@ class Classifier(nn.Module, abc.ABC):
     kernel_init: layers.Initializer = layers.torch_default_init,
     bias_init: layers.Initializer | None = None,
     dropout_rate: float = 0.0,
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """Pools `last` globally and classifies; call it in a compact method.
 
     With a `dropout_rate`, the classifier (and nothing else) sees the pooled
@@ -140,7 +140,7 @@ class Classifier(nn.Module, abc.ABC):
       kernel_init=kernel_init,
       bias_init=bias_init,
     )
-    return layers.ModelOutput(
+    return layers.ModelOutputs(
       logits, {**features, "last": last, "pooled": pooled}
     )
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from kd_jax import parallel
+from kd_jax.distributed import collectives
 
 Initializer = Callable[..., jax.Array]
 
@@ -30,7 +30,7 @@ kaiming_normal_fan_out = nn.initializers.variance_scaling(
 )
 
 
-class ModelOutput(NamedTuple):
+class ModelOutputs(NamedTuple):
   """What every model returns.
 
   Attributes:
@@ -353,7 +353,7 @@ def normalize_batch(
   """
 
   def forward(x, scale, bias):
-    mean, var = parallel.axis_moments(
+    mean, var = collectives.axis_moments(
       *moments(x.astype(jnp.float32)), axis_name
     )
     inverse = jax.lax.rsqrt(var + epsilon)
@@ -363,12 +363,12 @@ def normalize_batch(
   def backward(kept, gradients):
     x, scale, mean, inverse = kept
     g = gradients[0]
-    count = x.size // x.shape[-1] * parallel.axis_size(axis_name)
+    count = x.size // x.shape[-1] * collectives.axis_size(axis_name)
     distance = x.astype(jnp.float32) - mean
     # What each device's loss depends on is the others' batches too, but its
     # own parameters, whose gradients are averaged later.
     mine = channel_sums(g, g * distance)
-    of_bias, of_distance = parallel.axis_sum(mine, axis_name) / count
+    of_bias, of_distance = collectives.axis_sum(mine, axis_name) / count
     slope = jnp.square(inverse) * of_distance
     dx = inverse * scale * (g - of_bias - distance * slope)
     return dx.astype(x.dtype), mine[1] * inverse, mine[0]
@@ -378,7 +378,7 @@ def normalize_batch(
     return forward(x, scale, bias)[0]
 
   normalized.defvjp(forward, backward)
-  return normalized(x, *parallel.vary_like(x, scale, bias))
+  return normalized(x, *collectives.vary_like(x, scale, bias))
 
 
 class BatchNorm(nn.Module):
@@ -428,7 +428,7 @@ class BatchNorm(nn.Module):
       x, scale, bias, epsilon=self.epsilon, axis_name=axis_name
     )
     if not self.is_initializing():
-      n = x.size // x.shape[-1] * parallel.axis_size(axis_name)
+      n = x.size // x.shape[-1] * collectives.axis_size(axis_name)
       unbiased = var * (n / max(n - 1, 1))
       keep = self.momentum
       ra_mean.value = keep * ra_mean.value + (1 - keep) * mean

@@ -48,7 +48,7 @@ class ResNet(base.Classifier):
   @nn.compact
   def __call__(
     self, images: jax.Array, *, train: bool = False
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """See `Classifier`."""
     conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
     norm = self._norm()

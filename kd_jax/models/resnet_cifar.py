@@ -104,7 +104,7 @@ class ResNetCifar(base.Classifier):
   @nn.compact
   def __call__(
     self, images: jax.Array, *, train: bool = False
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """See `Classifier`."""
     if self.depth < 8 or self.depth % 6 != 2:
       raise ValueError(

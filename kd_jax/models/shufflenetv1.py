@@ -86,7 +86,7 @@ class ShuffleNetV1(base.Classifier):
   @nn.compact
   def __call__(
     self, images: jax.Array, *, train: bool = False
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """See `Classifier`."""
     conv, norm = self._conv(), self._norm()
     features = {}

@@ -101,7 +101,7 @@ class ShuffleNetV2(base.Classifier):
   @nn.compact
   def __call__(
     self, images: jax.Array, *, train: bool = False
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """See `Classifier`."""
     conv, norm = self._conv(), self._norm()
     features = {}

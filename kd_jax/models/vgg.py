@@ -33,7 +33,7 @@ class VGG(base.Classifier):
   @nn.compact
   def __call__(
     self, images: jax.Array, *, train: bool = False
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """See `Classifier`."""
     conv = self._conv(
       use_bias=True,

@@ -72,7 +72,7 @@ class WideResNet(base.Classifier):
   @nn.compact
   def __call__(
     self, images: jax.Array, *, train: bool = False
-  ) -> layers.ModelOutput:
+  ) -> layers.ModelOutputs:
     """See `Classifier`."""
     if self.depth < 10 or self.depth % 6 != 4:
       raise ValueError(

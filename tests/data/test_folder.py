@@ -11,7 +11,7 @@ import scipy.io
 from PIL import Image
 
 from kd_jax import data
-from kd_jax.data import folder as folders
+from kd_jax.data import folder
 
 WNIDS = ("n01443537", "n02124075", "n03891332")
 
@@ -456,6 +456,6 @@ def test_a_source_checks_its_labels(root):
     "name": "own",
   }
   with pytest.raises(ValueError, match=r"of own must be int32 \[6\], .*\(5,\)"):
-    folders.FolderSource(labels=source.labels[:5], **fields)
+    folder.FolderSource(labels=source.labels[:5], **fields)
   with pytest.raises(ValueError, match=r"must be in 0\.\.2 .*got 3"):
-    folders.FolderSource(labels=source.labels + np.int32(1), **fields)
+    folder.FolderSource(labels=source.labels + np.int32(1), **fields)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kd_jax import data
-from kd_jax.data import images as decoding
+from kd_jax.data import images as images_lib
 
 
 def prepare_imagenet(tfds, folder, images, labels, split="validation"):
@@ -97,8 +97,8 @@ def test_tfds_imagenet_streams_and_trains(imagenet, tmp_path):
   source = load_imagenet(tmp_path, on_bad_image="error")
   (got,) = data.eval_stream(source, 8)
   assert got["label"].tolist() == [*labels, 0]
-  expected = decoding.evaluate_crop(
-    decoding.decode(images[2], "x"), size=4, resize=5
+  expected = images_lib.evaluate_crop(
+    images_lib.decode(images[2], "x"), size=4, resize=5
   )
   np.testing.assert_array_equal(got["image"][2], expected)
   pipeline = data.create("grain", source, batch_size=7, seed=0)
@@ -146,7 +146,7 @@ def test_damaged_imagenet_records_are_reported(imagenet, tmp_path):
   path.write_bytes(whole[: len(whole) // 2])
   source = load_imagenet(tmp_path)
   with pytest.raises(
-    decoding.BadImageError,
+    images_lib.BadImageError,
     match=r"record 6 of tfds:imagenet2012 \(validation\): .*cannot be read",
   ):
     source.read_bytes(6)

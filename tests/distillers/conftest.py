@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kd_jax import distillers
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 # Per method: a pattern of our parameter's module path -> the module's name in
 # the reference toolboxes, relative to the method's own prefix.
@@ -156,7 +156,7 @@ def tiny_output(seed, *, batch=8, classes=5, widths=(6, 12), sizes=(8, 4)):
   pooled = np.asarray(features["last"]).mean((1, 2))
   features["pooled"] = jnp.asarray(pooled)
   logits = rng.standard_normal((batch, classes)).astype(np.float32)
-  return ModelOutput(jnp.asarray(logits), features)
+  return ModelOutputs(jnp.asarray(logits), features)
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +193,7 @@ class Tiny:
       student,
       teacher,
       batch,
-      teacher_classifier=self.classifier,
+      teacher_head=self.classifier,
       step=0,
       train=True,
     )
@@ -258,7 +258,7 @@ class Tiny:
         student,
         teacher,
         batch,
-        teacher_classifier=self.classifier,
+        teacher_head=self.classifier,
         step=0,
         train=train,
         rngs={"distiller": key} if train else {},

@@ -73,7 +73,7 @@ def test_labels_are_smoothed_and_mixed(tiny):
       tiny.student,
       tiny.teacher,
       {**tiny.batch, **more},
-      teacher_classifier=None,
+      teacher_head=None,
       step=0,
       train=True,
     ).losses

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_jax import distillers
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 METHODS = [name for name in distillers.names() if name != "none"]
 
@@ -56,7 +56,7 @@ def test_descent_reaches_every_parameter(tiny, made, quick, method):
         trained["student"],
         teacher,
         tiny.batch,
-        teacher_classifier=tiny.classifier,
+        teacher_head=tiny.classifier,
         step=0,
         train=True,
         rngs={"distiller": jax.random.key(1)},
@@ -105,7 +105,7 @@ def test_terms(tiny, made, method):
       tiny.student,
       tiny.teacher,
       tiny.batch,
-      teacher_classifier=tiny.classifier,
+      teacher_head=tiny.classifier,
       step=0,
       train=True,
       rngs={"distiller": jax.random.key(0)},
@@ -127,7 +127,7 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32(tiny, made, method):
 
   def to_half(output):
     features = jax.tree.map(lambda x: x.astype(jnp.bfloat16), output.features)
-    return ModelOutput(output.logits, features)
+    return ModelOutputs(output.logits, features)
 
   student, teacher = to_half(tiny.student), to_half(tiny.teacher)
   init = jax.eval_shape(
@@ -136,7 +136,7 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32(tiny, made, method):
       student,
       teacher,
       {**tiny.batch, "train_labels": tiny.train_labels},
-      teacher_classifier=tiny.classifier,
+      teacher_head=tiny.classifier,
       step=0,
       train=True,
     )

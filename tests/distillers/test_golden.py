@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kd_jax import distillers, losses
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 VALUE, GRADIENT = 1e-5, 1e-4
 
@@ -84,7 +84,7 @@ class Fixture:
       )
       features[name] = nhwc(np.maximum(x, 0))
     features["last"] = features[names[-1]]
-    return ModelOutput(self.logits(side), features)
+    return ModelOutputs(self.logits(side), features)
 
   def classifier(self, case):
     tensors = case.get("modules", {}).get("teacher_fc")
@@ -152,7 +152,7 @@ def test_method(fixture, rebuild, fill_distiller, quick, pattern):
     classifier = fixture.classifier(case)
     batch = {"label": fixture.labels()}
     module = distillers.create(method, **fields(case))
-    call = {"teacher_classifier": classifier, "step": 0}
+    call = {"teacher_head": classifier, "step": 0}
     variables = jax.eval_shape(
       lambda module=module, s=student, t=teacher, b=batch, c=call: module.init(
         jax.random.key(0), s, t, b, train=True, **c
@@ -196,7 +196,7 @@ def test_method(fixture, rebuild, fill_distiller, quick, pattern):
         features["last"] = features[last]
         output, _ = module.apply(
           variables,
-          ModelOutput(student.logits, features),
+          ModelOutputs(student.logits, features),
           teacher,
           batch,
           train=True,
@@ -241,7 +241,7 @@ def test_crd(fixture, rebuild, fill_distiller, quick):
       nce_temperature=first["temperature"],
       momentum=first["momentum"],
     )
-    call = {"teacher_classifier": None, "step": 0, "train": True}
+    call = {"teacher_head": None, "step": 0, "train": True}
     batch = {
       "label": fixture.labels(),
       "train_labels": jnp.arange(n) % fixture.classes,
@@ -274,7 +274,7 @@ def test_crd(fixture, rebuild, fill_distiller, quick):
         features = {**student.features, "pooled": pooled}
         output, moved = module.apply(
           {"params": params, "memory": memory},
-          ModelOutput(student.logits, features),
+          ModelOutputs(student.logits, features),
           teacher,
           batch,
           mutable=["memory"],

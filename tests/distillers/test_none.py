@@ -11,7 +11,7 @@ def test_no_teacher_is_needed(tiny):
     tiny.student,
     None,
     tiny.batch,
-    teacher_classifier=None,
+    teacher_head=None,
     step=0,
     train=True,
   )

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 
 def test_unequal_numbers_of_stages_are_refused(tiny, make_output):
@@ -16,7 +16,7 @@ def test_the_teacher_is_read_before_its_activation(tiny):
   variables = tiny.init(module)
 
   def term(**features):
-    teacher = ModelOutput(
+    teacher = ModelOutputs(
       tiny.teacher.logits, {**tiny.teacher.features, **features}
     )
     output, _ = tiny.apply(module, variables, teacher=teacher)
@@ -34,14 +34,14 @@ def test_number_of_parameters(tiny):
     for i, (size, width) in enumerate([(32, 64), (16, 128), (8, 256)], 1)
   }
   features["pooled"] = jnp.zeros((8, 256))
-  output = ModelOutput(jnp.zeros((8, 5)), features)
+  output = ModelOutputs(jnp.zeros((8, 5)), features)
   variables = jax.eval_shape(
     lambda: tiny.create("reviewkd").init(
       jax.random.key(0),
       output,
       output,
       tiny.batch,
-      teacher_classifier=None,
+      teacher_head=None,
       step=0,
       train=True,
     )

@@ -3,14 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 
 def shapes_only(output):
   features = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), output.features
   )
-  return ModelOutput(None, features)
+  return ModelOutputs(None, features)
 
 
 def test_prediction_needs_only_the_teachers_shapes(tiny):
@@ -40,7 +40,7 @@ def test_the_higher_map_is_pooled(tiny, make_output):
         s,
         t,
         tiny.batch,
-        teacher_classifier=lambda x: x,
+        teacher_head=lambda x: x,
         step=0,
         train=True,
       )[0]
@@ -59,7 +59,7 @@ def test_number_of_parameters(tiny, student, teacher, factor, expected):
   def output(channels):
     last = jnp.zeros((8, 8, 8, channels))
     features = {"stage1": last, "last": last}
-    return ModelOutput(jnp.zeros((8, 5)), features)
+    return ModelOutputs(jnp.zeros((8, 5)), features)
 
   variables = jax.eval_shape(
     lambda: tiny.create("simkd", factor=factor).init(
@@ -67,7 +67,7 @@ def test_number_of_parameters(tiny, student, teacher, factor, expected):
       output(student),
       output(teacher),
       tiny.batch,
-      teacher_classifier=lambda x: x[:, :5],
+      teacher_head=lambda x: x[:, :5],
       step=0,
       train=True,
     )

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.models.layers import ModelOutput
+from kd_jax.models.layers import ModelOutputs
 
 
 def test_the_teachers_classifier_is_applied(tiny):
@@ -16,7 +16,7 @@ def test_the_teachers_classifier_is_applied(tiny):
     }
   }
   feature = jnp.full((8, 16), 0.5)
-  teacher = ModelOutput(
+  teacher = ModelOutputs(
     tiny.classifier(feature), {**tiny.teacher.features, "pooled": feature}
   )
   output, _ = tiny.apply(

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import distillers, models, optim, train_step
-from kd_jax import state as state_lib
+from kd_jax import distillers, models
 from kd_jax.interop import pytorch
+from kd_jax.training import loss, optim
+from kd_jax.training import state as state_lib
+from kd_jax.training import step as step_lib
 
 # The golden folder's word -> ours, and the tolerance of losses and logits.
 # SemCKD's attention amplifies rounding: the reference's own float32 run
@@ -120,7 +122,7 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   batches = [batch_of(curves, rebuild, i, seed) for i in range(curves["steps"])]
 
   def initialize(student_variables, teacher_variables, batch):
-    output, classify = train_step.run_teacher(
+    output, classify = loss.run_teacher(
       teacher, teacher_variables, batch["image"]
     )
     labels = np.arange(curves["crd"]["n_data"], dtype=np.int32) % 8
@@ -129,7 +131,7 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
       student.apply(student_variables, batch["image"], train=False),
       output,
       {**batch, "train_labels": labels},
-      teacher_classifier=classify,
+      teacher_head=classify,
       step=0,
       train=True,
     )
@@ -153,7 +155,7 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
     weight_decay=curves["weight_decay"],
   )
   step = make(
-    train_step.make_train_step(
+    step_lib.make_train_step(
       optimizer=optimizer,
       student=student,
       teacher=teacher,
@@ -173,13 +175,13 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   np.testing.assert_allclose(losses, expected["loss"], rtol=tolerance)
 
   def evaluate(state, teacher_variables, x):
-    output, classify = train_step.run_teacher(teacher, teacher_variables, x)
+    output, classify = loss.run_teacher(teacher, teacher_variables, x)
     return distiller.apply(
       state.variables("distiller"),
       student.apply(state.variables("student"), x, train=False),
       output,
       {"label": np.zeros(len(x), np.int32)},
-      teacher_classifier=classify,
+      teacher_head=classify,
       step=0,
       train=False,
     ).logits

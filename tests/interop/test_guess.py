@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_jax import models
-from kd_jax.interop import dialects, guess, pytorch
+from kd_jax.interop import guess, naming, pytorch
 
 FOLDER = pathlib.Path(
   os.environ.get("KD_JAX_GOLDEN")
@@ -50,7 +50,7 @@ def test_counts_are_those_of_the_reference():
 
 @pytest.mark.parametrize("name", sorted(guess.TENSOR_COUNTS.keys() - LAYOUTS))
 def test_counts_of_the_other_networks(name):
-  (dialect,) = dialects.of(name)
+  (dialect,) = naming.of(name)
   shapes = pytorch.tensor_shapes(name, 7, dialect)
   assert guess.TENSOR_COUNTS[name] == len(shapes)
 
@@ -74,7 +74,7 @@ def test_networks_are_recognised(name, num_classes):
   assert guess.guess_model(few) is None
 
 
-@pytest.mark.parametrize("dialect", dialects.of("MobileNetV2_Imagenet"))
+@pytest.mark.parametrize("dialect", naming.of("MobileNetV2_Imagenet"))
 def test_dialects_are_recognised(dialect):
   shapes = pytorch.tensor_shapes("MobileNetV2_Imagenet", 5, dialect)
   tensors = {k: np.broadcast_to(0.0, shape) for k, shape in shapes.items()}

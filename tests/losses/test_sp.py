@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import losses, parallel
+from kd_jax import losses
+from kd_jax.distributed import collectives
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -21,7 +22,7 @@ def test_the_mean_over_devices_is_the_global_loss(devices):
     def loss(w):
       return losses.sp_loss(x @ w, t, axis_name=axis_name)
 
-    return parallel.axis_mean(jax.value_and_grad(loss)(w), axis_name)
+    return collectives.axis_mean(jax.value_and_grad(loss)(w), axis_name)
 
   mesh = jax.sharding.Mesh(jax.devices()[:devices], ("d",))
   mapped = jax.jit(

@@ -163,7 +163,7 @@ def _error(actual, expected):
 
 def _reference_features(run):
   """The reference's list of features: stem, stages, pooled."""
-  output = layers.ModelOutput(run.logits, run.features)
+  output = layers.ModelOutputs(run.logits, run.features)
   return [*output.stages(stem=True), run.features["pooled"]]
 
 

@@ -278,7 +278,7 @@ def test_channel_shuffle_interleaves_the_groups():
 
 def test_stages_stop_at_the_last():
   maps = {"stem": 0, "stage1": 1, "stage2": 2, "stage2_preact": 9, "last": 3}
-  output = layers.ModelOutput(None, maps)
+  output = layers.ModelOutputs(None, maps)
   assert output.stages() == [1, 2]
   assert output.stages(stem=True) == [0, 1, 2]
 

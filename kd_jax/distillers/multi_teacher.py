@@ -1,0 +1,100 @@
+"""Several teachers of one student: the weighted mean of a method's losses."""
+
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import losses
+from kd_jax.distillers import base
+from kd_jax.models.layers import ModelOutputs
+
+
+@final
+class MultiTeacher(base.Distiller):
+  """A method with a copy of what it learns for each teacher.
+
+  Where one teacher's output and classifier stand elsewhere, tuples of them do
+  here. Terms are means over the teachers, and so are the logits of a method
+  that predicts with its teacher's classifier: they are linear in the pooled
+  maps, so that a single classifier on all of them, joined, is the same.
+
+  Attributes:
+    members: the method, once for each teacher.
+    weights: of the teachers, with the sum 1.
+  """
+
+  members: tuple[base.Distiller, ...] = ()
+  weights: tuple[float, ...] = ()
+
+  @property
+  def predicts_with_teacher_head(self) -> bool:
+    """As the method does."""
+    return self.members[0].predicts_with_teacher_head
+
+  def _mean(self, values: list[jax.Array]) -> jax.Array:
+    total = self.weights[0] * values[0]
+    for weight, value in zip(self.weights[1:], values[1:], strict=True):
+      total += weight * value
+    return total
+
+  def last_map(
+    self, student: ModelOutputs, teacher: Any, *, train: bool = False
+  ) -> jax.Array:
+    """See `base.Distiller.last_map`: the teachers' maps joined by channels.
+
+    They are pooled to the smallest, which has to divide the others, so that
+    the global average stays what it is.
+
+    Raises:
+      ValueError: if their sizes do not divide each other.
+    """
+    maps = [
+      member.last_map(student, t, train=train)
+      for member, t in zip(self.members, teacher, strict=True)
+    ]
+    sizes = [(x.shape[1], x.shape[2]) for x in maps]
+    smallest = min(sizes)
+    if any(h % smallest[0] or w % smallest[1] for h, w in sizes):
+      raise ValueError(
+        "several teachers: expected last maps of one size, or of sizes that"
+        f" divide each other, got {' and '.join(f'{h}x{w}' for h, w in sizes)}."
+        " Choose other teachers"
+      )
+    pooled = [losses.adaptive_average_pool(x, smallest) for x in maps]
+    return jnp.concatenate(pooled, axis=-1)
+
+  def __call__(
+    self,
+    student: ModelOutputs,
+    teacher: Any,
+    batch: base.Batch,
+    *,
+    teacher_head: Any,
+    step: jax.Array | int,
+    train: bool,
+  ) -> base.DistillOutput:
+    """See `base.Distiller.__call__`, with tuples for the teachers."""
+    outputs = [
+      member(
+        student,
+        one,
+        batch,
+        teacher_head=classifier,
+        step=step,
+        train=train,
+      )
+      for member, one, classifier in zip(
+        self.members, teacher, teacher_head, strict=True
+      )
+    ]
+    logits = student.logits
+    if self.predicts_with_teacher_head:
+      logits = self._mean([output.logits for output in outputs])
+    return base.DistillOutput(
+      logits,
+      {
+        name: self._mean([output.losses[name] for output in outputs])
+        for name in outputs[0].losses
+      },
+    )

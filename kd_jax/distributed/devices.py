@@ -1,0 +1,243 @@
+"""Devices: the collectives, and the one place that maps a step over them.
+
+Every collective of the package goes through the functions below. With
+`axis_name=None` they do nothing, so that the code that calls them runs, and is
+tested, as a plain function.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kd_jax.distributed import collectives
+
+# Into how many devices a CPU is cut: each holds the data set.
+_MOST_CPU_DEVICES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+  """The devices of a run, and how a per-replica function is mapped over them.
+
+  Attributes:
+    mesh: a mesh with the one axis `AXIS`.
+    mapping: "shard_map" or "pmap".
+  """
+
+  mesh: jax.sharding.Mesh
+  mapping: str = "shard_map"
+
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    """Of leaves [k, B, ...]: B spread over the devices."""
+    return NamedSharding(self.mesh, P(None, collectives.AXIS))
+
+  def replicate(self, tree: Any) -> Any:
+    """Copies a pytree of arrays, the same in all processes, to every device."""
+    return self.place(tree, jax.tree.map(lambda _: P(), tree))
+
+  def place(self, tree: Any, specs: Any) -> Any:
+    """Puts a pytree of arrays where a pytree of specs says.
+
+    Args:
+      tree: arrays, whole and the same in all processes.
+      specs: for every array P(), on all devices, or P(AXIS), its rows split
+        over them, with rows of zeros added if they do not divide.
+
+    Returns:
+      The placed arrays.
+    """
+
+    def put(x, spec):
+      sharding = NamedSharding(self.mesh, spec)
+      if spec != P():
+        rows = -x.shape[0] % self.mesh.devices.size
+        x = jnp.pad(x, [(0, rows), *[(0, 0)] * (x.ndim - 1)])
+      return put_whole(x, sharding)
+
+    return jax.tree.map(put, tree, specs)
+
+  def shard(self, xs: Any) -> Any:
+    """Places this process's [k, B, ...] leaves with B spread over devices."""
+    sharding = self.batch_sharding
+
+    def place(x):
+      if isinstance(x, jax.Array) and x.sharding == sharding:
+        return x
+      if jax.process_count() > 1:
+        x = np.asarray(x)
+      if isinstance(x, jax.Array):
+        return jax.device_put(x, sharding)
+      return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, xs)
+
+  def count(self, *flags: bool) -> jax.Array:
+    """In how many processes each flag is set; does not wait for them.
+
+    The sum is queued behind the work that the devices have, and is there for
+    who fetches it later.
+    """
+    mine = self.mesh.local_mesh.devices.size
+    rows = np.zeros((mine, len(flags)), np.int32)
+    rows[0] = flags
+    sharding = NamedSharding(self.mesh, P(collectives.AXIS))
+    return self._sum(jax.make_array_from_process_local_data(sharding, rows))
+
+  @functools.cached_property
+  def _sum(self):
+    return jax.jit(
+      lambda x: jnp.sum(x, axis=0),
+      out_shardings=NamedSharding(self.mesh, P()),
+    )
+
+  def map_chunk(
+    self,
+    fn: Callable[..., Any],
+    *,
+    donate: bool = False,
+    carry_specs: Any = None,
+  ) -> Callable[..., Any]:
+    """Compiles `fn(carry, constants, resident, xs)` over the devices.
+
+    `xs` has leaves [k, B, ...], split along B; all else, results included, is
+    replicated, and `fn` has to make its results equal on all devices (means
+    and sums over `AXIS`). Replication is not tracked (`check_vma=False`):
+    under shard_map's tracking the transpose of using a replicated parameter
+    is already a sum over the axis, and the mean of the gradients that the
+    step takes would leave them too large by the number of devices.
+
+    Args:
+      fn: the per-replica function.
+      donate: whether `carry`'s memory may be reused for the result.
+      carry_specs: how `carry` is placed, if not all of it is replicated; `fn`
+        then returns (carry, what is replicated). Not for "pmap".
+
+    Returns:
+      The compiled function, with the arguments of `fn`.
+    """
+    if self.mapping == "pmap":
+      return self._pmap(fn)
+    carry = P() if carry_specs is None else carry_specs
+    mapped = jax.shard_map(
+      fn,
+      mesh=self.mesh,
+      in_specs=(carry, P(), P(), P(None, collectives.AXIS)),
+      out_specs=P() if carry_specs is None else (carry, P()),
+      check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=(0,) if donate else ())
+
+  def _pmap(self, fn):
+    mine = self.mesh.local_mesh.devices
+    mapped = jax.pmap(
+      fn,
+      axis_name=collectives.AXIS,
+      in_axes=(None, None, None, 1),
+      out_axes=None,
+      devices=list(self.mesh.devices.flat),
+    )
+
+    def split(x):
+      if not x.is_fully_addressable:
+        shards = sorted(x.addressable_shards, key=lambda s: s.index[1].start)
+        x = np.concatenate([np.asarray(s.data) for s in shards], axis=1)
+      size = mine.size
+      return x.reshape(x.shape[0], size, x.shape[1] // size, *x.shape[2:])
+
+    def call(carry, constants, resident, xs):
+      if jax.process_count() == 1:
+        return mapped(carry, constants, resident, jax.tree.map(split, xs))
+      # Of other processes' devices pmap wants to know nothing.
+      whole = jax.tree.map(_local_copy, (carry, constants, resident))
+      result = mapped(*whole, jax.tree.map(split, xs))
+      return self.replicate(jax.tree.map(_local_copy, result))
+
+    return call
+
+
+def _local_copy(x):
+  return x if x.is_fully_addressable else x.addressable_data(0)
+
+
+def put_whole(x: Any, sharding: NamedSharding) -> jax.Array:
+  """Places a whole array, the same in all processes, as a sharding says."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(x, sharding)
+  host = np.asarray(x)
+  return jax.make_array_from_callback(
+    host.shape, sharding, lambda index: host[index]
+  )
+
+
+def split_cpu(*batch_sizes: int) -> None:
+  """Makes a device of each core of a CPU, if all batches divide by them.
+
+  Of a program for one device, XLA spreads only the large operations over the
+  cores; of several devices' programs, everything runs side by side (faster by a
+  third on 2 cores, see docs/speed.md). To be called before JAX is first used.
+  Leaves alone what JAX_NUM_CPU_DEVICES or XLA_FLAGS have settled, and changes
+  nothing on accelerators.
+
+  Args:
+    *batch_sizes: of all that is to be trained, in examples.
+  """
+  named = getattr(jax.config, "jax_num_cpu_devices", -1)
+  forced = "xla_force_host_platform_device_count"
+  if named > 0 or forced in os.environ.get("XLA_FLAGS", ""):
+    return
+  size = math.gcd(*batch_sizes)
+  most = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES)
+  count = max(n for n in range(1, most + 1) if size % n == 0)
+  jax.config.update("jax_num_cpu_devices", count)
+
+
+def make_devices(
+  *, num_devices: int = 0, mapping: str = "shard_map"
+) -> Devices:
+  """Picks the devices of a run.
+
+  Args:
+    num_devices: how many, in JAX's order; 0 takes all.
+    mapping: "shard_map" or "pmap".
+
+  Returns:
+    The devices.
+
+  Raises:
+    ValueError: if there are fewer devices, or for an unknown mapping.
+  """
+  available, processes = jax.devices(), jax.process_count()
+  if not 0 <= num_devices <= len(available):
+    raise ValueError(
+      f"config.parallel.num_devices: expected 0 (all) to {len(available)}"
+      f" ({available[0].platform} devices seen), got {num_devices}"
+    )
+  if num_devices % processes:
+    raise ValueError(
+      "config.parallel.num_devices: expected 0 (all) or a multiple of the"
+      f" {processes} processes, got {num_devices}"
+    )
+  if mapping not in ("shard_map", "pmap"):
+    raise ValueError(
+      "config.parallel.mapping: expected 'shard_map' or 'pmap', got"
+      f" {mapping!r}"
+    )
+  # Equally many of each process, side by side, as the pipelines share out.
+  each = (num_devices or len(available)) // processes
+  chosen = [
+    device
+    for process in range(processes)
+    for device in [d for d in available if d.process_index == process][:each]
+  ]
+  mesh = jax.sharding.Mesh(np.asarray(chosen), (collectives.AXIS,))
+  return Devices(mesh=mesh, mapping=mapping)

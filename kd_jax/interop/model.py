@@ -1,0 +1,221 @@
+"""Models that predict: a network alone, or through a reused classifier.
+
+A model is a card (JSON: what to build, and what it was trained on) and its
+network's variables. A SimKD student is a network too, of three parts: so it is
+evaluated, exported and teaches like any other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax import distillers, models
+from kd_jax.data import augment
+from kd_jax.models.layers import ModelOutputs, global_average_pool
+
+Variables = dict[str, Any]
+
+
+class ReusedClassifier(models.Classifier):
+  """A student that predicts with its teacher's classifier, as SimKD's do.
+
+  The features are the student's, but for `last` and `pooled`, which are those
+  that the classifier reads: the projection. It predicts and teaches; training
+  it is the train step's business.
+
+  Attributes:
+    student: the network.
+    distiller: the method, whose `last_map` is the projection.
+    teacher_maps: (height, width, channels) of each teacher's last map.
+  """
+
+  student: Any = None
+  distiller: Any = None
+  teacher_maps: tuple[tuple[int, int, int], ...] = ()
+
+  head: ClassVar[str] = "classifier"
+
+  def setup(self) -> None:
+    """Makes the classifier; the other parts are given."""
+    self.classifier = nn.Dense(self.num_classes)
+
+  def __call__(self, images: jax.Array, *, train: bool = False) -> ModelOutputs:
+    """See `models.Classifier`; `train` must be false."""
+    if train:
+      raise ValueError(
+        "A student with its teacher's classifier cannot be trained as one"
+        " network; train its student with a distiller instead."
+      )
+    output = self.student(images, train=False)
+    # Of the teacher's maps a prediction needs only the shapes.
+    size = images.shape[0]
+    maps: list[Any] = [
+      jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+      for shape in self.teacher_maps
+    ]
+    teachers = [ModelOutputs(output.logits, {"last": x}) for x in maps]
+    teacher: Any = tuple(teachers) if len(teachers) > 1 else teachers[0]
+    last = self.distiller.last_map(output, teacher)
+    pooled = global_average_pool(last)
+    return ModelOutputs(
+      self.classifier(pooled),
+      {**output.features, "last": last, "pooled": pooled},
+    )
+
+
+def join(
+  student: Mapping[str, Any],
+  distiller: Mapping[str, Any],
+  classifier: Mapping[str, Any],
+) -> Variables:
+  """The variables of a `ReusedClassifier` from those of its parts.
+
+  Args:
+    student: of the student.
+    distiller: of the distiller; collections that only training needs are
+      left out.
+    classifier: its kernel and bias.
+  """
+  params = {"student": student["params"], "distiller": distiller["params"]}
+  variables: Variables = {"params": {**params, "classifier": classifier}}
+  stats = {
+    name: part["batch_stats"]
+    for name, part in (("student", student), ("distiller", distiller))
+    if part.get("batch_stats")
+  }
+  if stats:
+    variables["batch_stats"] = stats
+  return variables
+
+
+def mean_classifier(
+  classifiers: Sequence[Mapping[str, Any]], weights: Sequence[float]
+) -> dict[str, Any]:
+  """One classifier for joined maps that gives the mean of several's logits.
+
+  Args:
+    classifiers: kernel [C, K] and bias [K] of each.
+    weights: their shares.
+
+  Returns:
+    kernel [sum of C, K] and bias [K].
+  """
+  if len(classifiers) == 1:
+    return dict(classifiers[0])
+  kernels = [w * c["kernel"] for w, c in zip(weights, classifiers, strict=True)]
+  biases = [w * c["bias"] for w, c in zip(weights, classifiers, strict=True)]
+  return {
+    "kernel": jnp.concatenate(kernels),
+    "bias": sum(biases[1:], biases[0]),
+  }
+
+
+def create_distiller(
+  fields: Mapping[str, Any], weights: Sequence[float], **more: Any
+) -> distillers.Distiller:
+  """A method's distiller for as many teachers as there are weights.
+
+  Args:
+    fields: `config.distiller`: its name and the module's fields.
+    weights: of the teachers; at most one: the method's own module.
+    **more: fields that are not of the config.
+
+  Raises:
+    ValueError: see `distillers.create` and `distillers.create_for_teachers`.
+  """
+  fields = {**fields, **more}
+  name = fields.pop("name")
+  if len(weights) > 1:
+    return distillers.create_for_teachers(name, weights, **fields)
+  return distillers.create(name, **fields)
+
+
+def build(card: Mapping[str, Any]) -> models.Classifier:
+  """The network that a model card describes, without variables."""
+  dtype = jnp.dtype(card["dtype"])
+  num_classes = card["num_classes"]
+  student = models.create(card["architecture"], num_classes, dtype=dtype)
+  head = card["head"]
+  if head is None:
+    return student
+  return ReusedClassifier(
+    num_classes=num_classes,
+    dtype=dtype,
+    student=student,
+    distiller=create_distiller(head["distiller"], head["weights"], dtype=dtype),
+    teacher_maps=tuple(tuple(shape) for shape in head["teacher_maps"]),
+  )
+
+
+def variable_shapes(
+  network: models.Classifier, image_shape: Sequence[int]
+) -> Any:
+  """The shapes of a network's variables, for images (H, W, C)."""
+  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  init = functools.partial(network.init, train=False)
+  return jax.eval_shape(init, jax.random.key(0), image)
+
+
+def output_shapes(
+  network: models.Classifier, image_shape: Sequence[int]
+) -> ModelOutputs:
+  """The shapes of what a network returns for one image (H, W, C)."""
+  init = functools.partial(network.init_with_output, train=False)
+  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  output: Any = jax.eval_shape(init, jax.random.key(0), image)[0]
+  return output
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model that predicts.
+
+  Attributes:
+    card: the content of `model.json`, see `export.model_card`.
+    variables: `{"params": ..., "batch_stats": ...}` of its network.
+  """
+
+  card: dict[str, Any]
+  variables: Variables
+
+  @functools.cached_property
+  def network(self) -> models.Classifier:
+    """The network, without variables."""
+    return build(self.card)
+
+  def output(self, variables: Variables, images: jax.Array) -> ModelOutputs:
+    """Logits and features of raw images: a pure function of both arguments."""
+    card = self.card
+    x = augment.normalize(
+      images,
+      mean=card["normalization"]["mean"],
+      std=card["normalization"]["std"],
+      dtype=jnp.dtype(card["dtype"]),
+    )
+    output: Any = self.network.apply(variables, x, train=False)
+    return output
+
+  def apply(self, variables: Variables, images: jax.Array) -> jax.Array:
+    """What `logits` compiles: a pure function of both arguments."""
+    return self.output(variables, images).logits
+
+  @functools.cached_property
+  def _compiled(self):
+    return jax.jit(self.apply)
+
+  def logits(self, images: jax.Array | np.ndarray) -> jax.Array:
+    """Predicts.
+
+    Args:
+      images: [B, H, W, C] uint8, of the card's `image_shape`.
+
+    Returns:
+      [B, num_classes] float32.
+    """
+    return self._compiled(self.variables, images)

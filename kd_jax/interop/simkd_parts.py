@@ -1,0 +1,107 @@
+"""State dicts of models, those with a reused classifier included.
+
+A network alone has the reference toolboxes' names. A SimKD student is the
+parts that SimKD's training loop saves, `model` (the network) and `proj` (the
+projector), and `classifier`, its teacher's, which that loop leaves out. With
+several teachers the projector's names begin with the teacher's number, and the
+classifier reads all projections, joined.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kd_jax.interop import files, naming, pytorch
+from kd_jax.interop import model as model_lib
+from kd_jax.models import fold
+
+_MEMBERS = "members_"
+
+
+def projector_name(path: tuple[str, ...]) -> str:
+  """("projector", "conv2") -> "transfer.3": every layer has three places."""
+  kind, number = path[-1][:-1], int(path[-1][-1])
+  teacher = ""
+  if path[0].startswith(_MEMBERS):
+    teacher = f"{path[0].removeprefix(_MEMBERS)}."
+  place = 3 * (number - 1) + ("conv", "bn").index(kind)
+  return f"{teacher}transfer.{place}"
+
+
+def is_folded(model: model_lib.Model) -> bool:
+  """Whether its BatchNorm was folded into its convolutions."""
+  return bool(model.card["batch_norm_folded"])
+
+
+def to_parts(model: model_lib.Model) -> dict[str, dict[str, np.ndarray]]:
+  """The state dicts of a model's parts, as `files.write` takes them.
+
+  Of a folded model the convolutions have biases, and there is no BatchNorm but
+  where it could not be folded.
+  """
+  card, variables = model.card, model.variables
+  name = card["architecture"]
+  if is_folded(model):
+    shape = card["image_shape"]
+    before = model_lib.variable_shapes(model.network, shape)
+    folded = fold.pairs(model.network, before, shape)
+    variables = fold.unfold(variables["params"], folded)
+
+  def part(key: str) -> dict[str, Any]:
+    return {kind: tree[key] for kind, tree in variables.items() if key in tree}
+
+  alone = card["head"] is None
+  student = variables if alone else part("student")
+  rename = naming.of(name)[0].rename
+  write = pytorch.tensors_from_variables
+  parts = {
+    "model": write(student, rename=rename)
+    if is_folded(model)
+    else pytorch.to_state_dict(name, student)
+  }
+  if not alone:
+    parts[files.PROJECTOR] = write(part("distiller"), rename=projector_name)
+    parts[files.CLASSIFIER] = write(
+      {"params": variables["params"]["classifier"]}
+    )
+  return parts
+
+
+def from_parts(
+  card: Mapping[str, Any],
+  student: Mapping[str, Any],
+  projector: Mapping[str, np.ndarray],
+  classifier: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+  """The variables of a model with a reused classifier.
+
+  Args:
+    card: its model card.
+    student: the variables of its network.
+    projector: tensors by `projector_name`.
+    classifier: its weight [K, C] and bias [K].
+
+  Returns:
+    Variables of `inference.build(card)`.
+
+  Raises:
+    ValueError: if the tensors do not fit.
+  """
+  template = model_lib.variable_shapes(
+    model_lib.build(card), card["image_shape"]
+  )
+  read = pytorch.variables_from_tensors
+  source = card["head"]["distiller"].get("student_map") or "the last stage"
+  distiller = read(
+    {kind: template[kind]["distiller"] for kind in ("params", "batch_stats")},
+    projector,
+    rename=projector_name,
+    what=f"the projector from {source} of the student to the teacher's map",
+  )
+  head = read(
+    {"params": template["params"]["classifier"]},
+    classifier,
+    what="the teacher's classifier",
+  )
+  return model_lib.join(student, distiller, head["params"])

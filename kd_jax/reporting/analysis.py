@@ -1,0 +1,257 @@
+"""What a student has in common with its teacher: answers, classes, features.
+
+Of models that predict, on a test set:
+
+- agreement: the share of the images for which both name the same class;
+- correlation of the logits: how similar a model takes two classes to be, as the
+  correlation of their logits over the images, and by how much the student
+  differs from its teacher (as Tian et al., ICLR 2020, and Zhao et al., CVPR
+  2022, show it);
+- features before the classifier, in two dimensions by t-SNE (van der Maaten and
+  Hinton, JMLR 2008), of a few classes.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_jax import data
+from kd_jax.interop import card, opening, store
+from kd_jax.interop.model import Model
+from kd_jax.runs import teachers
+
+# Of the test set, what t-SNE shows: its first classes, as many as there are
+# colours that everybody can tell apart, and the first images of each.
+SHOWN_CLASSES = 7
+
+
+SHOWN_EACH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What a model makes of a test set.
+
+  Attributes:
+    choices: [N] int, the class that it names for each image.
+    correlation: [K, K], see `correlation`.
+    features: [M, C], before the classifier, of the images that `shown` chose.
+    labels: [M] int, theirs.
+  """
+
+  choices: np.ndarray
+  correlation: np.ndarray
+  features: np.ndarray
+  labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+  """Trials of one method beside their teacher.
+
+  Attributes:
+    agreement: [n], in percent.
+    distances: [n], the means of |difference| over pairs of classes.
+    difference: [K, K], of the first trial, its |difference| of correlations.
+    points: [M, 2], of the first trial.
+  """
+
+  agreement: np.ndarray
+  distances: np.ndarray
+  difference: np.ndarray
+  points: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """A teacher and all that were compared with it on one test set.
+
+  Attributes:
+    teacher: name of its network.
+    points: [M, 2], of the teacher.
+    labels: [M] int, of the images whose points are given.
+    class_names: of the classes in `labels`, by class.
+    students: label -> its trials.
+  """
+
+  teacher: str
+  points: np.ndarray
+  labels: np.ndarray
+  class_names: Mapping[int, str]
+  students: Mapping[str, Student]
+
+
+def correlation(logits: np.ndarray) -> np.ndarray:
+  """Pearson's correlation of each two classes' logits over the images.
+
+  Args:
+    logits: [N, K].
+
+  Returns:
+    [K, K]; 0 for a class whose logit never varies.
+  """
+  centred = logits - logits.mean(axis=0, dtype=np.float64)
+  norms = np.linalg.norm(centred, axis=0)
+  unit = centred / np.where(norms > 0, norms, 1.0)
+  return unit.T @ unit
+
+
+def shown(labels: np.ndarray) -> np.ndarray:
+  """The images that t-SNE shows: positions [M] in the test set, in order."""
+  chosen = [
+    np.flatnonzero(labels == label)[:SHOWN_EACH]
+    for label in np.unique(labels)[:SHOWN_CLASSES]
+  ]
+  return np.sort(np.concatenate(chosen))
+
+
+def embed(features: np.ndarray) -> np.ndarray:
+  """t-SNE in two dimensions; the same features give the same points.
+
+  Args:
+    features: [M, C].
+
+  Returns:
+    [M, 2]; all zeros if the features are the same for all images.
+  """
+  import threadpoolctl
+  from sklearn import manifold  # takes a second
+
+  wide = np.asarray(features, np.float64)
+  if not np.ptp(wide, axis=0).any():
+    return np.zeros((len(wide), 2))
+  tsne = manifold.TSNE(
+    init="pca", perplexity=min(30.0, (len(wide) - 1) / 3), random_state=0
+  )
+  # Its threads wait for each other at every step, which takes 25 times as long
+  # where other processes have the cores too.
+  with threadpoolctl.threadpool_limits(1):
+    return tsne.fit_transform(wide)
+
+
+def look(model: Model, source: Any, *, batch_size: int = 500) -> Seen:
+  """Shows a test set to a model.
+
+  Args:
+    model: to ask.
+    source: the test set.
+    batch_size: images at a time.
+  """
+
+  @jax.jit
+  def ask(variables, images):
+    output = model.output(variables, images)
+    return output.logits, output.features["pooled"]
+
+  found: list[tuple[np.ndarray, ...]] = []
+  for batch in data.eval_stream(source, batch_size):
+    arrays = (*ask(model.variables, batch["image"]), batch["label"])
+    found.append(tuple(np.asarray(x)[batch["mask"]] for x in arrays))
+  logits, features, labels = map(np.concatenate, zip(*found))
+  few = shown(labels)
+  return Seen(
+    logits.argmax(axis=1), correlation(logits), features[few], labels[few]
+  )
+
+
+def open_teacher(
+  run: pathlib.Path, about: Mapping[str, Any], source: Any
+) -> Model:
+  """A run's teacher: a finished run, an export or a file of weights.
+
+  It is at the path where it was while the run lasted or, if the runs have been
+  moved since, beside the run. What has other weights is another teacher.
+
+  Args:
+    run: its folder.
+    about: what its `result.json` says of the teacher.
+    source: the test set.
+
+  Returns:
+    The model.
+
+  Raises:
+    ValueError: if it is at neither, or cannot be read.
+    ImportError: if it takes PyTorch and there is none.
+  """
+  then = pathlib.Path(about["checkpoint"])
+  beside = run.parent / "teachers" / then.name
+  name, expected = about["name"], about.get("fingerprint")
+  origin, others = opening.Origin(source=source), []
+  for path in filter(pathlib.Path.exists, dict.fromkeys((then, beside))):
+    try:
+      model = opening.open_model(path, model_name=name, origin=origin)
+    except ValueError as error:
+      others.append(str(error))
+      continue
+    found = teachers.fingerprint(model.variables)
+    if expected in (None, found):
+      return model
+    others.append(
+      f"{path}: expected the weights that the run had, of fingerprint"
+      f" {expected:08x}, got others, of {found:08x}"
+    )
+  raise ValueError(
+    f"{run}: expected its teacher {name} at {then} or {beside}, found it at"
+    f" neither{''.join(f' ({text})' for text in others)}. Copy it from where"
+    " the run was made to the second"
+  )
+
+
+def open_run(run: pathlib.Path) -> Model:
+  """The export of a finished run.
+
+  Raises:
+    ValueError: if there is none, as in a folder of results.
+  """
+  if not (run / "export").exists():
+    raise ValueError(
+      f"{run}: expected the export of a finished run (export/{card.CARD}),"
+      " found none. An analysis takes the runs themselves: name the --workdir"
+      " of launch.py"
+    )
+  return store.load(run)
+
+
+def compare(
+  teacher: Model,
+  students: Mapping[str, Sequence[pathlib.Path]],
+  source: Any,
+) -> Pair:
+  """Compares students with a teacher.
+
+  Args:
+    teacher: of `open_teacher`.
+    students: label -> the folders of the runs that are its trials.
+    source: the test set.
+
+  Returns:
+    The pair.
+
+  Raises:
+    ValueError: if a student cannot be read.
+  """
+  theirs = look(teacher, source)
+  found = {}
+  for label, runs in students.items():
+    seen = [look(open_run(run), source) for run in runs]
+    differences = [np.abs(s.correlation - theirs.correlation) for s in seen]
+    agreement = [100.0 * (s.choices == theirs.choices).mean() for s in seen]
+    found[label] = Student(
+      np.array(agreement),
+      np.array([difference.mean() for difference in differences]),
+      differences[0],
+      embed(seen[0].features),
+    )
+  names = {int(k): source.class_names[k] for k in np.unique(theirs.labels)}
+  return Pair(
+    teacher.card["architecture"],
+    embed(theirs.features),
+    theirs.labels,
+    names,
+    found,
+  )

@@ -1,0 +1,249 @@
+"""Results to keep: of each finished run what its numbers were made of.
+
+    python -m kd_jax results runs/table --to results/cifar100/table
+    python -m kd_jax results results/cifar100 --readme README.md
+
+The first gathers the finished runs of a workdir: `result.json`, `config.json`,
+`environment.json` (the command, versions, hardware) and `metrics.jsonl.gz` of
+each, a few kilobytes without a path of the machine. `kd_jax.report` reads such
+a folder as it reads runs. The second writes the tables of what has been
+gathered into a document, between the lines `BEGIN` and `END`.
+"""
+
+import gzip
+import pathlib
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from kd_jax import distillers, storage
+from kd_jax.reporting import html, published, runs
+from kd_jax.reporting import tables as tables_lib
+
+BEGIN = "<!-- results: written by python -m kd_jax results -->"
+
+
+END = "<!-- results: end -->"
+
+
+_ENVIRONMENT = "environment.json"
+
+
+# An absolute path: all of an argument, of its value, or of a part of a tuple.
+_PATH = re.compile(r"""(?:(?<=[='"(\[,])|^)/[^'",]+""")
+
+
+# The table of the README: whose it is, and its teacher.
+_SOURCE, _TEACHER = "SimKD", "resnet32x4"
+
+
+_TITLES = {
+  "none": "student alone",
+  "kd": "KD",
+  "fitnet": "FitNet",
+  "at": "AT",
+  "sp": "SP",
+  "vid": "VID",
+  "crd": "CRD",
+  "srrl": "SRRL",
+  "semckd": "SemCKD",
+  "simkd": "SimKD",
+  "reviewkd": "KR (ReviewKD)",
+}
+
+
+_CONFIGS = {"none": "teacher"}
+
+
+def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
+  """Copies what is worth keeping of the finished runs at or below a folder.
+
+  The same runs give the same bytes. What `to` holds of other runs stays.
+
+  Args:
+    folder: of a run or of many.
+    to: folder to write into; runs have their paths below `folder` there.
+
+  Returns:
+    The folders of the runs in `to`.
+
+  Raises:
+    ValueError: as `report.collect`, or for a run without its environment.
+      Nothing is written then.
+  """
+  folder = folder.absolute()
+  repository = pathlib.Path(__file__).resolve().parent.parent
+  copies = []
+  for row in runs.collect(folder):
+    run = folder / row["run"]
+    contents = {
+      name: storage.read_json(run / name)
+      for name in ("config.json", _ENVIRONMENT, "result.json")
+    }
+    if contents[_ENVIRONMENT] is None:
+      raise ValueError(
+        f"{run}: expected {_ENVIRONMENT} beside result.json, found none. Copy"
+        " it from the run, or remove this folder"
+      )
+    shown = _portable(contents, [repository, folder.parent])
+    lines = (run / runs.METRICS).read_bytes()
+    copies.append((to / row["run"], shown, gzip.compress(lines, mtime=0)))
+  for target, contents, lines in copies:
+    target.mkdir(parents=True, exist_ok=True)
+    (target / runs.PACKED).write_bytes(lines)
+    for name, content in contents.items():
+      storage.write_json(target / name, content)
+  return [target for target, _, _ in copies]
+
+
+def _portable(tree: Any, roots: Sequence[pathlib.Path]) -> Any:
+  """JSON without absolute paths: below a root from there, else the name."""
+
+  def shorten(match):
+    path = pathlib.PurePath(match[0])
+    for root in roots:
+      if path.is_relative_to(root):
+        return str(path.relative_to(root))
+    return f".../{path.name}"
+
+  if isinstance(tree, dict):
+    return {name: _portable(value, roots) for name, value in tree.items()}
+  if isinstance(tree, list):
+    return [_portable(value, roots) for value in tree]
+  return _PATH.sub(shorten, tree) if isinstance(tree, str) else tree
+
+
+def tables(folder: pathlib.Path) -> str:
+  """The Markdown of what has been gathered below a folder.
+
+  Args:
+    folder: of folders of results; what is not there has not been run.
+
+  Returns:
+    The table of SimKD's README with the runs of its recipe, then a table for
+    each folder that has others.
+
+  Raises:
+    ValueError: as `report.collect`.
+  """
+  found = folder.exists() and runs.find_runs(folder)
+  groups = runs.group(runs.collect(folder)) if found else []
+  table, others = _published_table(groups)
+  parts = [table]
+  by_folder: dict[str, list[runs.Group]] = {}
+  for g in others:
+    name = pathlib.Path(g.first["run"]).parts[0]
+    by_folder.setdefault(name, []).append(g)
+  for name, members in by_folder.items():
+    parts.append(_own_table(folder, name, members))
+  return "\n".join(parts)
+
+
+def _published_table(groups):
+  """SimKD's table, and the groups that have no place in it."""
+  alone, *_ = published.rows(_SOURCE, "")
+  taught = published.rows(_SOURCE, _TEACHER)
+  students = list(taught[0].top1)
+  known = {row.method for row in (alone, *taught)}
+  taught += [
+    published.Row(_SOURCE, _TEACHER, name)
+    for name in distillers.names()
+    if name not in known
+  ]
+  left = list(groups)
+
+  def cells(row, student):
+    ours = [
+      g
+      for g in groups
+      if g.first["student"] == student and row.has(g.first["config"])
+    ]
+    left[:] = [g for g in left if not any(g is one for one in ours)]
+    theirs = row.top1.get(student)
+    return [
+      "-" if theirs is None else f"{theirs:.2f}",
+      "; ".join(
+        f"{runs.mean_std(g.values('best', 'top1'), 2)} ({len(g.rows)})"
+        for g in ours
+      )
+      or "not run",
+    ]
+
+  lines = []
+  for row in (alone, *taught):
+    config = f"`{_CONFIGS.get(row.method, row.method)}_cifar.py`"
+    line = [_title(row), config]
+    for student in students:
+      line += cells(row, student)
+    lines.append(line)
+  header = ["method", "config"]
+  for student in students:
+    header += [f"`{student}`, published", "kd_jax"]
+  theirs, ours = cells(alone, _TEACHER)
+  numbers = set(range(2, len(header)))
+  text = html.Table(header, lines, numbers).markdown()
+  text += f"\nThe teacher, `{_TEACHER}`: published {theirs}, kd_jax {ours}.\n"
+  return text, left
+
+
+def _title(row):
+  title = _TITLES.get(row.method, row.method)
+  if not row.settings:
+    return title
+  # What tells it from the table's other rows of the method.
+  alike = [
+    other.settings
+    for other in published.rows(row.source, row.teacher)
+    if other.method == row.method
+  ]
+  settings = [
+    f"{name} {value}"
+    for name, value in row.settings.items()
+    if any(other[name] != value for other in alike)
+  ]
+  return ", ".join([title, *settings])
+
+
+_COLUMNS = (
+  *("network", "teacher", "method", "n", "top-1, last epoch"),
+  *("top-1, best epoch", "published", "difference"),
+)
+
+
+def _own_table(folder, name, groups):
+  """A table of one folder's groups, below what made them."""
+  commands, hardware, recipes = [], [], []
+  for g in groups:
+    for row in g.rows:
+      environment = storage.read_json(folder / row["run"] / _ENVIRONMENT)
+      commands.append(f"`python {shlex.join(environment['command'])}`")
+      hardware.append(row["hardware"])
+    config = g.first["config"]
+    if not g.is_teacher:
+      recipes.append(
+        f"{config['epochs']} epochs of batches of {config['batch_size']}"
+      )
+  about = [
+    f"{word}{'; '.join(dict.fromkeys(found))}"
+    for word, found in (("", recipes), ("on ", hardware), ("by ", commands))
+    if found
+  ]
+  table = tables_lib.table_of(groups, _COLUMNS)
+  return f"`{name}`: {', '.join(about)}.\n\n{table}"
+
+
+def rewrite(text: str, content: str) -> str:
+  """Puts content between the lines `BEGIN` and `END` of a document.
+
+  Raises:
+    ValueError: if the document has not just one of each, in this order.
+  """
+  before, begin, rest = text.partition(f"{BEGIN}\n")
+  _, end, after = rest.partition(f"{END}\n")
+  if not begin or not end or BEGIN in after or END in before + after:
+    raise ValueError(
+      f"expected one line {BEGIN!r} and after it one line {END!r}. Write them"
+      " where the tables are to stand"
+    )
+  return f"{before}{begin}\n{content}\n{end}{after}"

@@ -1,0 +1,1 @@
+"""What one run does on the host: config, loop, checkpoints, workdir."""

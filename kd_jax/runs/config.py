@@ -1,0 +1,180 @@
+"""What happens to a config and a process before a run: settle, check, watch."""
+
+import copy
+import logging
+import os
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from kd_jax import data
+from kd_jax.training import optim
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_defaults(
+  config: ConfigDict, source: data.Source | data.EncodedSource
+) -> ConfigDict:
+  """Fills the fields that were left open, and says so.
+
+  Args:
+    config: as a config file made it.
+    source: the training set.
+
+  Returns:
+    A copy of which nothing is open.
+  """
+  del source
+  config = copy.deepcopy(config)
+  if config.optim.learning_rate is None:
+    name = config.student.name
+    with config.unlocked():
+      config.optim.learning_rate = optim.default_learning_rate(name)
+    _log.info(
+      "config.optim.learning_rate: %g, the default for %s",
+      config.optim.learning_rate,
+      name,
+    )
+  return config
+
+
+def check(
+  config: ConfigDict,
+  source: data.Source | data.EncodedSource,
+  *,
+  num_devices: int,
+) -> None:
+  """Refuses what cannot run.
+
+  Args:
+    config: settled.
+    source: the training set.
+    num_devices: over which a batch is spread.
+
+  Raises:
+    ValueError: that says which field, what was expected, and what to do.
+  """
+  for field, value in (
+    ("accumulate_steps", config.accumulate_steps),
+    ("epochs", config.epochs),
+    ("eval.every_epochs", config.eval.every_epochs),
+    ("eval.batch_size", config.eval.batch_size),
+    ("log.every_steps", config.log.every_steps),
+    ("checkpoint.keep", config.checkpoint.keep),
+  ):
+    if value < 1:
+      raise ValueError(f"config.{field}: expected 1 or more, got {value}")
+  size, parts = config.batch_size, num_devices * config.accumulate_steps
+  if size <= 0 or size % parts:
+    raise ValueError(
+      f"config.batch_size: expected a multiple of {parts} ({num_devices}"
+      f" devices x {config.accumulate_steps} accumulate_steps), got {size}."
+      f" Take {max(round(size / parts), 1) * parts}, or fewer devices with"
+      " config.parallel.num_devices"
+    )
+  if size > len(source.labels):
+    raise ValueError(
+      f"config.batch_size: expected at most the {len(source.labels)} images"
+      f" of {source.name}, got {size}"
+    )
+  _check_mixing(config, parts)
+  if config.dtype not in ("float32", "bfloat16"):
+    raise ValueError(
+      f"config.dtype: expected 'float32' or 'bfloat16', got {config.dtype!r}"
+    )
+  for name in config.loss_ramp_epochs:
+    if name not in config.loss_weights:
+      raise ValueError(
+        f"config.loss_ramp_epochs: expected terms of config.loss_weights"
+        f" ({', '.join(config.loss_weights)}), got {name!r}. Give it a weight"
+        " or leave it out"
+      )
+
+
+def _check_mixing(config: ConfigDict, parts: int) -> None:
+  """Refuses mixing and smoothing that make no sense; `parts` of a batch."""
+  if not 0 <= config.label_smoothing < 1:
+    raise ValueError(
+      "config.label_smoothing: expected a share from 0 to below 1, got"
+      f" {config.label_smoothing}"
+    )
+  for name in ("mixup", "cutmix"):
+    alpha = config.data[name]
+    if alpha < 0:
+      raise ValueError(f"config.data.{name}: expected 0 or more, got {alpha}")
+    if alpha and config.batch_size // parts % 2:
+      raise ValueError(
+        f"config.data.{name} mixes pairs: expected an even number of images"
+        f" for each device and accumulate_step, got"
+        f" {config.batch_size // parts}. Set config.batch_size to a multiple"
+        f" of {2 * parts}"
+      )
+
+
+def decoders(
+  num_workers: int | None, source: data.Source | data.EncodedSource
+) -> dict[str, int]:
+  """How many threads or processes make batches ahead.
+
+  Args:
+    num_workers: `config.data.num_workers`.
+    source: the training set.
+
+  Returns:
+    "num_threads" and "num_workers", one of which is 0; both for a set in
+    memory, whose batches are made at once.
+  """
+  cores = len(os.sched_getaffinity(0))
+  if isinstance(source, data.Source):
+    return {"num_threads": 0, "num_workers": num_workers or 0}
+  if num_workers is None:
+    num_workers = cores if cores > 4 else 0
+  threads = 0 if num_workers else cores
+  return {"num_threads": threads, "num_workers": num_workers}
+
+
+def steps_per_dispatch(
+  wanted: int, *, steps_per_epoch: int, resident: bool
+) -> int:
+  """Settles how many optimiser updates one dispatch makes.
+
+  Args:
+    wanted: `config.steps_per_dispatch`.
+    steps_per_epoch: which it has to divide.
+    resident: whether the data set is on the device, so that more steps cost
+      no more memory.
+
+  Returns:
+    The number.
+
+  Raises:
+    ValueError: if it does not divide an epoch.
+  """
+  divisors = [
+    d for d in range(1, steps_per_epoch + 1) if steps_per_epoch % d == 0
+  ]
+  if wanted == 0:
+    if jax.default_backend() == "cpu":
+      return 1
+    return max(d for d in divisors if resident or d <= 64)
+  if wanted not in divisors:
+    near = sorted(divisors, key=lambda d: abs(d - wanted))[:3]
+    raise ValueError(
+      "config.steps_per_dispatch: expected a divisor of the"
+      f" {steps_per_epoch} steps of an epoch, got {wanted}. Near it:"
+      f" {', '.join(map(str, sorted(near)))}; 0 settles it"
+    )
+  return wanted
+
+
+def compilation_cache(setting: str, workdir: pathlib.Path) -> None:
+  """Keeps compiled programs in a folder; see `config.parallel`."""
+  if setting == "auto":
+    if jax.default_backend() == "cpu":
+      return
+    setting = str(workdir.parent / ".compilation_cache")
+  if setting:
+    jax.config.update("jax_compilation_cache_dir", setting)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

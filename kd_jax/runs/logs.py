@@ -1,0 +1,90 @@
+"""Logging set-up and the overviews that a run logs at its start."""
+
+import logging
+import threading
+from typing import Any
+
+import jax
+
+from kd_jax.distributed import processes
+from kd_jax.models import base
+
+_log = logging.getLogger(__name__)
+
+
+def configure_logging() -> None:
+  """Shows this package's log; of its libraries' only errors."""
+  logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+  level = logging.INFO if processes.is_first() else logging.ERROR
+  logging.getLogger("kd_jax").setLevel(level)
+  if not processes.is_first():
+    # What is wrong with the data that a process reads, no other can tell.
+    logging.getLogger("kd_jax.data").setLevel(logging.WARNING)
+  # Orbax tells every file that it touches through absl's logger, and what
+  # `checkpoint` tells of a failed save in a line on many pages.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  before = threading.excepthook
+
+  def excepthook(arguments):
+    thread = arguments.thread
+    if thread is None or thread.name not in ("async_save", "save_finalize"):
+      before(arguments)
+
+  threading.excepthook = excepthook
+  # A damaged checkpoint is one line of ours, and of its tasks many pages.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def parameter_overview(params: dict[str, Any]) -> str:
+  """A table of the parameters of each part's blocks.
+
+  Args:
+    params: `{"student": ..., "distiller": ...}`.
+
+  Returns:
+    Text of several lines.
+  """
+  rows = []
+  for part, blocks in params.items():
+    for name, block in blocks.items():
+      rows.append((f"{part}/{name}", base.count_parameters(block)))
+    rows.append((f"{part}, all", base.count_parameters(blocks)))
+  width = max(len(name) for name, _ in rows)
+  lines = [f"{name:<{width}} {number:>12,}" for name, number in rows]
+  return "parameters\n" + "\n".join(lines)
+
+
+def memory_overview(memory: dict[str, jax.Array]) -> str:
+  """What a method remembers, and how much of each device that takes.
+
+  Args:
+    memory: the collection, placed.
+
+  Returns:
+    One line.
+  """
+  sizes = []
+  for x in memory.values():
+    shard = x.addressable_shards[0].data
+    sizes.append((shard.nbytes, x.nbytes))
+  each, whole = (sum(column) / 1e6 for column in zip(*sizes))
+  return (
+    f"memory of the method: {each:.3g} MB per device, {whole:.3g} MB in all"
+  )
+
+
+_log = logging.getLogger(__name__)
+
+
+def say(text: str) -> None:
+  """Prints a line, on the first process only."""
+  if processes.is_first():
+    print(text, flush=True)
+
+
+def scores_in_words(values) -> str:
+  """Top-1, top-5 and cross-entropy as text."""
+  return (
+    f"top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %,"
+    f" cross-entropy {values['ce']:.4f}"
+  )

@@ -1,0 +1,143 @@
+"""The workdir: what a run writes down, and whose it is.
+
+`config.json` (as settled), `environment.json` (versions, devices, commit,
+command), `checkpoints/` (to go on from), `best/` (highest top-1), `export/`,
+`metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy),
+`claims/` (of a grid's cells and of teachers: who trains them) and, at the end,
+`skipped_images.json` (those that could not be decoded) and `result.json`.
+Accuracies are percentages, cross-entropies nats, times seconds.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kd_jax import storage
+from kd_jax.distributed import claims, processes
+from kd_jax.runs import identity as identity_lib
+
+
+def finished(
+  workdir: pathlib.Path, config: ConfigDict
+) -> dict[str, Any] | None:
+  """Looks whether a workdir is this run's, and done; writes nothing.
+
+  Args:
+    workdir: absolute path, which may not exist yet.
+    config: settled.
+
+  Returns:
+    The result, if this very run is finished there; else None.
+
+  Raises:
+    ValueError: if it holds a run of another config.
+  """
+  found = storage.read_json(workdir / "config.json")
+  if found is None:
+    return None
+  theirs, ours = (
+    identity_lib.config_fingerprint(found),
+    identity_lib.config_fingerprint(config),
+  )
+  different = sorted(
+    name
+    for name in theirs.keys() | ours.keys()
+    if theirs.get(name) != ours.get(name)
+  )
+  if different:
+    lines = [
+      f"  {name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+      for name in different
+    ]
+    raise ValueError(
+      f"{workdir} holds a run of another config:\n"
+      + "\n".join(lines)
+      + "\nNothing was changed. Give another --workdir, or remove that one"
+    )
+  return result(workdir)
+
+
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Makes the workdir and says whose it is, unless that is there already.
+
+  The first process does.
+  """
+  if not processes.is_first():
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not (workdir / "config.json").exists():
+    storage.write_json(workdir / "environment.json", environment())
+    storage.write_json(workdir / "config.json", identity_lib.as_json(config))
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Waits until no other run, of any machine, holds this workdir."""
+  claim = claims.Claim(workdir)
+  with processes.holding(claim.take):
+    try:
+      yield
+    finally:
+      if processes.is_first():
+        claim.release()
+
+
+def result(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The content of `result.json`, None for a run that is not finished."""
+  return storage.read_json(workdir / "result.json")
+
+
+def hardware() -> str:
+  """The devices of this run, in words."""
+  devices = jax.devices()
+  kind = devices[0].device_kind
+  if devices[0].platform == "cpu":
+    kind = f"CPU {platform.machine()}, {_cores()} cores"
+  return f"{len(devices)} x {kind}"
+
+
+def _cores() -> int:
+  return len(os.sched_getaffinity(0))
+
+
+def environment() -> dict[str, Any]:
+  """Versions, devices, commit and command line."""
+  versions = {}
+  for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = "not installed"
+  return {
+    "command": sys.argv,
+    "python": platform.python_version(),
+    "versions": versions,
+    "hardware": hardware(),
+    "processes": jax.process_count(),
+    "git_commit": git_commit(),
+  }
+
+
+def git_commit() -> str:
+  """The commit of the code that runs, marked if files differ from it."""
+  folder = pathlib.Path(__file__).resolve().parent
+  try:
+    return subprocess.run(
+      ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+      cwd=folder,
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=10,
+    ).stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"

@@ -1,0 +1,1 @@
+"""What is compiled: state, optimiser, loss, step, evaluation and metrics."""

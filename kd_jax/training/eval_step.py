@@ -1,0 +1,112 @@
+"""The evaluation step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from kd_jax.distillers import base
+from kd_jax.training import loss, metrics
+from kd_jax.training import step as step_lib
+
+
+def make_eval_step(
+  *,
+  student: nn.Module,
+  teacher: Any,
+  distiller: base.Distiller,
+  transform: loss.Transform,
+  axis_name: str | None = None,
+) -> Callable[[Any, Any, loss.Batch], dict[str, jax.Array]]:
+  """Builds the evaluation step of one replica.
+
+  Args:
+    student: the model.
+    teacher: as `run_teacher` takes it.
+    distiller: the method, whose logits are the prediction.
+    transform: (unused key, batch) -> images.
+    axis_name: the mapped axis, or None.
+
+  Returns:
+    `eval_step(variables, teacher_variables, batch) -> sums`, where variables
+    are `{"student": ..., "distiller": ...}` and the sums are of cross-entropy
+    in nats ("ce"), hits ("top1", "top5") and real examples ("count").
+  """
+
+  def eval_step(variables, teacher_variables, batch):
+    images = transform(jax.random.key(0), batch)
+    teacher_output, classify = loss.run_teacher(
+      teacher, teacher_variables, images
+    )
+    student_output = student.apply(variables["student"], images, train=False)
+    output: Any = distiller.apply(
+      variables["distiller"],
+      student_output,
+      teacher_output,
+      batch,
+      teacher_head=classify,
+      step=jnp.zeros((), jnp.int32),
+      train=False,
+    )
+    return prediction_sums(
+      output.logits, batch["label"], batch["mask"], axis_name
+    )
+
+  return eval_step
+
+
+def prediction_sums(
+  logits: jax.Array,
+  labels: jax.Array,
+  mask: jax.Array,
+  axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+  """Sums of cross-entropy and hits over the real examples of a batch.
+
+  Args:
+    logits: [B, C].
+    labels: [B] int.
+    mask: [B] bool, true for a real example.
+    axis_name: the mapped axis to add over, or None.
+
+  Returns:
+    Float32 scalars "ce" (nats), "top1", "top5" and "count".
+  """
+  logits = logits.astype(jnp.float32)
+  ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  values = {
+    "ce": ce,
+    "top1": metrics.topk_correct(logits, labels, 1),
+    "top5": metrics.topk_correct(logits, labels, 5),
+  }
+  # where, not a product: a padded row may hold anything, NaN included.
+  sums = {k: jnp.sum(jnp.where(mask, v, 0.0)) for k, v in values.items()}
+  return metrics.global_sums(sums, jnp.sum(mask.astype(jnp.float32)), axis_name)
+
+
+def make_eval_chunk(
+  step: Callable[..., dict[str, jax.Array]],
+) -> Callable[..., dict[str, jax.Array]]:
+  """Wraps an evaluation step to add up k batches in one dispatch.
+
+  Args:
+    step: made by `make_eval_step`.
+
+  Returns:
+    `eval_chunk(variables, teacher_variables, resident, xs) -> sums` for `xs`
+    with leaves [k, B, ...]; `resident` is not used.
+  """
+
+  def eval_chunk(variables, teacher_variables, resident, xs):
+    del resident
+    if step_lib._length(xs) == 1:
+      return step(variables, teacher_variables, step_lib._first(xs))
+    _, sums = jax.lax.scan(
+      lambda carry, x: (carry, step(variables, teacher_variables, x)), 0, xs
+    )
+    return jax.tree.map(lambda s: jnp.sum(s, 0), sums)
+
+  return eval_chunk

@@ -1,0 +1,124 @@
+"""Metrics: sums on the device, means on the host, and where they are written.
+
+A device never divides: a step returns sums over its global batch and their
+count, so that means over any number of steps, batches or devices are exact.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax.distributed import collectives
+
+_log = logging.getLogger(__name__)
+
+
+COUNT = "count"
+
+
+def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
+  """Whether each label is among the k largest logits.
+
+  Args:
+    logits: [B, C].
+    labels: [B] int.
+    k: at most C is used. Ties count against the label, NaNs too.
+
+  Returns:
+    [B] float32, 1 for a hit.
+  """
+  own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+  # Comparisons with NaN are false: count what is surely smaller instead of
+  # what is larger, so that a diverged network scores 0 and not 100 %.
+  smaller = jnp.sum((logits < own).astype(jnp.int32), axis=1)
+  return (smaller >= logits.shape[1] - min(k, logits.shape[1])).astype(
+    jnp.float32
+  )
+
+
+def global_sums(
+  values: Mapping[str, jax.Array],
+  count: jax.Array,
+  axis_name: str | None,
+) -> dict[str, jax.Array]:
+  """Adds local sums and their count over the devices.
+
+  Args:
+    values: name -> local sum.
+    count: local number of examples.
+    axis_name: the mapped axis, or None.
+
+  Returns:
+    The global sums, and the global count under "count".
+  """
+  return collectives.axis_sum({**values, COUNT: count}, axis_name)
+
+
+def means(sums: Mapping[str, Any]) -> dict[str, float]:
+  """Divides sums (scalars, or arrays over steps) by their count.
+
+  Args:
+    sums: what a step returned, fetched to the host.
+
+  Returns:
+    name -> mean, without the count; hits ("top1", "top5") in percent.
+
+  Raises:
+    ValueError: if there was no example.
+  """
+  count = float(np.sum(sums[COUNT], dtype=np.float64))
+  if not count:
+    raise ValueError(
+      "expected images to score, got none: not one could be decoded. Check the"
+      " data"
+    )
+  return {
+    name: float(np.sum(value, dtype=np.float64))
+    * (100.0 if name.startswith("top") else 1.0)
+    / count
+    for name, value in sums.items()
+    if name != COUNT
+  }
+
+
+def calibration_error(
+  confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15
+) -> float:
+  """The expected calibration error (Guo et al., ICML 2017, equation 3).
+
+  Predictions are sorted into bins of equal width by their confidence; the
+  error is the mean over them of |accuracy - confidence| of their bin.
+
+  Args:
+    confidence: [N], the probability of the predicted class.
+    correct: [N] bool.
+    bins: how many; the m-th holds ((m - 1) / bins, m / bins].
+
+  Returns:
+    Between 0 and 1.
+  """
+  bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+  gaps = np.asarray(correct, np.float64) - confidence
+  sums = np.bincount(bin_of, weights=gaps, minlength=bins)
+  return float(np.abs(sums).sum() / len(confidence))
+
+
+def first_non_finite(sums: Mapping[str, Any]) -> tuple[int, list[str]] | None:
+  """Finds the first step whose sums are not all finite.
+
+  Args:
+    sums: arrays [k] over k steps, on the host.
+
+  Returns:
+    (position in 0..k-1, the names that are not finite there), or None.
+  """
+  bad = {name: ~np.isfinite(value) for name, value in sums.items()}
+  anywhere = np.logical_or.reduce(list(bad.values()))
+  if not anywhere.any():
+    return None
+  first = int(np.argmax(anywhere))
+  return first, [name for name, flags in bad.items() if flags[first]]

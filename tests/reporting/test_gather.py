@@ -1,0 +1,369 @@
+"""What is kept of finished runs, and the tables that are made of it."""
+
+import gzip
+import json
+import os
+import pathlib
+import re
+import shutil
+
+import pytest
+
+from configs import table_cifar
+from kd_jax import storage
+from kd_jax.reporting import gather, report, tables
+from kd_jax.reporting import runs as runs_lib
+from kd_jax.runs import grid, identity
+from kd_jax.runs import workdir as workdir_lib
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+NOT_RUN = "not run"
+
+
+@pytest.fixture
+def keep(write):
+  """keep(folder, top1, **more): a finished run with its environment."""
+
+  def make(folder, *arguments, command=("launch.py",), **more):
+    write(folder, *arguments, **more)
+    environment = {"command": command, "versions": {"jax": "1.0"}}
+    (folder / "environment.json").write_text(json.dumps(environment))
+
+  return make
+
+
+@pytest.fixture
+def runs(tmp_path, keep):
+  folder = tmp_path / "private" / "runs"
+  keep(
+    folder / "a",
+    70.0,
+    seed=1,
+    age=9,
+    command=[
+      f"{REPO}/launch.py",
+      f"--config={REPO}/configs/table_cifar.py:seed",
+      f"--workdir={folder}",
+      "--config.data.dir=/private/data",
+      f"--config.teachers=('{folder}/teachers/t', '/private/w.pth')",
+      "--config.teacher.name=a/b",
+    ],
+  )
+  teacher = {"name": "resnet32x4", "checkpoint": f"{folder}/teachers/t"}
+  data = identity.as_json(table_cifar.get_config())["data"]
+  changes = {"data": {**data, "dir": "/private/my data"}}
+  keep(folder / "b", 71.0, method="kd", teacher=teacher, changes=changes, age=3)
+  keep(folder / "teachers" / "t", 79.0, student="resnet32x4", age=5)
+  unfinished = folder / "unfinished"
+  unfinished.mkdir()
+  (unfinished / "config.json").write_text("{}")
+  return folder
+
+
+def contents(folder):
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+def test_gathered_are_the_finished_runs(runs, tmp_path):
+  to = tmp_path / "kept"
+  assert gather.gather(runs, to) == [to / "teachers/t", to / "a", to / "b"]
+  assert sorted(contents(to)) == [
+    f"{run}/{name}"
+    for run in ("a", "b", "teachers/t")
+    for name in (
+      *("config.json", "environment.json", "metrics.jsonl.gz", "result.json"),
+    )
+  ]
+  for run in ("a", "b", "teachers/t"):
+    lines = gzip.decompress((to / run / "metrics.jsonl.gz").read_bytes())
+    assert lines == (runs / run / "metrics.jsonl").read_bytes()
+    ours, theirs = (workdir_lib.result(folder / run) for folder in (to, runs))
+    assert {**ours, "teacher": None} == {**theirs, "teacher": None}
+    config = storage.read_json(runs / run / "config.json")
+    kept = storage.read_json(to / run / "config.json")
+    assert identity.config_fingerprint(kept) == identity.config_fingerprint(
+      config
+    )
+
+
+def test_gathered_has_no_path_of_the_machine(runs, tmp_path):
+  to = tmp_path / "kept"
+  gather.gather(runs, to)
+  assert storage.read_json(to / "a" / "environment.json") == {
+    "command": [
+      "launch.py",
+      "--config=configs/table_cifar.py:seed",
+      "--workdir=runs",
+      "--config.data.dir=.../data",
+      "--config.teachers=('runs/teachers/t', '.../w.pth')",
+      "--config.teacher.name=a/b",
+    ],
+    "versions": {"jax": "1.0"},
+  }
+  teacher = workdir_lib.result(to / "b")["teacher"]
+  assert teacher["checkpoint"] == "runs/teachers/t"
+  data = storage.read_json(to / "b" / "config.json")["data"]
+  assert data["dir"] == ".../my data"
+  every = b"".join(contents(to).values())
+  for private in (b"private", str(tmp_path).encode(), str(REPO).encode()):
+    assert private not in every
+
+
+def test_gathered_again_is_the_same(runs, tmp_path):
+  gather.gather(runs, tmp_path / "one")
+  for path in runs.rglob("*.json*"):
+    os.utime(path, (1e9, 1e9))
+  gather.gather(runs, tmp_path / "two")
+  gather.gather(runs, tmp_path / "one")
+  assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_report_reads_what_was_gathered(runs, tmp_path):
+  to = tmp_path / "kept"
+  gather.gather(runs, to)
+  # As a checkout leaves them.
+  for age, name in enumerate(("a", "b", "teachers/t")):
+    os.utime(to / name / "result.json", (1e9 - age, 1e9 - age))
+  ours, theirs = runs_lib.collect(to), runs_lib.collect(runs)
+  assert [row["run"] for row in ours] == ["teachers/t", "a", "b"]
+  assert tables.table(ours) == tables.table(theirs)
+  assert [r["evals"] for r in ours] == [r["evals"] for r in theirs]
+  assert len(report.write(to, tmp_path / "out")) == len(
+    os.listdir(tmp_path / "out")
+  )
+
+
+def test_finished_grid_is_gathered(smoke_run, tmp_path):
+  workdir = smoke_run("quickstart")
+  gather.gather(workdir, tmp_path)
+  assert tables.table(runs_lib.collect(tmp_path)) == (
+    tables.table(runs_lib.collect(workdir))
+  )
+  assert str(workdir.parent).encode() not in b"".join(
+    contents(tmp_path).values()
+  )
+  read = [
+    storage.read_metrics(folder / "kd" / name)
+    for folder, name in (
+      (workdir, runs_lib.METRICS),
+      (tmp_path, runs_lib.PACKED),
+    )
+  ]
+  assert read[0] == read[1] and len(read[0]) > 2
+
+
+def test_a_run_without_its_environment(runs, tmp_path):
+  (runs / "b" / "environment.json").unlink()
+  words = re.escape(
+    f"{runs / 'b'}: expected environment.json beside result.json, found none."
+    " Copy it from the run, or remove this folder"
+  )
+  with pytest.raises(ValueError, match=words):
+    gather.gather(runs, tmp_path / "kept")
+  assert not (tmp_path / "kept").exists()
+
+
+def cells_of(markdown):
+  """(row, column) -> the text of the first table's cells."""
+  lines = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in markdown.split("\n\n")[0].splitlines()
+  ]
+  header, _, *rows = lines
+  return {
+    (row[0], i): cell for row in rows for i, cell in enumerate(row)
+  }, header
+
+
+def test_readme_has_the_tables_of_the_results():
+  readme = (REPO / "README.md").read_text(encoding="utf-8")
+  made = gather.rewrite(readme, gather.tables(REPO / "results" / "cifar100"))
+  assert readme == made, (
+    "README.md does not show what results/ holds: python -m kd_jax results"
+    " results/cifar100 --readme README.md"
+  )
+
+
+def test_nothing_has_been_run(tmp_path):
+  text = gather.tables(tmp_path / "nothing")
+  cells, header = cells_of(text)
+  assert header == [
+    *("method", "config", "`resnet8x4`, published", "kd_jax"),
+    *("`vgg8`, published", "kd_jax", "`ShuffleV2_1_5`, published", "kd_jax"),
+  ]
+  rows = list(dict.fromkeys(row for row, _ in cells))
+  assert rows == [
+    *("student alone", "KD", "FitNet", "AT", "SP", "VID", "CRD", "SRRL"),
+    *("SemCKD", "SimKD, factor 8", "SimKD, factor 4", "SimKD, factor 2"),
+    "KR (ReviewKD)",
+  ]
+  assert text.count(NOT_RUN) == 3 * 13 + 1
+  assert all(cells[row, i] == NOT_RUN for row in rows for i in (3, 5, 7))
+  assert [cells["SemCKD", i] for i in (2, 4, 6)] == ["76.23", "75.27", "79.13"]
+  assert cells["KR (ReviewKD)", 2] == "-"
+  assert (
+    "\nThe teacher, `resnet32x4`: published 79.42, kd_jax not run.\n" in text
+  )
+
+
+# What a cell of the grid is called -> its row.
+ROWS = {
+  "alone": "student alone",
+  **{name: name.upper() for name in ("kd", "at", "sp", "vid", "crd", "srrl")},
+  **{"fitnet": "FitNet", "semckd": "SemCKD", "reviewkd": "KR (ReviewKD)"},
+  **{f"simkd_f{factor}": f"SimKD, factor {factor}" for factor in (2, 4, 8)},
+}
+
+
+def keep_cells(folder, keep, config):
+  """Keeps a run of each cell; the scores of the n-th are n, n + 1, n + 2."""
+  scores = {}
+  for name, cell in grid.cells(config).items():
+    first = name.partition("_seed")[0]
+    number = scores.setdefault(first, len(scores))
+    keep(
+      folder / name,
+      number + cell.seed - 1.25,  # the best epoch's is 1.25 more
+      changes=identity.as_json(cell),
+      student=cell.student.name,
+      method=cell.distiller.name,
+      seed=cell.seed,
+      teacher={"name": cell.teacher.name} if cell.teacher.name else {},
+    )
+  return scores
+
+
+def test_every_cell_of_the_grid_has_its_place(tmp_path, keep):
+  scores = keep_cells(tmp_path / "table", keep, table_cifar.get_config().lock())
+  assert len(scores) == 39
+  text = gather.tables(tmp_path)
+  assert text.count(NOT_RUN) == 1  # the teacher
+  cells, _ = cells_of(text)
+  for i, student in zip((3, 5, 7), table_cifar.STUDENTS, strict=True):
+    for name, row in ROWS.items():
+      mean = scores[f"{student}_{name}"] + 1
+      assert cells[row, i] == f"{mean:.2f} ± 1.00 (3)", (student, name)
+  assert text.count("|---") == 8  # no other table
+
+
+def test_the_teacher_and_what_is_not_of_the_table(tmp_path, keep):
+  keep(tmp_path / "table" / "teachers" / "t", 78.0, student="resnet32x4")
+  short = {"epochs": 30}
+  command = ["launch.py", "--config", "configs/cpu.py"]
+  for seed in range(2):
+    keep(
+      tmp_path / "cpu" / f"kd_seed{seed}",
+      50.0 + seed,
+      changes=short,
+      method="kd",
+      student="resnet8",
+      seed=seed,
+      teacher={"name": "resnet20"},
+      command=command,
+    )
+  keep(
+    tmp_path / "cpu" / "teachers" / "t",
+    60.0,
+    changes={"epochs": 40},
+    student="resnet20",
+    command=command,
+  )
+  text = gather.tables(tmp_path)
+  assert "`resnet32x4`: published 79.42, kd_jax 79.25 (1).\n" in text
+  assert text.count(NOT_RUN) == 39
+  _, _, about, table = text.rstrip("\n").split("\n\n")
+  assert about == (
+    "`cpu`: 30 epochs of batches of 64, on 1 x CPU, by `python launch.py"
+    " --config configs/cpu.py`."
+  )
+  assert table.splitlines() == [
+    "| network | teacher | method | n | top-1, last epoch | top-1, best epoch"
+    " |",
+    "|---|---|---|---:|---:|---:|",
+    "| resnet20 | - | none | 1 | 60.00 | 61.25 (2) |",
+    "| resnet8 | resnet20 | kd | 2 | 50.50 ± 0.71 | 51.75 ± 0.71 (2) |",
+  ]
+
+
+def test_own_tables_have_published_values_where_there_are_some(tmp_path, keep):
+  config = table_cifar.get_config("repdistiller").lock()
+  config.trials = 1
+  keep_cells(tmp_path / "repdistiller", keep, config)
+  text = gather.tables(tmp_path)
+  header = text.split("\n\n")[3].splitlines()[0]
+  assert header.endswith("| top-1, best epoch | published | difference |")
+  assert "| 73.33 (RepDistiller, last) |" in text
+  # Alone and SimKD's are the same in both; the others are not SimKD's table's.
+  assert text.count(NOT_RUN) == 3 * (13 - 5) + 1
+
+
+def test_other_settings_have_a_table_of_their_own(tmp_path, keep):
+  teacher = {"method": "kd", "teacher": {"name": "resnet32x4"}}
+  keep(tmp_path / "table" / "kd", 70.0, **teacher)
+  hot = {"distiller": {"name": "kd", "temperature": 8.0}}
+  keep(tmp_path / "table" / "hot", 60.0, changes=hot, **teacher)
+  text = gather.tables(tmp_path)
+  assert cells_of(text)[0]["KD", 3] == "71.25 (1)"
+  line = "| resnet8x4 | resnet32x4 | kd (temperature=8.0) | 1 | 60.00 |"
+  assert line in text and "70.00" not in text
+
+
+DOCUMENT = f"before\n{gather.BEGIN}\nold\n{gather.END}\nafter\n"
+
+
+def test_rewrite_leaves_the_rest():
+  once = gather.rewrite(DOCUMENT, "| new |\n")
+  assert once == (f"before\n{gather.BEGIN}\n\n| new |\n\n{gather.END}\nafter\n")
+  assert gather.rewrite(once, "| new |\n") == once
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "no markers\n",
+    f"{gather.BEGIN}\n",
+    f"{gather.END}\n{gather.BEGIN}\n",
+    DOCUMENT + DOCUMENT,
+  ],
+)
+def test_rewrite_wants_its_markers(text):
+  with pytest.raises(ValueError, match="expected one line '<!-- results: writ"):
+    gather.rewrite(text, "")
+
+
+def test_command_line(runs, tmp_path, run_main, capsys):
+  kept, document = tmp_path / "kept", tmp_path / "README.md"
+  assert run_main(gather, runs, "--to", kept / "table") == 0
+  assert capsys.readouterr().out.splitlines() == [
+    str(kept / "table" / run) for run in ("teachers/t", "a", "b")
+  ]
+  document.write_text(DOCUMENT)
+  assert run_main(gather, kept, "--readme", document) == 0
+  assert capsys.readouterr().out == f"{document}: written\n"
+  text = document.read_text()
+  assert text == gather.rewrite(DOCUMENT, gather.tables(kept))
+  assert "71.25 (1)" in text
+  assert run_main(gather, kept, "--readme", document) == 0
+  assert capsys.readouterr().out == f"{document}: unchanged\n"
+
+
+def test_mistakes_on_the_command_line(runs, tmp_path, run_main, capsys):
+  assert run_main(gather, runs) == 2
+  assert "one of the arguments --to --readme is required" in (
+    capsys.readouterr().err
+  )
+  document = tmp_path / "README.md"
+  assert run_main(gather, runs, "--readme", document) == 2
+  assert "No such file or directory" in capsys.readouterr().err
+  document.write_text("nothing to see")
+  assert run_main(gather, runs, "--readme", document) == 2
+  assert capsys.readouterr().err.startswith(
+    f"{document}: expected one line '<!-- results:"
+  )
+  shutil.rmtree(runs)
+  assert run_main(gather, runs, "--to", tmp_path / "kept") == 2
+  assert "expected finished runs (result.json)" in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""The workdir: whose it is, and what is written there."""
+
+import json
+import subprocess
+import threading
+
+import jax
+import pytest
+
+from configs import base
+from kd_jax import storage
+from kd_jax.runs import identity
+from kd_jax.runs import workdir as workdir_lib
+
+
+def make(**fields):
+  weights = {"ce": 1.0, "kd": 1.0}
+  config = base.distillation("kd", weights=weights, temperature=4.0)
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {name.replace("__", "."): value for name, value in fields.items()}
+    )
+  return config.lock()
+
+
+def contents(folder):
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_flatten():
+  tree = {"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}], "f": None}
+  assert storage.flatten(tree) == {
+    "a.b": 1,
+    "a.c": {},
+    "d": [1, {"e": 2}],
+    "f": None,
+  }
+  assert storage.flatten({}) == {"": {}}
+
+
+def test_as_json_survives_json():
+  made = identity.as_json(make())
+  assert made["optim"]["milestones"] == [150, 180, 210]
+  assert json.loads(json.dumps(made)) == made
+
+
+def test_identity_is_all_that_a_result_depends_on():
+  names = identity.config_fingerprint(make()).keys()
+  assert {
+    *("seed", "student.name", "teacher.name", "optim.milestones"),
+    *("distiller.temperature", "loss_weights.kd", "data.pipeline"),
+  } <= names
+  free = ("parallel.", "checkpoint.", "log.", "data.dir", "teacher.checkpoint")
+  assert not [name for name in names if name.startswith(free)]
+  # Runs of before there were these fields are the same runs.
+  assert not {"data.seed", "trials", "trials_together"} & names
+  assert identity.config_fingerprint(make(data__seed=3))["data.seed"] == 3
+
+
+def test_a_fresh_workdir_is_claimed_and_then_recognised(tmp_path):
+  workdir, config = tmp_path / "runs" / "a", make()
+  assert workdir_lib.finished(workdir, config) is None
+  assert not workdir.exists()  # looking writes nothing
+  workdir_lib.claim(workdir, config)
+  assert storage.read_json(workdir / "config.json") == identity.as_json(config)
+  before = contents(workdir)
+  assert workdir_lib.finished(workdir, config) is None
+  workdir_lib.claim(workdir, make(log__every_steps=7))
+  assert contents(workdir) == before
+  (workdir / "result.json").write_text('{"steps": 3}')
+  assert workdir_lib.finished(workdir, config) == {"steps": 3}
+
+
+def test_another_config_is_refused_with_both_values(tmp_path):
+  workdir_lib.claim(tmp_path, make())
+  (tmp_path / "result.json").write_text("{}")
+  before = contents(tmp_path)
+  other = make(seed=1, optim__milestones=(1, 2), distiller__temperature=2.0)
+  with pytest.raises(ValueError, match="holds a run of another config") as info:
+    workdir_lib.finished(tmp_path, other)
+  assert str(info.value) == (
+    f"{tmp_path} holds a run of another config:\n"
+    "  distiller.temperature: 4.0 there, 2.0 here\n"
+    "  optim.milestones: [150, 180, 210] there, [1, 2] here\n"
+    "  seed: 0 there, 1 here\n"
+    "Nothing was changed. Give another --workdir, or remove that one"
+  )
+  assert contents(tmp_path) == before
+
+
+def test_another_method_is_another_config(tmp_path):
+  workdir_lib.claim(tmp_path, make())
+  other = base.distillation("simkd", weights={"simkd": 1.0}, factor=2)
+  with pytest.raises(
+    ValueError, match=r"distiller\.factor: None there, 2 here"
+  ):
+    workdir_lib.finished(tmp_path, other.lock())
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"data__dir": "/elsewhere"},
+    {"teacher__checkpoint": "/elsewhere"},
+    {"parallel__num_devices": 2},
+    {"checkpoint__every_steps": 5},
+    {"log__every_steps": 1},
+  ],
+)
+def test_a_run_goes_on_elsewhere(tmp_path, fields):
+  workdir_lib.claim(tmp_path, make())
+  assert workdir_lib.finished(tmp_path, make(**fields)) is None
+
+
+def test_a_broken_config_is_an_error_not_a_fresh_start(tmp_path):
+  workdir_lib.claim(tmp_path, make())
+  path = tmp_path / "config.json"
+  path.write_text(path.read_text()[:100])
+  before = contents(tmp_path)
+  with pytest.raises(
+    ValueError, match=r"config\.json: expected JSON, got a file that ends or"
+  ):
+    workdir_lib.finished(tmp_path, make())
+  assert contents(tmp_path) == before
+
+
+def test_read_json_of_no_file(tmp_path):
+  assert storage.read_json(tmp_path / "x.json") is None
+  assert workdir_lib.result(tmp_path) is None
+
+
+def test_environment(tmp_path):
+  found = workdir_lib.environment()
+  assert found["versions"]["jax"] == jax.__version__
+  assert "not installed" not in found["versions"].values()
+  assert found["hardware"].startswith("4 x CPU ")
+  assert found["processes"] == 1
+  assert found["command"]
+  json.dumps(found)
+
+
+def test_git_commit(monkeypatch):
+  def refuse(*args, **kwargs):
+    raise subprocess.CalledProcessError(128, "git")
+
+  monkeypatch.setattr(subprocess, "run", refuse)
+  assert workdir_lib.git_commit() == "unknown"
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+  order, entered = [], threading.Event()
+
+  def second():
+    entered.set()
+    with workdir_lib.locked(tmp_path / "run"):
+      order.append("second")
+
+  with workdir_lib.locked(tmp_path / "run"):
+    thread = threading.Thread(target=second)
+    thread.start()
+    entered.wait()
+    with workdir_lib.locked(tmp_path / "another run"):  # is not in the way
+      order.append("first")
+    thread.join(timeout=0.3)
+    assert thread.is_alive()
+  thread.join(timeout=10)
+  assert order == ["first", "second"]
