@@ -79,33 +79,6 @@ def make_precompute_teacher(
   return look
 
 
-def _after_teachers(images: jax.Array, outputs: Sequence[Any]) -> jax.Array:
-  """The images, on a CPU not to be had before the teachers have seen them.
-
-  XLA runs a CPU's operations as soon as their inputs are there. A student's
-  BatchNorm that waits for the other devices holds one of the few threads, which
-  those devices' teachers then lack. `jax.lax.optimization_barrier` does not
-  help, since XLA drops it before it puts the operations in order; a term of
-  zero does, which XLA has to compute because it might be NaN.
-
-  Args:
-    images: [B, H, W, C] float.
-    outputs: of each teacher.
-
-  Returns:
-    The same images.
-  """
-
-  def waiting(images, *pooled):
-    zeros = [0 * p.ravel()[0].astype(images.dtype) for p in pooled]
-    return images + sum(zeros)
-
-  pooled = [output.features["pooled"] for output in outputs]
-  return jax.lax.platform_dependent(
-    images, *pooled, cpu=waiting, default=lambda images, *pooled: images
-  )
-
-
 def _keys(seed, step):
   key = jax.random.fold_in(jax.random.key(seed), step)
   return jax.random.split(key, 3)
@@ -155,10 +128,6 @@ def make_loss_fn(
   def loss_fn(params, collections, teacher_variables, batch, step):
     if "taught" not in batch:
       batch = look(teacher_variables, batch, step)
-      if teacher is not None and collectives.axis_size(axis_name) > 1:
-        taught = batch["taught"]
-        outputs = taught if isinstance(teacher, tuple) else (taught,)
-        batch["shown"] = _after_teachers(batch["shown"], outputs)
     batch = dict(batch)
     images = batch.pop("shown")
     taught = batch.pop("taught"), _classifiers(teacher, teacher_variables)

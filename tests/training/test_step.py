@@ -522,48 +522,6 @@ def test_a_teacher_is_asked_once_for_several_steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("method", "devices", "waits"), [("kd", 2, 1), ("kd", 1, 0), ("none", 2, 0)]
-)
-def test_a_step_waits_for_the_teacher_where_devices_do(
-  method, devices, waits, monkeypatch
-):
-  asked, wait = [], loss._after_teachers
-  monkeypatch.setattr(
-    loss,
-    "_after_teachers",
-    lambda images, outputs: asked.append(images.shape) or wait(images, outputs),
-  )
-  Method(method).train(make_devices(devices), steps=1)
-  assert len(set(asked)) == waits
-
-
-def test_images_wait_for_the_teacher():
-  """In what XLA compiles for a CPU, too: it might have dropped it."""
-  parts = made("kd")
-  look = loss.make_precompute_teacher(
-    teacher=parts.teacher, transform=_noisy, seed=0, data_seed=None
-  )
-  teacher, batch = parts.teacher_variables, make_batch(8)
-
-  def shown(wait, teacher, batch):
-    seen = look(teacher, batch, jnp.zeros((), jnp.int32))
-    images = seen["shown"]
-    if wait:
-      images = loss._after_teachers(images, [seen["taught"]])
-    return images
-
-  at_once, waiting = [
-    jax.jit(functools.partial(shown, wait)).lower(teacher, batch).compile()
-    for wait in (False, True)
-  ]
-  flops = at_once.cost_analysis()["flops"], waiting.cost_analysis()["flops"]
-  assert flops[1] > 3 * flops[0]
-  np.testing.assert_array_equal(
-    at_once(teacher, batch), waiting(teacher, batch)
-  )
-
-
-@pytest.mark.parametrize(
   ("steps", "batch", "size", "together"),
   [
     *((781, 64, 32, 11), (195, 256, 32, 3), (390, 128, 32, 6)),
