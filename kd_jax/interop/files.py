@@ -21,7 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.interop import guess, pytorch, torch_tar
+from kd_jax.interop import guess, pytorch
 
 _TORCH = (".pth", ".pt", ".tar", ".bin")
 # What a path to weights ends in.
@@ -479,14 +479,16 @@ def _read_torch(path: pathlib.Path) -> Any:
     if is_zip:
       _check_torch_zip(path)
     elif tarfile.is_tarfile(path):
-      return torch_tar.load(path)
+      raise ValueError(
+        f"{path} is a tar archive, as PyTorch wrote before 2017: expected a"
+        " file of torch.save from PyTorch 0.1.11 or newer. If you trust the"
+        " file, load it with PyTorch (weights_only=False) and save it again"
+      )
     elif start != b"\x80":
       raise _no_checkpoint(path, kind)
     return _torch(path).load(path)
   except (ImportError, MemoryError):
     raise
-  except torch_tar.RefusedGlobalError as error:
-    raise _refused(path, str(error)) from None
   except pickle.UnpicklingError as error:
     wanted = _wanted_global(path, str(error), is_zip)
     if wanted is None and "Unsupported operand" in str(error):

@@ -111,8 +111,8 @@ def load(directory: str | pathlib.Path) -> Model:
   if _digest(path / WEIGHTS) != card["sha256"]:
     raise ValueError(
       f"{path / WEIGHTS}: expected the files that {card_lib.CARD} was written"
-      " for, got others (their sha256 differs): something is missing, damaged or"
-      " exchanged. Export or copy the model again"
+      " for, got others (their sha256 differs): something is missing, damaged"
+      " or exchanged. Export or copy the model again"
     )
   # What is said of the files, not of the model.
   card = {k: v for k, v in card.items() if k not in ("parameters", "sha256")}

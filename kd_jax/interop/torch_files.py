@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_jax.interop import torch_tar
-
 # Older ones can be made to run code, or to write where they should not, even
 # with weights_only: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).
 OLDEST = (2, 10)
+# Elements of a tensor, ten times those of the largest in any network here: a
+# stride of 0 makes any number of them out of one.
+_LARGEST = 2**28
 
 
 class _NumpyValue:
@@ -52,7 +53,7 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
   if tensor.layout is not torch.strided or tensor.is_quantized:
     kind = "quantized" if tensor.is_quantized else str(tensor.layout)
     raise ValueError(f"{name}: expected a dense tensor of floats, got {kind}")
-  if tensor.numel() > torch_tar.LARGEST:
+  if tensor.numel() > _LARGEST:
     raise ValueError(
       f"{name}: a tensor of shape {list(tensor.shape)}, which no network has"
     )
