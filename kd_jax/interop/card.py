@@ -1,106 +1,70 @@
 """The model card of an export: `model.json`."""
 
-import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from kd_jax import data, storage
-from kd_jax.distillers import base
-from kd_jax.interop import model as model_lib
-from kd_jax.interop.model import Model
+from kd_jax import storage
 
 FORMAT = "kd_jax export 2"
-
-
 CARD = "model.json"
-
-
-# Fields of `config.data` that `data.load` is given beside the name, and that
-# what a model sees depends on.
+# Options of `data.load`, besides the name, that change what a model sees.
 DATA_OPTIONS = ("image_size", "resize", "num_examples", "num_classes")
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-  """What a student's export needs to know of a teacher.
-
-  Attributes:
-    name: of its network.
-    network: the network.
-    variables: its variables.
-    weight: its share in the loss.
-  """
-
-  name: str
-  network: Any
-  variables: Any
-  weight: float = 1.0
-
-
-def model_card(
-  config: ConfigDict,
+def make(
+  architecture: str,
   *,
-  source: data.Source | data.EncodedSource,
-  distiller: base.Distiller,
-  teachers: Sequence[Teacher],
-  scores: dict[str, float],
+  num_classes: int,
+  image_shape: Sequence[int],
+  class_names: Sequence[str],
+  mean: Sequence[float],
+  std: Sequence[float],
+  trained_on: str,
+  data_options: Mapping[str, Any],
+  dtype: str = "float32",
+  head: Mapping[str, Any] | None = None,
+  method: str = "none",
+  test: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-  """Says all that is needed to build the model again and to use it.
+  """Make the card of a model: all that building and using it takes.
 
   Args:
-    config: of the run.
-    source: the training set.
-    distiller: the method.
-    teachers: whose variables are not looked at.
-    scores: of the test set, for the arrays that the card goes with.
+    architecture: name of the network, see `kd_jax.models.names()`.
+    num_classes: width of its logits.
+    image_shape: (height, width, channels) of its images.
+    class_names: one a class.
+    mean: of the training images, per channel, in 0..1.
+    std: likewise.
+    trained_on: name of the data set.
+    data_options: what `data.load` was given besides the name; see
+      `DATA_OPTIONS`.
+    dtype: of the arithmetic.
+    head: the reused classifier, see `reused_head`; None: the network's own.
+    method: that trained it.
+    test: scores on the test set.
 
   Returns:
     JSON-able content of `model.json`.
   """
-  shape = source.image_shape
-  head = None
-  if distiller.predicts_with_teacher_head:
-    maps = [
-      model_lib.output_shapes(t.network, shape).features["last"].shape[1:]
-      for t in teachers
-    ]
-    head = reused_head(
-      config.distiller.to_dict(),
-      names=[t.name for t in teachers],
-      weights=[t.weight for t in teachers],
-      maps=maps,
-    )
   return {
     "format": FORMAT,
-    "architecture": config.student.name,
-    "num_classes": source.num_classes,
-    "image_shape": list(shape),
-    "dtype": config.dtype,
+    "architecture": architecture,
+    "num_classes": num_classes,
+    "image_shape": list(image_shape),
+    "dtype": dtype,
     "batch_norm_folded": False,
     "head": head,
-    "class_names": list(source.class_names),
-    "normalization": normalization(source.mean, source.std),
-    "trained_on": source.name,
-    # What `data.load` was given beside the name.
-    "data_options": {
-      name: config.data[name]
-      for name in DATA_OPTIONS
-      if config.data[name] is not None
+    "class_names": list(class_names),
+    "normalization": {
+      "mean": [float(v) for v in mean],
+      "std": [float(v) for v in std],
+      "of": "pixel / 255, per channel: (x - mean) / std",
     },
-    "method": config.distiller.name,
-    "test": scores,
-  }
-
-
-def normalization(mean: Sequence[float], std: Sequence[float]) -> Any:
-  """A card's `normalization`."""
-  return {
-    "mean": [float(v) for v in mean],
-    "std": [float(v) for v in std],
-    "of": "pixel / 255, per channel: (x - mean) / std",
+    "trained_on": trained_on,
+    "data_options": dict(data_options),
+    "method": method,
+    "test": dict(test or {}),
   }
 
 
@@ -111,10 +75,10 @@ def reused_head(
   weights: Sequence[float],
   maps: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-  """A card's `head`: whose classifier a student reuses.
+  """Make a card's `head`: whose classifier a student reuses.
 
   Args:
-    distiller: `config.distiller`.
+    distiller: name of the method and fields of its module.
     names: of the teachers' networks.
     weights: of the teachers.
     maps: (height, width, channels) of their last maps.
@@ -127,9 +91,8 @@ def reused_head(
   }
 
 
-def describe(model: Model) -> str:
-  """A model in a few words."""
-  card = model.card
+def describe(card: Mapping[str, Any]) -> str:
+  """The model in a few words."""
   words = card["architecture"]
   if card["head"] is not None:
     words += f" with the classifier of {' and '.join(card['head']['teachers'])}"
@@ -137,7 +100,7 @@ def describe(model: Model) -> str:
 
 
 def read_card_or_none(directory: pathlib.Path) -> dict[str, Any] | None:
-  """The model card of an export, None if the folder is none."""
+  """Read the model card of an export; None if the folder is not one."""
   card = storage.read_json(directory / CARD)
   if isinstance(card, dict) and card.get("format") == FORMAT:
     return card
@@ -145,10 +108,10 @@ def read_card_or_none(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def read_card(directory: pathlib.Path) -> dict[str, Any]:
-  """The model card of an export.
+  """Read the model card of an export.
 
   Raises:
-    ValueError: if the folder is no export.
+    ValueError: if the folder is not an export.
   """
   card = read_card_or_none(directory)
   if card is None:

@@ -77,10 +77,10 @@ def save(model: Model, to: pathlib.Path, *, weights_inside: bool = True) -> str:
   if to.suffix.lower() in files.SUFFIXES:
     files.check_new(to)
     files.write(to, simkd_parts.to_parts(model), card=model.card)
-    return f"{card_lib.describe(model)}, a state dict"
+    return f"{card_lib.describe(model.card)}, a state dict"
   store.write(model, to)
   parameters = base.count_parameters(model.variables["params"])
-  return f"{card_lib.describe(model)}, {parameters:,} parameters"
+  return f"{card_lib.describe(model.card)}, {parameters:,} parameters"
 
 
 def _save_program(model: Model, to: pathlib.Path, weights_inside: bool) -> str:
@@ -101,5 +101,6 @@ def _save_program(model: Model, to: pathlib.Path, weights_inside: bool) -> str:
   temporary.rename(to)
   where = "inside" if weights_inside else f"in {beside.name}"
   return (
-    f"{card_lib.describe(model)}, a StableHLO program with its weights {where}"
+    f"{card_lib.describe(model.card)}, a StableHLO program with its weights"
+    f" {where}"
   )

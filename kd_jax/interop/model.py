@@ -177,7 +177,7 @@ class Model:
   """A model that predicts.
 
   Attributes:
-    card: the content of `model.json`, see `export.model_card`.
+    card: the content of `model.json`, see `card.make`.
     variables: `{"params": ..., "batch_stats": ...}` of its network.
   """
 

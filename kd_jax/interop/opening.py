@@ -207,21 +207,16 @@ def _card(model_name: str, num_classes: int, origin: Origin) -> dict[str, Any]:
     if size < 1:
       raise ValueError(f"--image_size: expected 1 pixel or more, got {size}")
     shape[:2] = size, size
-  return {
-    "format": card_lib.FORMAT,
-    "architecture": model_name,
-    "num_classes": num_classes,
-    "image_shape": shape,
-    "dtype": "float32",
-    "batch_norm_folded": False,
-    "head": None,
-    "class_names": list(known.class_names),
-    "normalization": card_lib.normalization(known.mean, known.std),
-    "trained_on": name,
-    "data_options": {} if size is None else {"image_size": size},
-    "method": "none",
-    "test": {},
-  }
+  return card_lib.make(
+    model_name,
+    num_classes=num_classes,
+    image_shape=shape,
+    class_names=known.class_names,
+    mean=known.mean,
+    std=known.std,
+    trained_on=name,
+    data_options={} if size is None else {"image_size": size},
+  )
 
 
 def _likely_data(model_name: str, num_classes: int) -> str:

@@ -2,20 +2,75 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from kd_jax import data
 from kd_jax.distillers import base
 from kd_jax.interop import card as card_lib
 from kd_jax.interop import model as model_lib
 from kd_jax.interop import store
 from kd_jax.interop.model import Model
 from kd_jax.runs import checkpoint
+from kd_jax.runs.teachers import Teacher
 from kd_jax.training.state import TrainState
+
+
+def model_card(
+  config: ConfigDict,
+  *,
+  source: data.Source | data.EncodedSource,
+  distiller: base.Distiller,
+  teachers: Sequence[Teacher],
+  scores: dict[str, float],
+) -> dict[str, Any]:
+  """Make the model card of a run's student.
+
+  Args:
+    config: of the run.
+    source: the training set.
+    distiller: the method.
+    teachers: their variables are not used.
+    scores: on the test set, of the arrays that the card goes with.
+
+  Returns:
+    See `card.make`.
+  """
+  shape = source.image_shape
+  head = None
+  if distiller.predicts_with_teacher_head:
+    maps = [
+      model_lib.output_shapes(t.network, shape).features["last"].shape[1:]
+      for t in teachers
+    ]
+    head = card_lib.reused_head(
+      config.distiller.to_dict(),
+      names=[t.name for t in teachers],
+      weights=[t.weight for t in teachers],
+      maps=maps,
+    )
+  options = {name: config.data[name] for name in card_lib.DATA_OPTIONS}
+  return card_lib.make(
+    config.student.name,
+    num_classes=source.num_classes,
+    image_shape=shape,
+    class_names=source.class_names,
+    mean=source.mean,
+    std=source.std,
+    trained_on=source.name,
+    data_options={k: v for k, v in options.items() if v is not None},
+    dtype=config.dtype,
+    head=head,
+    method=config.distiller.name,
+    test=scores,
+  )
 
 
 def inference_variables(
   state: TrainState,
   distiller: base.Distiller,
-  teachers: Sequence[card_lib.Teacher],
+  teachers: Sequence[Teacher],
 ) -> model_lib.Variables:
   """The arrays that a prediction needs, and no others.
 

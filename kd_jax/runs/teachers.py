@@ -16,11 +16,27 @@ from ml_collections import ConfigDict
 from kd_jax import data, models, storage
 from kd_jax.interop import files, opening
 from kd_jax.interop import model as model_lib
-from kd_jax.interop.card import Teacher
 from kd_jax.runs import identity
 from kd_jax.training import optim
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """What a student's export needs to know of a teacher.
+
+  Attributes:
+    name: of its network.
+    network: the network.
+    variables: its variables.
+    weight: its share in the loss.
+  """
+
+  name: str
+  network: Any
+  variables: Any
+  weight: float = 1.0
 
 
 def teacher_config(config: ConfigDict, name: str) -> ConfigDict:

@@ -790,7 +790,7 @@ class Trial:
 
   def _card(self):
     run = self.run_
-    return card.model_card(
+    return finished_lib.model_card(
       self.config,
       source=run.train_source,
       distiller=run.distiller,

@@ -26,24 +26,19 @@ def images():
   return source.images[:64]
 
 
-def card(**changes):
+def card(**more):
   known = data.constants("digits")
-  return {
-    "format": card_lib.FORMAT,
-    "architecture": "_tiny",
-    "num_classes": 10,
-    "image_shape": [16, 16, 3],
-    "dtype": "float32",
-    "batch_norm_folded": False,
-    "head": None,
-    "class_names": list(known.class_names),
-    "normalization": card_lib.normalization(known.mean, known.std),
-    "trained_on": "digits",
-    "data_options": {"image_size": 16},
-    "method": "none",
-    "test": {},
-    **changes,
-  }
+  return card_lib.make(
+    "_tiny",
+    num_classes=10,
+    image_shape=(16, 16, 3),
+    class_names=known.class_names,
+    mean=known.mean,
+    std=known.std,
+    trained_on="digits",
+    data_options={"image_size": 16},
+    **more,
+  )
 
 
 HEADS = {
