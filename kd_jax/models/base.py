@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -154,3 +155,8 @@ class Classifier(nn.Module, abc.ABC):
         ' "dropout", got none; pass rngs={"dropout": key} to apply.'
       )
     return nn.Dropout(rate, deterministic=False, name="dropout")(x)
+
+
+def count_parameters(params: Any) -> int:
+  """Count the scalars of a tree of arrays."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
