@@ -39,7 +39,6 @@ class Program:
     dtype: str = "float32",
     steps_per_dispatch: int = 0,
     devices: int = 1,
-    trials: int = 1,
   ):
     """Builds it; nothing is compiled yet.
 
@@ -50,7 +49,6 @@ class Program:
       steps_per_dispatch: 0 takes what a run of kd_jax takes: 1 on a CPU, else
         an epoch.
       devices: over which the batch is spread.
-      trials: students that are trained at once, from the same weights.
 
     Raises:
       ValueError: if the dispatches do not divide the epoch.
@@ -110,11 +108,8 @@ class Program:
       decay_mask=mask,
     )
     place = self._devices.replicate
-    self._state = state.join(
-      [
-        place(state.create(variables["student"], distilled, optimizer))
-        for _ in range(trials)
-      ]
+    self._state = place(
+      state.create(variables["student"], distilled, optimizer)
     )
     if teacher_variables:
       teacher_variables = fold.freeze(
@@ -124,9 +119,6 @@ class Program:
     self._resident = place(self._pipeline.resident)
     self._alone = step_lib.make_train_step(optimizer=optimizer, **arguments)
     arguments = self._arguments(collectives.AXIS)
-    if trials > 1:
-      arguments["seed"] = range(work_lib.SEED, work_lib.SEED + trials)
-      optimizer = optim.for_each(optimizer)
     step = step_lib.make_train_step(
       optimizer=optimizer, axis_name=collectives.AXIS, **arguments
     )
@@ -184,7 +176,7 @@ class Program:
       steps: a multiple of `self.steps`.
 
     Returns:
-      The loss of each; of several trials, the first one's.
+      The loss of each.
     """
     sums = []
     for _ in range(steps // self.steps):
@@ -197,7 +189,7 @@ class Program:
       self.dispatches += 1
       sums.append(found)
     return [
-      float(loss.flat[0]) / self._work.batch
+      float(loss) / self._work.batch
       for found in jax.device_get(sums)
       for loss in found["loss"]
     ]

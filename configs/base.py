@@ -168,11 +168,6 @@ def get_config(arg: str = "") -> ConfigDict:
   # How often the run, or every run of the grid, is made: NAME has the seed of
   # the config, NAME_seed1 the next one, and so on.
   config.trials = 1
-  # Whether the trials of a run with a teacher are trained in one program, which
-  # asks the teacher once for all of them: faster, with the memory of as many
-  # students. They see the same images in the same order, those of the first
-  # one's seed (data.seed): their spread lacks that of order and augmentation.
-  config.trials_together = False
   return finish(config, arg)
 
 

@@ -1,7 +1,6 @@
 """Errors that end a run on every process at the same step."""
 
 import logging
-import pathlib
 
 from kd_jax.runs import checkpoint
 
@@ -9,16 +8,7 @@ _log = logging.getLogger(__name__)
 
 
 class NonFiniteLossError(RuntimeError):
-  """The loss became infinite or not a number.
-
-  Attributes:
-    workdir: of the run, or of the one among several trials.
-  """
-
-  def __init__(self, text: str, workdir: pathlib.Path):
-    """Notes whose loss it is."""
-    super().__init__(text)
-    self.workdir = workdir
+  """The loss became infinite or not a number."""
 
 
 class PreemptedError(RuntimeError):

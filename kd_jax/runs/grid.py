@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from kd_jax.distributed import claims, processes
 from kd_jax.reporting import report, runs, tables
-from kd_jax.runs import checkpoint, errors, train
+from kd_jax.runs import errors, train
 
 # Seconds between looks at cells of which it is not yet known whether another
 # is at work on them.
@@ -45,7 +45,7 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
 
   The first trial has the cell's own name and seed, the others NAME_seedN and
   the seeds that follow. A config without a grid is one cell, of its method's
-  name. Trials that are trained together have the first one's order of images.
+  name.
 
   Raises:
     ValueError: if a cell sets a field that configs do not have, or there is
@@ -57,53 +57,10 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   made = dict(first)
   for trial in range(1, config.trials):
     for name, cell in first.items():
-      if _is_together(config, cell) and cell.data.seed is None:
-        cell.data.seed = cell.seed
       again = copy.deepcopy(cell)
       again.seed = cell.seed + trial
       made[f"{name}_seed{again.seed}"] = again
   return made
-
-
-def _is_together(config, cell):
-  has_teacher = cell.teacher.name or cell.teacher.checkpoint or cell.teachers
-  return config.trials_together and bool(has_teacher)
-
-
-def _programs(config, made):
-  """The names of all cells, in lists of those that one program trains."""
-  names, found = list(made), []
-  count = len(names) // config.trials  # of first trials
-  for i, name in enumerate(names):
-    if not _is_together(config, made[name]):
-      found.append([name])
-    elif i < count:
-      found.append(names[i::count])
-  return found
-
-
-def _side_by_side(steps):
-  """Puts together what can go on together, from a step that all have saved.
-
-  A kill may leave one with a checkpoint more than another; before the first,
-  with one where the other has none, and then all begin again. But one that
-  diverged long ago, or has been added since, does not hold up the others.
-
-  Args:
-    steps: name -> steps of its checkpoints.
-
-  Returns:
-    Lists of names.
-  """
-  found: list[tuple[set[int], list[str]]] = []
-  for name, own in steps.items():
-    for i, (common, names) in enumerate(found):
-      if common & own or len(common | own) <= 1:
-        found[i] = (common & own, [*names, name])
-        break
-    else:
-      found.append((own, [name]))
-  return [names for _, names in found]
 
 
 def _first_trials(config):
@@ -172,7 +129,7 @@ def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
       raise processes.RefusedError(f"config.grid.{name}: {error}") from error
     except ValueError as error:
       raise ValueError(f"config.grid.{name}: {error}") from error
-  work = _Work(folder, made, _programs(config, made))
+  work = _Work(folder, made)
   try:
     work.run()
   finally:
@@ -190,8 +147,8 @@ def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
 class _Work:
   """What a process, or several as one, does of a grid."""
 
-  def __init__(self, folder, made, programs):
-    self.folder, self.made, self.programs = folder, made, programs
+  def __init__(self, folder, made):
+    self.folder, self.made = folder, made
     self.claims = {name: claims.Claim(folder / name) for name in made}
     self.left = list(made)
     self.failed: dict[str, str] = {}
@@ -201,84 +158,50 @@ class _Work:
     """Goes round until every cell is done, or another's."""
     while self.left:
       before = len(self.left)
-      for names in self._left():
-        self._try(names)
+      for name in list(self.left):
+        self._try(name)
       if len(self.left) < before:
         continue
       if not processes.broadcast(
-        any(
-          self.claims[names[0]].others_alive is None for names in self._left()
-        )
+        any(self.claims[name].others_alive is None for name in self.left)
       ):
         return
       time.sleep(_POLL)
 
-  def _left(self):
-    left = [[n for n in names if n in self.left] for names in self.programs]
-    return [names for names in left if names]
+  def _try(self, name):
+    """Makes a cell, if it can be taken."""
+    finished = (self.folder / name / "result.json").exists()
+    try:
+      if not processes.broadcast(finished) and not self._take(name):
+        return
+      if processes.is_first():
+        number = list(self.made).index(name) + 1
+        print(f"\n[{number}/{len(self.made)}] {name}", flush=True)
+      train.train_and_evaluate(self.made[name], str(self.folder / name))
+    except errors.PreemptedError:
+      raise
+    except Exception as error:
+      self._fail(name, error)
+    else:
+      if name in self.held:
+        self._release(name)
+      self.left.remove(name)
 
-  def _try(self, names):
-    """Makes what is left of a program, as far as it can be taken."""
-    for first, *more in self._choose(names):
-      try:
-        if processes.is_first():
-          number = list(self.made).index(first) + 1
-          also = f", with {', '.join(more)}" if more else ""
-          print(f"\n[{number}/{len(self.made)}] {first}{also}", flush=True)
-        train.train_and_evaluate(
-          self.made[first],
-          str(self.folder / first),
-          {str(self.folder / name): self.made[name].seed for name in more},
-        )
-      except errors.PreemptedError:
-        raise
-      except Exception as error:
-        self._fail([first, *more], error)
-      else:
-        for name in (first, *more):
-          if name in self.held:
-            self._release(name)
-          self.left.remove(name)
-
-  def _choose(self, names):
-    """Those that this process has to do with, in lists to be made at once."""
-    finished, steps = [], {}
-    for name in names:
-      folder = self.folder / name
-      if processes.broadcast((folder / "result.json").exists()):
-        finished.append([name])  # there is nothing to train
-        continue
-      try:
-        if self._take(name):
-          found = checkpoint.steps(folder / "checkpoints")
-          steps[name] = set(processes.broadcast(found))
-        elif not steps:
-          break  # another is taking them, in this order
-      except Exception as error:
-        self._fail([name], error)
-    return [*finished, *_side_by_side(steps)]
-
-  def _fail(self, names, error):
-    """Notes the end of cells, or of the one among them that has diverged."""
+  def _fail(self, name, error):
+    """Notes the failure of a cell."""
     agreed = isinstance(error, (*errors.AGREED, processes.RefusedError))
     if jax.process_count() > 1 and not agreed:
       raise error  # the other processes may not come along
-    if isinstance(error, errors.NonFiniteLossError):
-      # The others go on without it; but without a teacher none does.
-      names = [n for n in names if self.folder / n == error.workdir] or names
     told = agreed or isinstance(error, (ValueError, OSError))
     if processes.is_first() and not told:
       traceback.print_exception(error)
-    for name in names:
-      # Until the end it stays this process's: others would only fail as well.
-      self.failed[name] = f"{type(error).__name__}: {error}"
-      self.left.remove(name)
-      if processes.is_first():
-        print(f"{name} has failed: {self.failed[name]}", file=sys.stderr)
+    # Until the end it stays this process's: others would only fail as well.
+    self.failed[name] = f"{type(error).__name__}: {error}"
+    self.left.remove(name)
+    if processes.is_first():
+      print(f"{name} has failed: {self.failed[name]}", file=sys.stderr)
 
   def _take(self, name) -> bool:
-    if name in self.held:  # and has gone on without one that has failed
-      return True
     claim = self.claims[name]
     taken = processes.on_all_processes(
       lambda: processes.is_first() and claim.take()

@@ -5,7 +5,6 @@ keyword arguments. Restore order: the workdir's own checkpoint (the same run,
 interrupted), else a fresh start. The teacher is never in a checkpoint.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -17,9 +16,8 @@ import pathlib
 import subprocess
 import sys
 import time
-import types
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,23 +42,15 @@ from kd_jax.training import step as step_lib
 _log = logging.getLogger(__name__)
 
 
-_NO_MORE: Mapping[Any, Any] = types.MappingProxyType({})
-
-
-def train_and_evaluate(
-  config: ConfigDict, workdir: str, more: Mapping[str, int] = _NO_MORE
-) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
   """Trains what a config says, or goes on with it.
 
   Args:
     config: made by a file of `configs/`.
     workdir: folder of the run; see `kd_jax.record` for what it holds.
-    more: folders and seeds of other trials of the config, which are trained in
-      the same program, on the same images in the same order: it has to have a
-      `data.seed`. Their folders end as if each had been trained alone.
 
   Returns:
-    The content of `result.json`, of the first.
+    The content of `result.json`.
 
   Raises:
     ValueError: for a config that cannot run, before anything is written.
@@ -69,8 +59,7 @@ def train_and_evaluate(
       UnsavedStopError if that has failed.
   """
   path = pathlib.Path(workdir).absolute()
-  others = {pathlib.Path(w).absolute(): seed for w, seed in more.items()}
-  run = processes.on_all_processes(lambda: prepare(config, path, others))
+  run = processes.on_all_processes(lambda: prepare(config, path))
   processes.require_shared(path)
   finished = processes.broadcast(run if isinstance(run, dict) else None)
   if finished is not None:
@@ -78,23 +67,19 @@ def train_and_evaluate(
     return finished
   assert isinstance(run, Run)
   run.require_same()
-  for folder, trial in run.trials.items():
-    workdir_lib.claim(folder, trial)
+  workdir_lib.claim(path, run.config)
   config_lib.compilation_cache(run.config.parallel.compilation_cache, path)
   return run.train()
 
 
 def prepare(
-  config: ConfigDict,
-  workdir: pathlib.Path,
-  more: Mapping[pathlib.Path, int] = _NO_MORE,
+  config: ConfigDict, workdir: pathlib.Path
 ) -> "Run | dict[str, Any]":
   """Builds a run as far as that finds the mistakes in its config.
 
   Args:
     config: made by a file of `configs/`.
     workdir: absolute path; nothing is written.
-    more: see `train_and_evaluate`; none of them is finished.
 
   Returns:
     The run, or its result if it is finished.
@@ -109,12 +94,7 @@ def prepare(
   finished = workdir_lib.finished(workdir, config)
   if finished is not None:
     return finished
-  trials = {}
-  for path, seed in more.items():
-    trials[path] = copy.deepcopy(config)
-    trials[path].seed = seed
-    workdir_lib.finished(path, trials[path])  # refuses what is another's
-  return Run(config, workdir, train_source, test_source, trials)
+  return Run(config, workdir, train_source, test_source)
 
 
 def _sources(config):
@@ -132,12 +112,7 @@ def _sources(config):
 
 
 class Run:
-  """One training run: its parts, built once, and its loop.
-
-  Attributes:
-    trials: workdir -> config; of more than one if several are trained at once,
-      which differ in their seeds alone.
-  """
+  """One training run: its parts, built once, and its loop."""
 
   def __init__(
     self,
@@ -145,7 +120,6 @@ class Run:
     workdir: pathlib.Path,
     train_source: data.Source | data.EncodedSource,
     test_source: data.Source | data.EncodedSource,
-    more: Mapping[pathlib.Path, ConfigDict] = _NO_MORE,
   ):
     """Builds everything but the teacher's weights, which may take hours.
 
@@ -154,10 +128,8 @@ class Run:
       workdir: absolute path.
       train_source: training set.
       test_source: test set.
-      more: other trials: workdir -> config.
     """
     self.config, self.workdir = config, workdir
-    self.trials = {workdir: config, **more}
     self.data_seed = config.data.seed
     if self.data_seed is None:
       self.data_seed = config.seed
@@ -393,11 +365,7 @@ class Run:
     return variables, distiller_variables
 
   def train(self) -> dict[str, Any]:
-    """Obtains the teacher, restores, trains to the end, exports.
-
-    Returns:
-      The first trial's result.
-    """
+    """Obtains the teacher, restores, trains to the end, exports."""
     self.teachers_about = self._obtain_teachers()
     # Run once: on a CPU, compiling it well takes five times as long.
     options = {"xla_backend_optimization_level": 0}
@@ -405,21 +373,19 @@ class Run:
       self._initialize,
       compiler_options=options if jax.default_backend() == "cpu" else None,
     )
-    states = []
-    for trial in self.trials.values():
-      student, distilled = initialize(
-        jax.random.key(trial.seed), self.teacher_variables
-      )
-      state = state_lib.create(student, distilled, self.optimizer)
-      specs = state_lib.state_specs(state, self.distiller)
-      if self.config.parallel.mapping == "pmap":  # has no other way
-        specs = jax.tree.map(lambda _: P(), state)
-      states.append(self.devices.place(state, specs))
+    student, distilled = initialize(
+      jax.random.key(self.config.seed), self.teacher_variables
+    )
+    state = state_lib.create(student, distilled, self.optimizer)
+    specs = state_lib.state_specs(state, self.distiller)
+    if self.config.parallel.mapping == "pmap":  # has no other way
+      specs = jax.tree.map(lambda _: P(), state)
+    state = self.devices.place(state, specs)
     self._compile_functions(specs)
     _log.info("%s", logs.parameter_overview(state.params))
-    if memory := states[0].collections["distiller"].get("memory"):
+    if memory := state.collections["distiller"].get("memory"):
       _log.info("%s", logs.memory_overview(memory))
-    loop = Loop(self, states)
+    loop = Loop(self, state)
     try:
       result = loop.run()
     except errors.AGREED:
@@ -435,9 +401,6 @@ class Run:
 
   def _compile_functions(self, specs):
     arguments, optimizer = self._loss_arguments(), self.optimizer
-    if len(self.trials) > 1:
-      arguments["seed"] = [trial.seed for trial in self.trials.values()]
-      optimizer = optim.for_each(optimizer)
     step = step_lib.make_train_step(
       optimizer=optimizer,
       axis_name=collectives.AXIS,
@@ -445,7 +408,6 @@ class Run:
       **arguments,
     )
     chunk = step_lib.make_train_chunk(step, self.pipeline.load)
-    specs = state_lib.join([specs] * len(self.trials))
     self.train_chunk = self.devices.map_chunk(
       chunk, donate=True, carry_specs=specs
     )
@@ -525,8 +487,8 @@ class Run:
     Returns:
       What the result says of them: a dict, a list of several, {} of none.
     """
-    paths = [workdir / "teacher.json" for workdir in self.trials]
-    kept = processes.broadcast([storage.read_json(path) for path in paths])
+    path = self.workdir / "teacher.json"
+    kept = processes.broadcast(storage.read_json(path))
     abouts = []
     for i, spec in enumerate(self.teacher_specs):
       if not spec.checkpoint:
@@ -534,7 +496,7 @@ class Run:
         self.teachers[i] = processes.on_all_processes(
           functools.partial(self._find_teacher, spec)
         )
-      known = [about[i] if isinstance(about, list) else about for about in kept]
+      known = kept[i] if isinstance(kept, list) else kept
       about = self._place_teacher(i, spec, known)
       logs.say(
         f"teacher {spec.name}: {logs.scores_in_words(about)}"
@@ -542,9 +504,8 @@ class Run:
       )
       abouts.append(about)
     about = _as_one(abouts, {})
-    for path, known in zip(paths, kept, strict=True):
-      if abouts and known is None and processes.is_first():
-        storage.write_json(path, about)
+    if abouts and kept is None and processes.is_first():
+      storage.write_json(path, about)
     return about
 
   def _train_teacher(self, spec):
@@ -574,8 +535,7 @@ class Run:
       loaded, variables=self.devices.replicate(loaded.variables)
     )
     self.teachers[i] = teacher
-    found = [about for about in known if about is not None]
-    if not found:
+    if known is None:
       begin = self._evaluator(teacher.network, None, _no_distiller())
       scores = begin({"student": teacher.variables, "distiller": {}}, {})()
       return {
@@ -584,15 +544,14 @@ class Run:
         "fingerprint": weights,
         **scores,
       }
-    for workdir, about in zip(self.trials, known, strict=True):
-      if about is not None and about["fingerprint"] != weights:
-        raise ValueError(
-          f"{spec.where}.checkpoint: expected the weights that {workdir} began"
-          f" with, those of {about['checkpoint']}, got others in"
-          f" {spec.checkpoint}. Name the same teacher, or give another"
-          " --workdir"
-        )
-    return found[0]
+    if known["fingerprint"] != weights:
+      raise ValueError(
+        f"{spec.where}.checkpoint: expected the weights that {self.workdir}"
+        f" began with, those of {known['checkpoint']}, got others in"
+        f" {spec.checkpoint}. Name the same teacher, or give another"
+        " --workdir"
+      )
+    return known
 
 
 def _as_one(items, nothing):
@@ -666,25 +625,20 @@ class Evaluation(NamedTuple):
 
 
 class Trial:
-  """What the loop of a run keeps of one trial: its scores, and its files."""
+  """What the loop of a run keeps: its scores, and its files."""
 
-  def __init__(self, run: Run, workdir: pathlib.Path):
+  def __init__(self, run: Run):
     """Opens the checkpoints."""
-    self.run_, self.workdir, self.config = run, workdir, run.trials[workdir]
-    keep = self.config.checkpoint.keep
-    if len(run.trials) > 1:
-      keep = max(keep, 2)  # a kill may come when some have saved, some not
+    self.run_, self.workdir, self.config = run, run.workdir, run.config
     self.checkpoints = checkpoint.Checkpointer(
-      workdir / "checkpoints", keep=keep
+      run.workdir / "checkpoints", keep=self.config.checkpoint.keep
     )
-    self.best_checkpoint = checkpoint.Checkpointer(workdir / "best", keep=1)
+    self.best_checkpoint = checkpoint.Checkpointer(run.workdir / "best", keep=1)
     self.best: dict[str, Any] = {}
     self.best_before: dict[str, Any] = {}
     self.last_eval: dict[str, Any] = {}
     self.unscored: Evaluation | None = None
     self.totals: dict[str, float] = {}
-    # Before what is said of it, if it is one of several.
-    self.name = f"{workdir.name}: " if len(run.trials) > 1 else ""
 
   def begin(self, step: int, meta: dict[str, Any] | None) -> None:
     """Goes on from a step, with what was saved there if it is not the first."""
@@ -718,11 +672,10 @@ class Trial:
         " before it"
       )
     raise errors.NonFiniteLossError(
-      f"{self.name}step {first + offset + 1}: the loss is not finite (terms:"
+      f"step {first + offset + 1}: the loss is not finite (terms:"
       f" {', '.join(terms)}). {kept}. Lower config.optim.learning_rate (now"
       f" {self.config.optim.learning_rate}) or set"
-      " config.optim.warmup_epochs or config.optim.gradient_clip",
-      self.workdir,
+      " config.optim.warmup_epochs or config.optim.gradient_clip"
     )
 
   def add(self, sums: dict[str, np.ndarray]) -> None:
@@ -739,7 +692,7 @@ class Trial:
     values["epoch"] = step / run.steps_per_epoch
     self.writer.write(step, "train", values)
     return (
-      f"{self.name}step {step}/{run.total_steps} loss {values['loss']:.4f}"
+      f"step {step}/{run.total_steps} loss {values['loss']:.4f}"
       f" top-1 {values['top1']:.2f} %"
     )
 
@@ -781,7 +734,7 @@ class Trial:
       ):
         self.best = self.best_before
     words = logs.scores_in_words(scores)
-    return f"{self.name}epoch {epoch}/{self.config.epochs}: {words}"
+    return f"epoch {epoch}/{self.config.epochs}: {words}"
 
   def keep_best(self) -> None:
     """The best is what is on disk: one that could not be written is none."""
@@ -839,12 +792,12 @@ class Trial:
 
     Args:
       state: the last.
-      seconds: that the run has taken; a trial's are its share of them.
+      seconds: that the run has taken.
       skipped: how many images could not be decoded.
     """
-    run, together = self.run_, len(self.run_.trials)
+    run = self.run_
     finished_lib.export_run(self.workdir, self.workdir / "export")
-    steps, seconds = run.total_steps, seconds / together
+    steps = run.total_steps
     result = {
       "final": self.last_eval,
       "best": self.best,
@@ -856,7 +809,6 @@ class Trial:
       "distiller_parameters": base.count_parameters(state.params["distiller"]),
       "steps": steps,
       "seconds": round(seconds, 3),
-      "trained_together": together,
       "images_per_second": round(steps * self.config.batch_size / seconds, 1),
       "hardware": workdir_lib.hardware(),
       "skipped_images": skipped,
@@ -867,49 +819,29 @@ class Trial:
     return result
 
 
-def _restore(
-  trials: Sequence[Trial], states: Sequence[state_lib.TrainState]
-) -> list[checkpoint.Restored | None]:
-  """Each one's newest checkpoint of a step of which all have one."""
-  limit: int | None = None
-  while True:
-    found = [
-      trial.checkpoints.restore_latest(state, up_to=limit)
-      for trial, state in zip(trials, states, strict=True)
-    ]
-    steps = [one.step if one else 0 for one in found]
-    if max(steps) == min(steps):
-      return found
-    limit = min(steps)
-
-
 class Loop:
   """The training loop of a run, and what has to survive a restart of it."""
 
-  def __init__(self, run: Run, states: Sequence[state_lib.TrainState]):
-    """Restores the newest checkpoint into the trials' states, if there is one.
+  def __init__(self, run: Run, state: state_lib.TrainState):
+    """Restores the newest checkpoint, if there is one.
 
     Args:
       run: whose loop it is.
-      states: a fresh one of each trial, placed.
+      state: a fresh one, placed.
     """
-    self.run_, self.config = run, run.config
-    self.trials = [Trial(run, workdir) for workdir in run.trials]
+    self.run_, self.config, self.state = run, run.config, state
+    self.trial = Trial(run)
     self.step, self.seconds, self.started = 0, 0.0, time.monotonic()
-    restored = _restore(self.trials, states)
-    first = restored[0]
-    if first is not None:
-      states = [one.state for one in restored if one is not None]
-      self.step = first.step
-      run.pipeline.set_state(first.position)
-      self.seconds = first.meta["seconds"]
+    restored = self.trial.checkpoints.restore_latest(state)
+    if restored is not None:
+      self.state, self.step = restored.state, restored.step
+      run.pipeline.set_state(restored.position)
+      self.seconds = restored.meta["seconds"]
       # Not in a checkpoint of before it was kept.
-      for name, found in first.meta.get("skipped", {}).items():
+      for name, found in restored.meta.get("skipped", {}).items():
         run.skipped[name].unite(found)
       logs.say(f"going on from step {self.step} of {run.total_steps}")
-    self.state = state_lib.join(states)
-    for trial, one in zip(self.trials, restored, strict=True):
-      trial.begin(self.step, None if one is None else one.meta)
+    self.trial.begin(self.step, None if restored is None else restored.meta)
     self.tried_step, self.tried_time = self.step, time.monotonic()
     self.progress = writers.Progress(
       total=run.total_steps,
@@ -925,16 +857,14 @@ class Loop:
   def close(self) -> None:
     """Releases files and waits for what is being saved."""
     self.progress.close()
-    for trial in self.trials:
-      trial.close()
+    self.trial.close()
 
   def abandon(self) -> None:
     """As `close` after an error, when other processes may not come along."""
     if jax.process_count() == 1:
       return self.close()
     self.progress.close()
-    for trial in self.trials:
-      trial.writer.close()
+    self.trial.writer.close()
 
   def run(self) -> dict[str, Any]:
     """Trains to the last step."""
@@ -955,7 +885,7 @@ class Loop:
       received = np.int32(self.stop.received is not None)
       if collectives.gather_processes(received).any():
         raise self._stopped()
-      if not all(trial.best for trial in self.trials):  # lost since the last
+      if not self.trial.best:  # lost since the last
         self._begin_evaluation(self.config.epochs)
         self._save()
     return self._finish()
@@ -974,8 +904,8 @@ class Loop:
     return time.monotonic() - self.tried_time >= 60 * minutes
 
   def _stopped(self) -> errors.PreemptedError:
-    self._wait()
-    saved = min(trial.checkpoints.newest or 0 for trial in self.trials)
+    self.trial.checkpoints.wait()
+    saved = self.trial.checkpoints.newest or 0
     where = self.run_.workdir
     text = (
       f"stopped by {self.stop.received or 'a signal to another process'} at"
@@ -1020,69 +950,44 @@ class Loop:
       done = first + len(sums[metrics.COUNT])
       every = self.config.log.every_steps
       due = done // every > first // every or done % run.steps_per_epoch == 0
-      parts = [
-        {k: v[:, i] if v.ndim > 1 else v for k, v in sums.items()}
-        for i in range(len(self.trials))
-      ]
-      for trial, part in zip(self.trials, parts, strict=True):
-        trial.require_finite(first, part)
-      for trial, part in zip(self.trials, parts, strict=True):
-        trial.add(part)
-        if due:
-          self.progress.line(trial.log(done))
-
-  def _states(self) -> list[tuple[Trial, state_lib.TrainState]]:
-    parts = state_lib.part(self.state, len(self.trials))
-    return list(zip(self.trials, parts, strict=True))
+      self.trial.require_finite(first, sums)
+      self.trial.add(sums)
+      if due:
+        self.progress.line(self.trial.log(done))
 
   def _begin_evaluation(self, epoch: int):
-    for trial, state in self._states():
-      trial.begin_evaluation(self.step, epoch, state)
+    self.trial.begin_evaluation(self.step, epoch, self.state)
 
   def _score(self):
-    for trial in self.trials:
-      if text := trial.score():
-        self.progress.line(text)
+    if text := self.trial.score():
+      self.progress.line(text)
 
   def _elapsed(self) -> float:
     return self.seconds + time.monotonic() - self.started
-
-  def _wait(self):
-    for trial in self.trials:
-      trial.checkpoints.wait()
 
   def _save(self):
     # What has not been looked at may not be finite, and must not be kept.
     self._collect(leave=0)
     self._score()
     self.wishes[:] = 0
-    # No trial is more than one checkpoint ahead of another.
-    self._wait()
-    for trial in self.trials:
-      trial.keep_best()
-    if all(trial.checkpoints.newest == self.step for trial in self.trials):
+    self.trial.checkpoints.wait()
+    self.trial.keep_best()
+    if self.trial.checkpoints.newest == self.step:
       return
     skipped = self._unite_skipped()
-    for trial, state in self._states():
-      trial.save(self.step, state, self._elapsed(), skipped)
+    self.trial.save(self.step, self.state, self._elapsed(), skipped)
     self.tried_step, self.tried_time = self.step, time.monotonic()
 
   def _finish(self) -> dict[str, Any]:
-    for trial in self.trials:
-      trial.require_saved(self.step)
-    results, skipped = [], self._list_skipped()
+    trial, skipped = self.trial, self._list_skipped()
+    trial.require_saved(self.step)
+    result = {}
     if processes.is_first():
-      seconds = self._elapsed()
-      results = [
-        trial.conclude(state, seconds, skipped)
-        for trial, state in self._states()
-      ]
-    results = processes.broadcast(results)
-    for trial in self.trials:
-      logs.say(
-        f"{trial.workdir}: last epoch {logs.scores_in_words(trial.last_eval)}"
-      )
-    return results[0]
+      result = trial.conclude(self.state, self._elapsed(), skipped)
+    logs.say(
+      f"{trial.workdir}: last epoch {logs.scores_in_words(trial.last_eval)}"
+    )
+    return processes.broadcast(result)
 
   def _unite_skipped(self) -> dict[str, dict[str, str]]:
     """What all processes have left out, by split and position."""
@@ -1097,6 +1002,6 @@ class Loop:
     self._unite_skipped()
     listed = {name: s.reasons() for name, s in self.run_.skipped.items()}
     if any(listed.values()) and processes.is_first():
-      for workdir in self.run_.trials:
-        storage.write_json(workdir / "skipped_images.json", listed)
+      path = self.run_.workdir / "skipped_images.json"
+      storage.write_json(path, listed)
     return {name: len(reasons) for name, reasons in listed.items()}

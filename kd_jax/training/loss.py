@@ -45,13 +45,11 @@ def make_precompute_teacher(
   teacher: Any,
   transform: Transform,
   mixing: Mapping[str, float] | None = None,
-  seed: int | Sequence[int],
+  seed: int,
   data_seed: int | None = None,
 ) -> Callable[[Any, Batch, jax.Array], Batch]:
   """Builds `Step.look`; see `make_train_step` for the arguments."""
-  shown_seed = data_seed
-  if shown_seed is None:
-    shown_seed = seed if isinstance(seed, int) else seed[0]
+  shown_seed = seed if data_seed is None else data_seed
 
   def show(batch, step):
     augment_key, _, _ = _keys(shown_seed, step)
@@ -102,7 +100,7 @@ def make_loss_fn(
   ramp_steps: Mapping[str, int],
   transform: Transform,
   mixing: Mapping[str, float] | None = None,
-  seed: int | Sequence[int],
+  seed: int,
   data_seed: int | None = None,
   axis_name: str | None,
 ) -> Callable[..., tuple[jax.Array, Any]]:
@@ -112,11 +110,8 @@ def make_loss_fn(
 
   Returns:
     The function; it returns (total loss, (new collections, sums)), both of
-    this replica's batch. Of several trials, the total is the sum of theirs,
-    whose gradient for each one's parameters is that of its own.
+    this replica's batch.
   """
-  several = not isinstance(seed, int)
-  seeds = (seed,) if isinstance(seed, int) else tuple(seed)
   look = make_precompute_teacher(
     teacher=teacher,
     transform=transform,
@@ -130,23 +125,8 @@ def make_loss_fn(
       batch = look(teacher_variables, batch, step)
     batch = dict(batch)
     images = batch.pop("shown")
-    taught = batch.pop("taught"), _classifiers(teacher, teacher_variables)
-    if not several:
-      return trial_loss(
-        seeds[0], params, collections, taught, images, batch, step
-      )
-    totals, rest = zip(
-      *[
-        trial_loss(*trial, taught, images, batch, step)
-        for trial in zip(seeds, params, collections, strict=True)
-      ]
-    )
-    collections, sums = zip(*rest)
-    sums = jax.tree.map(lambda *values: jnp.stack(values), *sums)
-    return sum(totals), (collections, sums)
-
-  def trial_loss(seed, params, collections, taught, images, batch, step):
-    teacher_output, classify = taught
+    teacher_output = batch.pop("taught")
+    classify = _classifiers(teacher, teacher_variables)
     _, example_key, replica_key = _keys(seed, step)
     replica_key = jax.random.fold_in(
       replica_key, collectives.axis_index(axis_name)

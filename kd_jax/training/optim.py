@@ -132,26 +132,6 @@ def sgd(
   )
 
 
-def for_each(
-  optimizer: optax.GradientTransformation,
-) -> optax.GradientTransformation:
-  """The same optimiser for every one of several trials, held in tuples."""
-
-  def init(params):
-    return tuple(optimizer.init(each) for each in params)
-
-  def update(updates, state, params=None):
-    updates, state = zip(
-      *[
-        optimizer.update(*each)
-        for each in zip(updates, state, params, strict=True)
-      ]
-    )
-    return updates, state
-
-  return optax.GradientTransformation(init, update)
-
-
 def reached_parameters(
   loss_fn: Callable[..., Any], params: Any, *arguments: Any
 ) -> Any:

@@ -1,7 +1,6 @@
 """TrainState: everything that training changes, as arrays and nothing else."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from kd_jax.distributed import collectives
 
 
 class TrainState(struct.PyTreeNode):
-  """The state of one training run, or of several at once: see `join`.
+  """The state of one training run.
 
   Attributes:
     step: int32 scalar, the number of optimiser updates made.
@@ -56,37 +55,6 @@ def create(
     collections={"student": student_rest, "distiller": distiller_rest},
     opt_state=optimizer.init(params),
   )
-
-
-def join(states: Sequence[TrainState]) -> TrainState:
-  """Makes one state of those of several trials at the same step.
-
-  Args:
-    states: of arrays, or of anything that belongs to them.
-
-  Returns:
-    The only one, or a state of the first's `step` and tuples of all else.
-  """
-  if len(states) == 1:
-    return states[0]
-  return TrainState(
-    step=states[0].step,
-    params=tuple(state.params for state in states),
-    collections=tuple(state.collections for state in states),
-    opt_state=tuple(state.opt_state for state in states),
-  )
-
-
-def part(state: TrainState, count: int) -> list[TrainState]:
-  """The states of `count` trials, of which `join` has made one."""
-  if count == 1:
-    return [state]
-  return [
-    TrainState(state.step, *parts)
-    for parts in zip(
-      state.params, state.collections, state.opt_state, strict=True
-    )
-  ]
 
 
 _log = logging.getLogger(__name__)

@@ -61,14 +61,11 @@ def make_train_step(
       ramp_steps: term -> steps over which its weight grows to full size.
       transform: (key, batch) -> images [B, H, W, C] as the models want them.
       mixing: None, or `augment.mix`'s mixup and cutmix.
-      seed: of all randomness, which is derived from it and the step alone. A
-        sequence trains as many trials at once, on the same images; they share
-        the teacher's forward pass.
-      data_seed: of augmentation and mixing; None: `seed`, or the first.
+      seed: of all randomness, which is derived from it and the step alone.
+      data_seed: of augmentation and mixing; None: `seed`.
 
   Returns:
-    The step; for several trials its state is one of `state.join`, its optimiser
-    of `optim.for_each`, and its sums but "count" are [trials].
+    The step.
   """
   loss_fn = loss.make_loss_fn(axis_name=axis_name, **loss_arguments)
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
@@ -125,8 +122,6 @@ def make_train_step(
 
 
 def _average_statistics(collections, axis_name):
-  if isinstance(collections, tuple):  # of several trials
-    return tuple(_average_statistics(each, axis_name) for each in collections)
   return {
     module: {
       name: collectives.axis_mean(value, axis_name)

@@ -33,7 +33,6 @@ from benchmarks import (
   speed_table,
   step,
   torch_side,
-  trials,
 )
 from benchmarks import work as work_lib
 from benchmarks.cell import SIDES, Cell
@@ -812,29 +811,6 @@ step.main(sys.argv[3:])
   assert run_gpu(tmp_path, stub, "1", SMALL="1").stderr == ""
   over = run_gpu(tmp_path, stub, "3", SMALL="1", SECONDS_EACH="0")
   assert "methods: not run, the piece's 0 s are over" in over.stderr
-
-
-def test_trials_beside_each_other(tmp_path, fast_compile, capsys):
-  out = tmp_path / "trials.json"
-  trials.main(
-    [
-      *("--pairs", "_tiny_wide:_tiny", "--methods", "kd", "--trials", "2"),
-      *("--batch", "8", "--examples", "32", "--image_size", "16"),
-      *("--devices", "2", "--steps", "1", "--turns", "3"),
-      *("--weights", str(tmp_path / "weights"), "--out", str(out)),
-    ]
-  )
-  result = json.loads(out.read_text())
-  assert set(result) >= HEAD and result["hardware"]["platform"] == "cpu"
-  (row,) = result["rows"]
-  assert len(row["load_average"]) == 3
-  alone, together = (
-    row[name]["ms_per_step_turns"] for name in ("alone", "together")
-  )
-  assert row["ratios"] == [a / b for a, b in zip(alone, together, strict=True)]
-  assert len(row["ratios"]) == 3 and len(row["compile_seconds"]) == 2
-  _, line, _ = capsys.readouterr().out.splitlines()
-  assert line.split()[:4] == ["_tiny_wide:_tiny", "kd", "8", "2"]
 
 
 def check_rates(row, line, key, turns):

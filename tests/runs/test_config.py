@@ -225,7 +225,6 @@ def test_teacher_workdir_lies_beside_the_run_and_is_stable():
     # Of the student and its method.
     {"seed": 1},
     {"data__seed": 1},
-    {"trials_together": True},
     {"student__name": "resnet14"},
     {"student__name": "MobileNetV2"},
     {"optim__learning_rate": 0.3},

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import time
 import types
 
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -18,7 +16,7 @@ from PIL import Image
 from configs import quickstart
 from kd_jax.distributed import claims, signals
 from kd_jax.reporting import report, runs, tables
-from kd_jax.runs import errors, grid, identity, train
+from kd_jax.runs import grid, identity, train
 from kd_jax.runs import workdir as workdir_lib
 
 
@@ -88,50 +86,6 @@ def test_trials_of_a_run_without_a_grid():
     ValueError, match=r"config\.trials: expected 1 or more, got 0"
   ):
     grid.cells(config)
-
-
-def test_trials_together_see_the_same_images():
-  config = make({"alone": {}, "b": {**KD, "seed": 7}})
-  config.trials, config.trials_together = 3, True
-  made = grid.cells(config)
-  seeds = {name: (cell.seed, cell.data.seed) for name, cell in made.items()}
-  assert seeds == {
-    **{"alone": (0, None), "alone_seed1": (1, None), "alone_seed2": (2, None)},
-    **{"b": (7, 7), "b_seed8": (8, 7), "b_seed9": (9, 7)},
-  }
-  # A student alone has no teacher to share.
-  assert grid._programs(config, made) == [
-    *(["alone"], ["b", "b_seed8", "b_seed9"]),
-    *(["alone_seed1"], ["alone_seed2"]),
-  ]
-  # How often, and whether at once, makes no run another.
-  again = make({"alone": {}})
-  again.trials_together = True
-  cell = grid.cells(again)["alone"]
-  assert identity.config_fingerprint(cell) == identity.config_fingerprint(
-    made["alone"]
-  )
-  config.data.seed = 3
-  assert {c.data.seed for c in grid.cells(config).values()} == {3}
-
-
-@pytest.mark.parametrize(
-  ("saved", "programs"),
-  [
-    ({"a": {3, 6}, "b": {3, 6}, "c": {3, 6}}, ["abc"]),
-    # Killed as they saved.
-    ({"a": {3, 6}, "b": {0, 3}, "c": {0, 3}}, ["abc"]),
-    ({"a": {3}, "b": set(), "c": set()}, ["abc"]),
-    ({"a": set(), "b": set()}, ["ab"]),
-    # More trials than before; one that diverged long ago.
-    ({"a": {3, 6}, "b": {3, 6}, "c": set()}, ["ab", "c"]),
-    ({"a": {8, 9}, "b": {2, 3}, "c": {8, 9}}, ["ac", "b"]),
-    ({}, []),
-  ],
-)
-def test_what_goes_on_together(saved, programs):
-  found = grid._side_by_side(saved)
-  assert ["".join(names) for names in found] == programs
 
 
 def test_a_cell_shares_nothing_with_another():
@@ -274,68 +228,6 @@ def test_a_broken_cell_is_reported_and_the_others_are_there(
   assert workdir_lib.result(tmp_path / "c_lost")
 
 
-def make_trials(count):
-  config = make({"kd": KD})
-  config.trials, config.trials_together = count, True
-  return config
-
-
-def test_a_trial_that_diverges_does_not_end_the_others(
-  tmp_path, fast_compile, monkeypatch, capsys
-):
-  require = train.Trial.require_finite
-
-  def diverge(self, first, sums):
-    bad = self.config.seed == 1 and first >= 2
-    require(self, first, {**sums, "kd": sums["loss"] * np.nan} if bad else sums)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(train.Trial, "require_finite", diverge)
-    with pytest.raises(grid.CellsFailedError) as caught:
-      grid.run_grid(make_trials(2), str(tmp_path))
-  assert re.fullmatch(
-    r"1 of 2 cells have failed, the same command tries them again:\n"
-    r"  kd_seed1: NonFiniteLossError: kd_seed1: step 3: the loss is not finite"
-    r" \(terms: kd\)\. .*",
-    str(caught.value),
-  )
-  said = [x for x in capsys.readouterr().out.splitlines() if x[:1] == "["]
-  assert said == ["[1/2] kd, with kd_seed1", "[1/2] kd"]
-  assert workdir_lib.result(tmp_path / "kd")["seed"] == 0
-  assert workdir_lib.result(tmp_path / "kd_seed1") is None
-  # The next command makes what is left, and the table has all trials.
-  groups = runs.group(grid.run_grid(make_trials(2), str(tmp_path)))
-  (trials,) = [group.rows for group in groups if not group.is_teacher]
-  assert [row["run"] for row in trials] == ["kd", "kd_seed1"]
-  said = [x for x in capsys.readouterr().out.splitlines() if x[:1] == "["]
-  assert said == ["[1/2] kd", "[2/2] kd_seed1"]
-  table = (tmp_path / "table.md").read_text()
-  assert "| kd | _tiny_wide | _tiny | kd | 2 |" in table
-
-
-def test_a_teacher_that_diverges_ends_all_trials(tmp_path, monkeypatch):
-  def diverge(*_):
-    raise errors.NonFiniteLossError("step 1: ...", tmp_path / "teachers" / "a")
-
-  monkeypatch.setattr(train, "train_and_evaluate", diverge)
-  with pytest.raises(grid.CellsFailedError) as caught:
-    grid.run_grid(make_trials(2), str(tmp_path))
-  assert str(caught.value).splitlines()[1:] == [
-    "  kd: NonFiniteLossError: step 1: ...",
-    "  kd_seed1: NonFiniteLossError: step 1: ...",
-  ]
-
-
-def test_trials_of_others_are_left_to_them(no_training, tmp_path, capsys):
-  """Whoever has the first of a program takes the rest too."""
-  other = claims.Claim(tmp_path / "kd")
-  assert other.take()
-  assert grid.run_grid(make_trials(2), str(tmp_path)) == []
-  other.release()
-  assert "are at work on kd, kd_seed1: who" in capsys.readouterr().out
-  assert not (tmp_path / "kd_seed1").exists()
-
-
 def test_what_others_do_is_left_to_them(no_training, tmp_path, capsys):
   other = claims.Claim(tmp_path / "a")
   assert other.take()
@@ -356,7 +248,7 @@ def test_a_machine_that_died_meanwhile_is_followed(tmp_path, monkeypatch):
     nonlocal now
     now += seconds
 
-  def run(config, workdir, more):
+  def run(config, workdir):
     trained.append(pathlib.Path(workdir).name)
     if trained == ["b"]:
       os.utime(path, (1, 1))
@@ -374,7 +266,7 @@ def test_a_machine_that_died_meanwhile_is_followed(tmp_path, monkeypatch):
 def test_stopped_between_cells_it_leaves_them_to_others(tmp_path, monkeypatch):
   made = []
 
-  def train_and_evaluate(config, workdir, more):
+  def train_and_evaluate(config, workdir):
     if made:
       signal.raise_signal(signal.SIGTERM)
     made.append(pathlib.Path(workdir).name)

@@ -259,7 +259,7 @@ def test_an_interrupted_run_ends_the_same(first, monkeypatch, capsys):
 
   def cut(self):
     if self.step == 5:
-      self.trials[0].checkpoints.wait()
+      self.trial.checkpoints.wait()
       raise _PowerCutError
     dispatch(self)
 
@@ -462,93 +462,6 @@ def test_another_seed_is_another_run(first):
     for p in (workdir, first[0])
   )
   assert abs(ours["loss"] - theirs["loss"]) > 1e-3
-
-
-SHARED = {**GRAIN, "data.seed": 0}
-
-
-def train_together(workdir):
-  """Trials of seeds 0 and 1, in WORKDIR and WORKDIR_seed1."""
-  second = workdir.with_name(f"{workdir.name}_seed1")
-  config = make_config("kd", SHARED)
-  result = train.train_and_evaluate(config, str(workdir), {str(second): 1})
-  return [workdir, second], result
-
-
-@pytest.fixture(scope="module")
-def together(first):
-  with compilations() as names:
-    folders, result = train_together(first[0].with_name("together"))
-  assert names.count("train_chunk") == 1
-  return folders, result
-
-
-def test_trials_together_are_what_each_is_alone(first, together):
-  folders, result = together
-  second = first[0].with_name("second_alone")
-  config = make_config("kd", {**SHARED, "seed": 1})
-  train.train_and_evaluate(config, str(second))
-  for ours, theirs in zip(folders, (first[0], second), strict=True):
-    assert_close(*[newest(path).state["params"] for path in (ours, theirs)])
-    records = [
-      storage.read_metrics(path / "metrics.jsonl") for path in (ours, theirs)
-    ]
-    for a, b in zip(*records, strict=True):
-      assert a.pop("kind") == b.pop("kind")
-      assert a == pytest.approx(b, rel=1e-4)
-    # And leave what it leaves.
-    assert {p.name for p in ours.iterdir()} == {
-      p.name for p in theirs.iterdir()
-    }
-    own, alone = (
-      json.loads((folder / "result.json").read_text())
-      for folder in (ours, theirs)
-    )
-    assert own.keys() == alone.keys()
-    for name in ("seed", "teacher", "parameters", "steps", "method"):
-      assert own[name] == alone[name]
-    assert (own["trained_together"], alone["trained_together"]) == (2, 1)
-    assert own["best"] == pytest.approx(alone["best"], rel=1e-5)
-    for weights in ("best", "last"):
-      models = [
-        finished.run_model(path, weights=weights) for path in (ours, theirs)
-      ]
-      assert_close(*[model.variables["params"] for model in models])
-    assert card_lib.read_card(ours / "export")["test"] == own["best"]
-  assert result == json.loads((folders[0] / "result.json").read_text())
-  configs = [(folder / "config.json").read_text() for folder in folders]
-  assert configs[1] == (second / "config.json").read_text()
-  assert configs[0] == configs[1].replace('"seed": 1', '"seed": 0')
-  states = [newest(folder).state["params"] for folder in folders]
-  with pytest.raises(AssertionError):
-    assert_close(*states)
-
-
-def test_trials_cut_between_their_checkpoints_end_the_same(
-  first, together, monkeypatch, capsys
-):
-  """The first has saved step 6, the second only step 3."""
-  workdir = first[0].with_name("cut")
-  save = train.Trial.save
-
-  def cut(self, step, *arguments):
-    if step == 6 and self.config.seed == 1:
-      raise _PowerCutError
-    save(self, step, *arguments)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(train.Trial, "save", cut)
-    with pytest.raises(_PowerCutError):
-      train_together(workdir)
-  folders = [workdir, workdir.with_name("cut_seed1")]
-  assert [steps_saved(folder) for folder in folders] == [[3, 6], [3]]
-  capsys.readouterr()
-  train_together(workdir)
-  assert f"going on from step 3 of {TOTAL}" in capsys.readouterr().out
-  for ours, theirs in zip(folders, together[0], strict=True):
-    assert steps_saved(ours) == [9, 12]
-    assert_same_bits(newest(ours).state, newest(theirs).state)
-    assert lines(ours) == lines(theirs)
 
 
 def build(tmp_path, name, changes):

@@ -1,6 +1,5 @@
 """TrainState: parts in, the same parts out."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -32,24 +31,3 @@ def test_parts_of_two_modules_stay_apart():
 
 def test_a_module_without_variables():
   assert state_lib.split_params({}) == ({}, {})
-
-
-def test_one_state_of_several_and_back():
-  states = [
-    state_lib.create(
-      {"params": {"fc": jnp.full(2, i)}}, {"memory": {}}, optax.trace(0.9)
-    )
-    for i in range(3)
-  ]
-  joined = state_lib.join(states)
-  assert joined.step.shape == ()
-  assert [p["student"]["fc"][0] for p in joined.params] == [0, 1, 2]
-  for one, again in zip(states, state_lib.part(joined, 3), strict=True):
-    jax.tree.map(np.testing.assert_array_equal, one, again)
-    assert jax.tree.structure(one) == jax.tree.structure(again)
-
-
-def test_one_trial_is_left_as_it_is():
-  state = state_lib.create({"params": {}}, {}, optax.trace(0.9))
-  assert state_lib.join([state]) is state
-  assert state_lib.part(state, 1) == [state]

@@ -330,75 +330,9 @@ def test_accumulation_is_equal_on_any_devices():
   assert worst[0] < 1e-4, worst
 
 
-def test_several_trials_are_each_what_it_is_alone():
-  """CRD's banks are split over the devices, its draws are each trial's own."""
-  of, devices, seeds = made("crd"), make_devices(2), (0, 5)
-  optimizer = of.optimizer(gradient_clip=0.5)
-  arguments = {
-    "axis_name": collectives.AXIS,
-    "accumulate_steps": 2,
-    **of.loss_arguments(collectives.AXIS),
-    "transform": _noisy,
-  }
-  first = of.state(optimizer)
-  second = first.replace(params=jax.tree.map(lambda x: 1.5 * x, first.params))
-  specs = state_lib.state_specs(first, of.distiller())
-
-  def run(states, optimizer, **more):
-    step = step_lib.make_train_step(
-      optimizer=optimizer, **{**arguments, **more}
-    )
-    placed = state_lib.join([devices.place(s, specs) for s in states])
-    chunk = devices.map_chunk(
-      step_lib.make_train_chunk(step, lambda resident, x: x),
-      carry_specs=state_lib.join([specs] * len(states)),
-    )
-    found = []
-    for i in range(3):
-      xs = devices.shard({k: v[None] for k, v in make_batch(8, i).items()})
-      placed, sums = chunk(placed, of.teacher_variables, {}, xs)
-      found.append(jax.device_get(sums))
-    return placed, found
-
-  alone = [
-    run([state], optimizer, seed=seed, data_seed=0)
-    for seed, state in zip(seeds, (first, second))
-  ]
-  joint, sums = run((first, second), optim.for_each(optimizer), seed=seeds)
-  for i, state in enumerate(state_lib.part(joint, 2)):
-    own = [
-      {k: v[:, i] if k != "count" else v for k, v in s.items()} for s in sums
-    ]
-    worst = worst_difference(alone[i], (state, own))
-    assert worst[0] < 1e-5, worst
-  assert worst_difference(*alone)[0] > 1e-2
-
-
 def _noisy(key, batch):
   images = normalize(key, batch)
   return images + 0.3 * jax.random.normal(key, images.shape)
-
-
-def test_several_trials_ask_the_teacher_once(monkeypatch):
-  of, asked = made("kd"), []
-  whole = loss.run_teacher
-  monkeypatch.setattr(
-    loss, "run_teacher", lambda *a: asked.append(a) or whole(*a)
-  )
-  loss_fn = loss.make_loss_fn(
-    axis_name=None, **{**of.loss_arguments(), "seed": (0, 1, 2)}
-  )
-  state = of.state(of.optimizer())
-  _, (_, sums) = jax.eval_shape(
-    loss_fn,
-    [state.params] * 3,
-    [state.collections] * 3,
-    of.teacher_variables,
-    make_batch(8),
-    state.step,
-  )
-  assert len(asked) == 1
-  assert {x.shape for x in sums.values()} == {(3,)}
 
 
 def test_accumulation_is_the_mean_of_its_parts():
