@@ -111,7 +111,7 @@ piece_3() {
   step large --pairs "$large" --batch "$large_batch" --steps 20 --turns 3 \
     --methods simkd none kd --dtype bfloat16
   step methods --pairs "$main" --batch "$batch" --sides jax --dtype bfloat16 \
-    --methods fitnet at sp vid srrl reviewkd
+    --methods others
   step large_rest --pairs "$large" --batch "$large_batch" --steps 20 --turns 3 \
     --methods crd semckd --dtype bfloat16
 }

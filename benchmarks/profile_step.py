@@ -31,7 +31,6 @@ import jax
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.step import make_work
-from kd_jax.distributed import cpu_environment
 from kd_jax.distributed import devices as devices_lib
 
 KINDS = (
@@ -297,7 +296,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--pair", default=work_lib.PAIRS[0])
-  add("--method", choices=list(work_lib.METHODS), default="simkd")
+  add("--method", choices=work_lib.methods(), default="simkd")
   add("--batch", type=int, default=64)
   add("--dtype", choices=("float32", "bfloat16"), default="float32")
   add("--devices", type=int, help="default: all; of a CPU, each core")
@@ -334,5 +333,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  cpu_environment.restart_prepared()
   main()

@@ -1,12 +1,12 @@
-"""Writes docs/speed.md's table of what `benchmarks.step` has measured.
+"""Writes the tables of docs/speed.md from the results of `benchmarks.step`.
 
     python -m benchmarks.speed_table [results/benchmarks] [--docs docs/speed.md]
 
-Reads every JSON file of the folder, not of those below it, and puts images/s
-of the whole step, median, least and most of the turns, between the two marks of
-the document. On a CPU kd_jax's figure is that of float32, on a GPU of bfloat16.
-What no file has is "not run", "-" what PyTorch's side does not have. Files of
-runs with XLA_FLAGS are of things that were tried, and left out.
+Reads every JSON file of the folder, not of the folders below it. A figure is
+images/s of the whole step: the median of the turns and, in brackets, the least
+and the most. kd_jax's is of float32 on a CPU and of bfloat16 on a GPU. A cell
+that no file has is "not run". A run with other XLA_FLAGS than benchmarks/cpu.sh
+sets was an experiment, and is left out.
 """
 
 import argparse
@@ -21,48 +21,34 @@ from benchmarks import work as work_lib
 
 BEGIN = "<!-- speed: written by python -m benchmarks.speed_table -->\n"
 END = "<!-- speed: end -->\n"
-SIDES = ("jax", "eager", "compiled")
-LARGE = "ResNet50:ResNet18"
-NAMES = {
-  "none": "student alone",
-  "kd": "KD",
-  "crd": "CRD",
-  "semckd": "SemCKD",
-  "simkd": "SimKD",
-  "fitnet": "FitNet",
-  "at": "AT",
-  "sp": "SP",
-  "vid": "VID",
-  "srrl": "SRRL",
-  "reviewkd": "KR",
+SIDES = {
+  "jax": "kd_jax",
+  "eager": "PyTorch, eager",
+  "compiled": "PyTorch, compiled",
 }
+LARGE = "ResNet50:ResNet18"
+WORKS = [
+  *((pair, batch) for pair in work_lib.PAIRS for batch in (64, 256)),
+  (LARGE, 256),
+]
+# What benchmarks/cpu.sh sets.
+FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+NOT_RUN = "not run"
 # Whether on a GPU, pair, batch, method, side.
 Key = tuple[bool, str, int, str, str]
 
 
-def lines_of_table() -> list[tuple[str, int, str]]:
-  """The pair, batch and method of each line."""
-  works = [(pair, batch) for pair in work_lib.PAIRS for batch in (64, 256)]
-  works.append((LARGE, 256))
-  lines = [(*work, method) for work in works for method in work_lib.COMMON]
-  others = [m for m in work_lib.METHODS if m not in work_lib.COMMON]
-  return lines + [(*works[0], method) for method in others]
-
-
 def key_of(row: Mapping[str, Any]) -> Key | None:
-  """Where a measured cell has its place, or None if it has none."""
+  """The place of a measured cell in the tables, or None if it has none."""
   cell, result = row["cell"], row["result"]
   work, side = cell["work"], cell["side"]
   on_gpu = result["platform"] != "cpu"
   pair = f"{work['teacher']}:{work['student']}"
-  large = step.is_large(pair)
-  pad, size = (0, 224) if large else (4, 32)
+  pad, size = (0, 224) if step.is_large(pair) else (4, 32)
   whole = work["flip"] and (work["pad"], work["image_size"]) == (pad, size)
-  if not whole or side not in SIDES:
-    return None
-  if side == "jax" and cell["dtype"] != ("bfloat16" if on_gpu else "float32"):
-    return None
-  if side == "jax" and cell["steps_per_dispatch"]:
+  dtype = "bfloat16" if on_gpu else "float32"
+  as_a_run = cell["dtype"] == dtype and not cell["steps_per_dispatch"]
+  if not whole or side not in SIDES or (side == "jax" and not as_a_run):
     return None
   return on_gpu, pair, work["batch"], work["method"], side
 
@@ -77,8 +63,8 @@ def read(folder: pathlib.Path) -> dict[Key, dict[str, Any]]:
   origins: dict[Key, str] = {}
   for path in sorted(folder.glob("*.json")):
     content = json.loads(path.read_text())
-    if content.get("xla_flags"):
-      continue  # what was tried
+    if content.get("xla_flags", "") not in ("", FLAGS):
+      continue
     for row in content.get("rows", []):
       if "cell" not in row or "error" in row["result"]:
         continue
@@ -96,40 +82,65 @@ def read(folder: pathlib.Path) -> dict[Key, dict[str, Any]]:
 
 
 def _figure(found: Mapping[Key, dict[str, Any]], key: Key) -> str:
-  *_, batch, method, side = key
-  if side != "jax" and method not in work_lib.COMMON:
-    return "-"
   if key not in found:
-    return "not run"
+    return NOT_RUN
   least, median, most = (
-    f"{1e3 * batch / found[key][name]:,.0f}"
+    f"{1e3 * key[2] / found[key][name]:,.0f}"
     for name in ("ms_per_step_most", "ms_per_step", "ms_per_step_least")
   )
   return f"{median} ({least}-{most})"
 
 
+def _table(
+  head: Sequence[str], rows: Sequence[Sequence[str]], left: int
+) -> str:
+  first, *lines = (f"| {' | '.join(line)} |\n" for line in [head, *rows])
+  align = "|---" * left + "|---:" * (len(head) - left) + "|\n"
+  return "".join([first, align, *lines])
+
+
+def _of_device(found: Mapping[Key, dict[str, Any]], on_gpu: bool) -> str:
+  """A line for each work and side, a column for each method of both sides."""
+  methods = work_lib.COMMON
+  rows, absent = [], 0
+  for pair, batch in WORKS:
+    for side, title in SIDES.items():
+      figures = [
+        _figure(found, (on_gpu, pair, batch, m, side)) for m in methods
+      ]
+      if set(figures) == {NOT_RUN}:
+        absent += 1
+      else:
+        rows.append((pair.replace(":", " -> "), str(batch), title, *figures))
+  names = [work_lib.title(method) for method in methods]
+  text = _table(("pair", "batch", "side", *names), rows, 3) if rows else ""
+  if absent:
+    text += f"\nNot run: the other {absent} of {len(rows) + absent} lines.\n"
+  return text
+
+
 def make(found: Mapping[Key, dict[str, Any]]) -> str:
-  """The table, in Markdown."""
-  kinds = {False: "CPU", True: "GPU"}
-  columns = [f"{k}, {side}" for k in kinds.values() for side in SIDES]
-  lines = [
-    f"| pair | batch | method | {' | '.join(columns)} |",
-    f"|---|---:|---|{'---:|' * len(columns)}",
+  """The tables, in Markdown."""
+  pair, batch = WORKS[0]
+  parts = ["On a CPU, images/s:\n", _of_device(found, on_gpu=False)]
+  others = []
+  for method in work_lib.methods():
+    keys = [(on_gpu, pair, batch, method, "jax") for on_gpu in (False, True)]
+    if method not in work_lib.COMMON:
+      figures = [_figure(found, key) for key in keys]
+      others.append((work_lib.title(method), *figures))
+  others = [row for row in others if set(row[1:]) != {NOT_RUN}]
+  parts += ["On a GPU, images/s:\n", _of_device(found, on_gpu=True)]
+  parts += [
+    f"Other methods in kd_jax, {pair.replace(':', ' -> ')}, batch {batch},"
+    " images/s (not run: methods without a line):\n",
+    _table(("method", "CPU", "GPU"), others, 1),
   ]
-  for pair, batch, method in lines_of_table():
-    figures = [
-      _figure(found, (on_gpu, pair, batch, method, side))
-      for on_gpu in kinds
-      for side in SIDES
-    ]
-    pair = pair.replace(":", " -> ")
-    cells = [pair, str(batch), NAMES[method], *figures]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines) + "\n"
+  return "\n".join(parts)
 
 
 def put(text: str, table: str) -> str:
-  """The document with this table between its marks.
+  """The document with this text between its marks.
 
   Raises:
     SystemExit: if it has not both marks.

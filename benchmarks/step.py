@@ -13,12 +13,11 @@ of its own, one after the other; with --by_turns a work's cells turn by turn:
              augmentation on the device
   teacher    kd_jax's frozen teacher alone
 
---methods all takes every method; PyTorch has none, kd, crd, semckd and simkd.
-Cells are measured in the order of the methods, and what is in --out already,
-of the same commit and hardware, is not measured again; so a run that --seconds
-ended can be gone on with. A cell that was not reached is "not run", one that
-broke says how. On a CPU all sides get huge pages, and kd_jax's XLA its flag, as
-`launch.py` has them.
+--methods all takes every method, others those that PyTorch's side does not
+have. Cells are measured in the order of the methods. What --out has already, of
+the same commit and hardware, is not measured again: give the same command to
+resume after --seconds. A cell that was not reached is "not run"; one that
+failed says how. On a CPU set the two variables that benchmarks/cpu.sh sets.
 
 FLOPs are XLA's count of kd_jax's step, and the work of all sides alike; the
 share of the peak is of the arithmetic's own peak (`benchmarks.measure.PEAKS`).
@@ -44,7 +43,6 @@ from typing import IO, Any
 from benchmarks import measure
 from benchmarks import work as work_lib
 from benchmarks.cell import READY, SIDES, WARM, Cell
-from kd_jax.distributed import cpu_environment
 
 NOT_RUN = "not run"
 
@@ -80,7 +78,10 @@ def make_work(pair: str, method: str, batch: int, args: Any) -> work_lib.Work:
 
 def make_cells(args: Any) -> list[Cell]:
   """The cells that the arguments ask for, in the order of the table."""
-  methods = list(work_lib.METHODS) if args.methods == ["all"] else args.methods
+  methods = args.methods
+  if methods in (["all"], ["others"]):
+    known = () if methods == ["all"] else work_lib.COMMON
+    methods = [m for m in work_lib.methods() if m not in known]
   cells = []
   for pair, batch, method in itertools.product(args.pairs, args.batch, methods):
     work = make_work(pair, method, batch, args)
@@ -191,7 +192,7 @@ def _started(
 def _start(
   cell: Cell, seconds: float
 ) -> contextlib.AbstractContextManager[_Process]:
-  variables = cpu_environment.prepared(os.environ)
+  variables = dict(os.environ)
   if cell.side in ("eager", "compiled"):
     variables["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
   fields = {**cell.key, "weights": cell.weights}
@@ -449,10 +450,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add("--out", default="runs/benchmarks/step.json")
   args = parser.parse_args(arguments)
   for method in args.methods:
-    if method not in {*work_lib.METHODS, "all"}:
+    if method not in {*work_lib.methods(), "all", "others"}:
       parser.error(
-        f"--methods: expected 'all' or of {', '.join(work_lib.METHODS)}, got"
-        f" {method!r}"
+        f"--methods: expected 'all', 'others' or some of"
+        f" {', '.join(work_lib.methods())}, got {method!r}"
       )
   return args
 

@@ -8,6 +8,7 @@ that its networks make the same of the images.
 
 import dataclasses
 import functools
+import importlib
 import json
 import pathlib
 import sys
@@ -16,37 +17,6 @@ from typing import Any
 
 import numpy as np
 
-# The word, the weights of its terms and its fields, as configs/x_cifar.py has
-# them (which takes ml_collections to read).
-METHODS: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
-  "none": ({"ce": 1.0}, {}),
-  "kd": ({"ce": 1.0, "kd": 1.0}, {"temperature": 4.0}),
-  "crd": (
-    {"ce": 1.0, "kd": 1.0, "crd": 0.8},
-    {
-      "temperature": 4.0,
-      "k": 16384,
-      "nce_temperature": 0.07,
-      "momentum": 0.5,
-      "feat_dim": 128,
-      "mode": "exact",
-    },
-  ),
-  "semckd": (
-    {"ce": 1.0, "kd": 1.0, "semckd": 400.0},
-    {"temperature": 4.0, "soft": 1.0},
-  ),
-  "simkd": ({"ce": 0.0, "kd": 0.0, "simkd": 1.0}, {"factor": 2}),
-  "fitnet": (
-    {"ce": 1.0, "kd": 1.0, "fitnet": 100.0},
-    {"temperature": 4.0, "hint_layer": "stage1"},
-  ),
-  "at": ({"ce": 1.0, "kd": 1.0, "at": 1000.0}, {"temperature": 4.0}),
-  "sp": ({"ce": 1.0, "kd": 1.0, "sp": 3000.0}, {"temperature": 4.0}),
-  "vid": ({"ce": 1.0, "kd": 1.0, "vid": 1.0}, {"temperature": 4.0}),
-  "srrl": ({"ce": 1.0, "kd": 1.0, "srrl": 1.0}, {"temperature": 4.0}),
-  "reviewkd": ({"ce": 1.0, "kd": 0.0, "reviewkd": 5.0}, {"max_mid": 512}),
-}
 # Those that the PyTorch side has.
 COMMON = ("none", "kd", "crd", "semckd", "simkd")
 PAIRS = (
@@ -60,6 +30,32 @@ CIFAR, IMAGENET = 50_000, 1_281_167  # images of an epoch
 _CHECKED = 4  # images
 
 
+def methods() -> list[str]:
+  """The words of kd_jax's methods."""
+  from kd_jax import distillers
+
+  return distillers.names()
+
+
+def title(method: str) -> str:
+  """A method's name for a table."""
+  from kd_jax import distillers
+
+  if method == "none":
+    return "student alone"
+  return distillers.DISTILLERS[method].__name__
+
+
+@functools.cache
+def recipe(method: str) -> tuple[dict[str, float], dict[str, Any]]:
+  """The loss weights and the fields of a method's CIFAR config."""
+  name = "teacher" if method == "none" else method
+  config = importlib.import_module(f"configs.{name}_cifar").get_config()
+  fields = config.distiller.to_dict()
+  fields.pop("name")
+  return config.loss_weights.to_dict(), fields
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
   """What is trained.
@@ -67,7 +63,7 @@ class Work:
   Attributes:
     teacher: name of the network, of `kd_jax.models.names()`.
     student: likewise.
-    method: a key of `METHODS`.
+    method: one of `methods()`.
     batch: images per step.
     image_size: height and width in pixels.
     classes: width of the logits.
@@ -89,9 +85,9 @@ class Work:
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    if self.method not in METHODS:
+    if self.method not in methods():
       raise ValueError(
-        f"method: expected one of {', '.join(METHODS)}, got {self.method!r}"
+        f"method: expected one of {', '.join(methods())}, got {self.method!r}"
       )
     if not 0 < self.batch <= self.examples:
       raise ValueError(
@@ -108,12 +104,12 @@ class Work:
   @property
   def weights(self) -> dict[str, float]:
     """Of the terms of the loss."""
-    return METHODS[self.method][0]
+    return recipe(self.method)[0]
 
   @property
   def settings(self) -> dict[str, Any]:
     """The method's fields."""
-    return {**METHODS[self.method][1], **self.fields}
+    return {**recipe(self.method)[1], **self.fields}
 
   @property
   def has_teacher(self) -> bool:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks import (
@@ -32,11 +31,11 @@ from benchmarks import (
   profile_step,
   speed_table,
   step,
+  torch_networks,
   torch_side,
 )
 from benchmarks import work as work_lib
 from benchmarks.cell import SIDES, Cell
-from configs import base
 from kd_jax import data, models
 from kd_jax.data import augment
 from kd_jax.interop import naming, pytorch
@@ -207,7 +206,7 @@ def test_networks_have_the_same_tensors(pair):
   for name in pair.split(":"):
     expected = pytorch.tensor_shapes(name, 100, naming.of(name)[0])
     with torch.device("meta"):
-      found = torch_side.create(name, 100).state_dict()
+      found = torch_networks.create(name, 100).state_dict()
     counters = {n for n in found if n.endswith("num_batches_tracked")}
     shapes = {n: tuple(t.shape) for n, t in found.items() if n not in counters}
     assert shapes == dict(expected), name
@@ -218,7 +217,7 @@ def test_networks_compute_the_same(name, tmp_path, fast_compile):
   work = tiny("none", student=name, image_size=32)
   path = tmp_path / work.network_file("student")
   work_lib._save(path, work_lib._network(work, "student"))
-  torch_side.load(work, "student", tmp_path)  # which compares
+  torch_networks.load(work, "student", tmp_path)  # which compares
 
 
 def test_another_network_is_noticed(weights, tmp_path):
@@ -228,7 +227,7 @@ def test_another_network_is_noticed(weights, tmp_path):
   arrays["layer1.0.conv1.weight"] *= 1.01
   np.savez(tmp_path / name, **arrays)
   with pytest.raises(ValueError, match=r"_tiny: expected the logits of kd_jax"):
-    torch_side.load(work, "student", tmp_path)
+    torch_networks.load(work, "student", tmp_path)
 
 
 def test_refusals_say_what_to_do(weights):
@@ -237,7 +236,7 @@ def test_refusals_say_what_to_do(weights):
   with pytest.raises(ValueError, match=r"batch: expected 1 to 32 \(--examples"):
     tiny("kd", batch=64)
   with pytest.raises(ValueError, match=r"'wrn_16_1' on PyTorch's side.*jax"):
-    torch_side.create("wrn_16_1", 10)
+    torch_networks.create("wrn_16_1", 10)
   with pytest.raises(ValueError, match=r"methods none, kd,.* got at\. Leave"):
     torch_side.Trainer(tiny("at"), weights)
   with pytest.raises(ValueError, match="divisor of the 4 steps of an epoch"):
@@ -256,41 +255,6 @@ def test_cells_are_those_that_exist():
     *[("at", "jax", "float"), ("at", "jax", "bfloa")],
     *[("at", "teacher", "float"), ("at", "teacher", "bfloa")],
   ]
-
-
-def test_methods_are_those_of_the_configs():
-  import importlib
-
-  known = base.get_config()
-  for method, (weights_, fields) in work_lib.METHODS.items():
-    config = known
-    if method != "none":
-      module = importlib.import_module(f"configs.{method}_cifar")
-      config = module.get_config()
-    assert config.loss_weights == ConfigDict(weights_), method
-    assert config.distiller == ConfigDict({"name": method, **fields}), method
-  assert known.optim.momentum == work_lib.MOMENTUM
-  assert known.optim.weight_decay == work_lib.WEIGHT_DECAY
-
-
-def test_measuring_imports_little():
-  """What `gpu.sh` promises: PyTorch and JAX, and no more of this project."""
-  code = """
-import sys
-from benchmarks import cell, guard, jax_side, step, torch_side
-absent = ("ml_collections", "grain", "nvidia.dali", "orbax", "tensorflow",
-          "matplotlib", "sklearn", "tensorboardX", "torchvision")
-print([name for name in absent if name in sys.modules])
-"""
-  found = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=pathlib.Path(__file__).resolve().parents[2],
-    env=ENVIRONMENT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert found.stdout.strip() == "[]"
 
 
 # What each benchmark's file begins with.
@@ -726,7 +690,7 @@ def test_gpu_pieces_ask_for_cells_that_exist(tmp_path):
     assert len(list(commands(small=small))) == len(every)
     cells = [cell for args in every for cell in step.make_cells(args)]
     methods = {cell.work.method for cell in cells if cell.side == "jax"}
-    assert methods == set(work_lib.METHODS)
+    assert methods == set(work_lib.methods())
     assert {cell.side for cell in cells} == set(SIDES[:3])
     bare, *again = (c for c in cells if not (c.work.pad or c.work.flip))
     assert again == [bare, bare]  # with convolutions in CUDA graphs
@@ -778,10 +742,11 @@ def test_the_cpu_script_asks_for_every_cell_of_the_table(tmp_path):
       row = {"cell": asked.key, "result": {"platform": "cpu"}}
       keys.append(speed_table.key_of(row))
   assert len(set(keys)) == len(keys) and None not in keys
-  for pair, batch, method in speed_table.lines_of_table():
-    common = method in work_lib.COMMON
-    for side in speed_table.SIDES if common else ("jax",):
-      assert (False, pair, batch, method, side) in keys
+  for work in speed_table.WORKS:
+    for method, side in itertools.product(work_lib.COMMON, speed_table.SIDES):
+      assert (False, *work, method, side) in keys
+  for method in work_lib.methods():
+    assert (False, *speed_table.WORKS[0], method, "jax") in keys
   log.unlink()
   assert run_gpu(tmp_path, stub, "main", script=CPU).returncode == 0
   assert len(log.read_text().splitlines()) == 1
