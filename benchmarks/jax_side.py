@@ -84,7 +84,9 @@ class Program:
     distilled = traverse_util.unflatten_dict(
       {k: v for k, v in method.items() if not k.startswith("torch/")}, sep="/"
     )
-    teacher_variables = variables.get("teacher", {})
+    teacher_variables = tuple(
+      variables[role] for role in ("teacher",) if role in variables
+    )
     arguments = self._arguments(None)
     student_params, student_rest = state.split_params(variables["student"])
     params, rest = state.split_params(distilled)
@@ -111,11 +113,14 @@ class Program:
     self._state = place(
       state.create(variables["student"], distilled, optimizer)
     )
-    if teacher_variables:
-      teacher_variables = fold.freeze(
-        arguments["teacher"], teacher_variables, source.image_shape
+    self._teacher_variables = place(
+      tuple(
+        fold.freeze(network, frozen, source.image_shape)
+        for network, frozen in zip(
+          arguments["teachers"], teacher_variables, strict=True
+        )
       )
-    self._teacher_variables = place(teacher_variables)
+    )
     self._resident = place(self._pipeline.resident)
     self._alone = step_lib.make_train_step(optimizer=optimizer, **arguments)
     arguments = self._arguments(collectives.AXIS)
@@ -128,14 +133,14 @@ class Program:
 
   def _arguments(self, axis_name: str | None) -> dict[str, Any]:
     work, dtype = self._work, jnp.dtype(self._dtype)
-    teacher = None
+    teachers = ()
     if work.has_teacher:
-      teacher = models.create(work.teacher, work.classes, dtype=dtype)
+      teachers = (models.create(work.teacher, work.classes, dtype=dtype),)
     return {
       "student": models.create(
         work.student, work.classes, dtype=dtype, bn_axis_name=axis_name
       ),
-      "teacher": teacher,
+      "teachers": teachers,
       "distiller": distillers.create(
         work.method,
         axis_name=axis_name,
@@ -145,6 +150,7 @@ class Program:
       ),
       "loss_weights": work.weights,
       "ramp_steps": {},
+      "steps_per_epoch": self._pipeline.steps_per_epoch,
       "transform": self._transform,
       "seed": work_lib.SEED,
     }
@@ -253,7 +259,7 @@ class TeacherForward:
       images = augment.normalize(
         batch["image"], source.mean, source.std, jnp.dtype(dtype)
       )
-      output, _ = loss_lib.run_teacher(network, variables, images)
+      (output,), _ = loss_lib.run_teachers((network,), (variables,), images)
       return output.logits, output.features["last"]
 
     self._forward = forward

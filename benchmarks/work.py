@@ -235,16 +235,20 @@ def _method(work: Work) -> dict[str, np.ndarray]:
     "train_labels": jnp.arange(work.examples, dtype=jnp.int32) % work.classes,
   }
   distiller = distillers.create(work.method, **work.settings)
+  teachers = [outputs["teacher"]] if "teacher" in outputs else []
 
   def init(key):
     return distiller.init(
       {"params": key, "distiller": key},
       outputs["student"],
-      outputs.get("teacher"),
+      teachers,
       batch,
-      teacher_head=lambda pooled: jnp.zeros((size, work.classes)),
+      teacher_heads=[lambda pooled: jnp.zeros((size, work.classes))]
+      * len(teachers),
       step=jnp.zeros((), jnp.int32),
+      epoch=jnp.ones((), jnp.int32),
       train=True,
+      method="distill",
     )
 
   variables = jax.device_get(_quickly(init)(jax.random.key(SEED)))

@@ -1,12 +1,18 @@
-"""Distillers: one final linen module per method, looked up by its word."""
+"""Distillers: what each method adds to the networks.
+
+One final linen module per method, in a file of the method's name, and a line in
+`DISTILLERS`. `connectors` holds the learned modules between the two networks,
+`multi_teacher` the mean over several teachers. This room imports
+`kd_jax.losses`, `kd_jax.models` and `kd_jax.distributed.collectives`.
+"""
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
+from kd_jax import registry
 from kd_jax.distillers.at import AT
-from kd_jax.distillers.base import Distiller, DistillOutput, weighted_sum
+from kd_jax.distillers.base import Distiller, DistillOutput
 from kd_jax.distillers.crd import CRD
 from kd_jax.distillers.fitnet import FitNet
 from kd_jax.distillers.kd import KD
@@ -26,7 +32,6 @@ __all__ = [
   "create",
   "create_for_teachers",
   "names",
-  "weighted_sum",
 ]
 
 DISTILLERS: dict[str, type[Distiller]] = {
@@ -45,20 +50,15 @@ DISTILLERS: dict[str, type[Distiller]] = {
 
 
 def names() -> list[str]:
-  """The methods' words."""
+  """Names of the methods."""
   return list(DISTILLERS)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-  close = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.4)
-  return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def create(name: str, **fields: Any) -> Distiller:
   """Makes the distiller of a method.
 
   Args:
-    name: the method's word, one of `names()`.
+    name: one of `names()`, or a class of yours as "package.module:Class".
     **fields: the module's fields, such as `temperature` or SimKD's `factor`.
 
   Returns:
@@ -67,12 +67,12 @@ def create(name: str, **fields: Any) -> Distiller:
   Raises:
     ValueError: for an unknown method or field, with the nearest names.
   """
-  if name not in DISTILLERS:
+  cls = registry.resolve(name, DISTILLERS, what="method")
+  if not (isinstance(cls, type) and issubclass(cls, Distiller)):
     raise ValueError(
-      f"unknown method {name!r}.{_nearest(name, names())} The methods are: "
-      f"{', '.join(names())}"
+      f"method {name!r}: expected a subclass of kd_jax.distillers.Distiller, "
+      f"got {cls!r}"
     )
-  cls = DISTILLERS[name]
   known = [
     field.name
     for field in dataclasses.fields(cls)
@@ -81,28 +81,31 @@ def create(name: str, **fields: Any) -> Distiller:
   for field in fields:
     if field not in known:
       raise ValueError(
-        f"{name} has no field {field!r}.{_nearest(field, known)} Its fields "
-        f"are: {', '.join(known)}"
+        f"{name} has no field {field!r}."
+        f"{registry.did_you_mean(field, known)} Its fields are: "
+        f"{', '.join(known)}"
       )
   return cls(**fields)
 
 
 def create_for_teachers(
   name: str, weights: Sequence[float], **fields: Any
-) -> MultiTeacher:
-  """Makes the distiller of a method with several teachers.
+) -> Distiller:
+  """Makes the distiller of a method for any number of teachers.
 
   Args:
-    name: the method's word.
-    weights: of the teachers, above 0; they are divided by their sum.
+    name: see `create`.
+    weights: one per teacher, above 0; they are divided by their sum.
     **fields: see `create`.
 
   Returns:
-    The module; it takes tuples of the teachers' outputs and classifiers.
+    The method's own module for at most one teacher, else a `MultiTeacher`.
 
   Raises:
-    ValueError: see `create`; or if the method is one for a single teacher.
+    ValueError: see `create`; or for several teachers of a method with one.
   """
+  if len(weights) <= 1:
+    return create(name, **fields)
   members = tuple(create(name, **fields) for _ in weights)
   if not members[0].takes_many_teachers:
     able = [n for n, cls in DISTILLERS.items() if cls.takes_many_teachers]

@@ -23,12 +23,13 @@ class AT(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "at"."""
-    terms = self.logit_losses(student, teacher, batch)
+    terms = self.logit_terms(student, teacher, batch)
     maps_s = base.stages(student, whose="student")
     maps_t = base.stages(teacher, whose="teacher")
     pairs = min(len(maps_s), len(maps_t))

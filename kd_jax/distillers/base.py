@@ -1,9 +1,8 @@
-"""What every distiller is: a module from two networks' outputs to losses."""
+"""The base of all distillers: from two networks' outputs to loss terms."""
 
-import abc
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -12,34 +11,39 @@ import jax.numpy as jnp
 from kd_jax import losses
 from kd_jax.models.layers import ModelOutputs
 
+_T = TypeVar("_T")
 Batch = Mapping[str, jax.Array]
-Classifier = Callable[[jax.Array], jax.Array]
+# A teacher's classifier: pooled features [B, C] -> logits [B, num_classes].
+Head = Callable[[jax.Array], jax.Array]
 
 
 class DistillOutput(NamedTuple):
-  """What a distiller returns.
+  """Prediction and loss terms of one batch.
 
   Attributes:
     logits: [B, num_classes] float32, the method's prediction.
-    losses: unweighted terms by name, [B] (one value per example) or scalar.
+    terms: unweighted loss terms by name, [B] (one value per example) or scalar.
   """
 
   logits: jax.Array
-  losses: dict[str, jax.Array]
+  terms: dict[str, jax.Array]
 
 
-class Distiller(nn.Module, metaclass=abc.ABCMeta):
+class Distiller(nn.Module):
   """Base of the methods; each is one final subclass in a file of its name.
 
   A distiller owns what its method learns (`params`, `batch_stats`) and
-  remembers (`memory`), and reads every shape from what `init` is given. Maps
-  are NHWC. While its variables are being made no mapped axis is bound.
+  remembers (`memory`). It reads every shape from the arguments of `init`. Maps
+  are NHWC.
+
+  A method with one teacher implements `__call__`. A method with none or
+  several overrides `distill` instead. The train step always calls `distill`.
 
   Attributes:
     axis_name: the mapped axis of the devices, if any.
-    sync: whether BatchNorm and relational losses see the batch of the whole
-      axis (then results do not depend on the number of devices) or the
-      device's own, as the reference toolboxes do per GPU.
+    sync: whether BatchNorm and relational losses see the batch of all devices.
+      Then results do not depend on the number of devices. Otherwise each
+      device uses its own batch, as the reference toolboxes do per GPU.
     dtype: of the learned modules' arithmetic; losses are float32.
     temperature: of the term "kd".
     label_smoothing: of the term "ce".
@@ -51,17 +55,17 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
   temperature: float = 4.0
   label_smoothing: float = 0.0
 
-  # Whether the mean of the losses over several teachers makes sense.
+  # Whether the mean of the terms over several teachers makes sense.
   takes_many_teachers: ClassVar[bool] = False
-  # Arrays of "memory" with a row for every training example. On several
-  # devices each may be given its share of the rows; see `crd`.
+  # Arrays in the collection "memory" with one row per training example. On
+  # several devices each may hold a shard of the rows; see `crd`.
   memory_rows: ClassVar[tuple[str, ...]] = ()
 
   @property
   def predicts_with_teacher_head(self) -> bool:
     """Whether the prediction is the teacher's classifier on `last_map`.
 
-    An export then needs what this module learns, and that classifier too.
+    An export then needs this module's variables and that classifier too.
     """
     return False
 
@@ -71,18 +75,18 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
     return self.axis_name if self.sync else None
 
   def bound(self, axis_name: str | None) -> str | None:
-    """`axis_name`, or None while the variables are being made."""
+    """`axis_name`, or None during `init`, where no axis is mapped."""
     return None if self.is_initializing() else axis_name
 
-  @abc.abstractmethod
   def __call__(
     self,
     student: ModelOutputs,
     teacher: ModelOutputs,
     batch: Batch,
     *,
-    teacher_head: Classifier,
+    teacher_head: Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> DistillOutput:
     """Compares a student with its teacher on one batch.
@@ -90,56 +94,108 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
     Args:
       student: the student's output.
       teacher: the teacher's, gradients already stopped.
-      batch: at least `label` [B]; with `index` [B] in training. Where images
-        are mixed, `share` (scalar) is that of `label` and the rest is that of
+      batch: at least `label` [B]; with `index` [B] in training. For mixed
+        images, `share` (scalar) weighs `label` and the rest goes to
         `mixed_label` [B].
       teacher_head: from a pooled feature [B, C] to the teacher's logits.
       step: number of the step, from 0.
+      epoch: number of the epoch, from 1.
       train: whether running statistics and memories move.
 
     Returns:
       The prediction and the terms: always "ce", with a teacher "kd", and the
-      method's own term under its word. CRD and SemCKD leave theirs out when
-      `train` is false: it is defined on training batches only.
+      method's own term under the method's name. CRD and SemCKD leave theirs
+      out when `train` is false, since it is defined on training batches only.
     """
+    raise NotImplementedError(
+      f"{type(self).__name__} has no single-teacher form; call its `distill`"
+    )
+
+  def distill(
+    self,
+    student: ModelOutputs,
+    teachers: Sequence[ModelOutputs],
+    batch: Batch,
+    *,
+    teacher_heads: Sequence[Head],
+    step: jax.Array | int,
+    epoch: jax.Array | int,
+    train: bool,
+  ) -> DistillOutput:
+    """`__call__` for any number of teachers: `apply(.., method="distill")`.
+
+    Args:
+      student: see `__call__`.
+      teachers: the output of each teacher; `()` if there is none.
+      batch: see `__call__`.
+      teacher_heads: the classifier of each teacher.
+      step: see `__call__`.
+      epoch: see `__call__`.
+      train: see `__call__`.
+
+    Returns:
+      See `__call__`.
+
+    Raises:
+      ValueError: if the method does not take so many teachers.
+    """
+    return self(
+      student,
+      self.only(teachers),
+      batch,
+      teacher_head=self.only(teacher_heads),
+      step=step,
+      epoch=epoch,
+      train=train,
+    )
 
   def last_map(
-    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool = False
+    self,
+    student: ModelOutputs,
+    teachers: Sequence[ModelOutputs],
+    *,
+    train: bool = False,
   ) -> jax.Array:
-    """The map whose global average pool the prediction's classifier takes.
+    """The map whose global average pool feeds the prediction's classifier.
 
-    `distiller.apply(variables, student, teacher, method="last_map")`, where
-    the teacher's features may be `jax.ShapeDtypeStruct`s: only their shapes
-    are read.
+    Call it as `apply(variables, student, teachers, method="last_map")`. The
+    teachers' features may be `jax.ShapeDtypeStruct`s.
 
     Args:
       student: the student's output.
-      teacher: the teacher's.
+      teachers: the output of each teacher.
       train: whether running statistics move.
 
     Returns:
       [B, H, W, C]: the student's own last map, unless
       `predicts_with_teacher_head`.
     """
-    del teacher, train
+    del teachers, train
     return feature(student, "last", whose="student")
 
-  def logit_losses(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs | None,
-    batch: Batch,
-  ) -> dict[str, jax.Array]:
-    """The terms that need no features: "ce" and, with a teacher, "kd"."""
-    terms = {"ce": self._cross_entropy(student.logits, batch)}
-    if teacher is not None:
-      terms["kd"] = losses.kd_loss(
-        student.logits, teacher.logits, temperature=self.temperature
+  def only(self, teachers: Sequence[_T]) -> _T:
+    """The only one; a ValueError if there are none or several."""
+    if len(teachers) != 1:
+      raise ValueError(
+        f"{type(self).__name__}: expected one teacher, got {len(teachers)}"
       )
-    return terms
+    return teachers[0]
 
-  def _cross_entropy(self, logits: jax.Array, batch: Batch) -> jax.Array:
-    def of(labels):
+  def logit_terms(
+    self, student: ModelOutputs, teacher: ModelOutputs, batch: Batch
+  ) -> dict[str, jax.Array]:
+    """The terms "ce" and "kd", which need no features."""
+    return {
+      "ce": self.cross_entropy(student.logits, batch),
+      "kd": losses.kd_loss(
+        student.logits, teacher.logits, temperature=self.temperature
+      ),
+    }
+
+  def cross_entropy(self, logits: jax.Array, batch: Batch) -> jax.Array:
+    """The term "ce" [B] with smoothed and mixed labels."""
+
+    def of(labels: jax.Array) -> jax.Array:
       return losses.cross_entropy_loss(
         logits, labels, label_smoothing=self.label_smoothing
       )
@@ -151,7 +207,7 @@ class Distiller(nn.Module, metaclass=abc.ABCMeta):
     return share * own + (1 - share) * of(batch["mixed_label"])
 
 
-def feature(output: ModelOutputs, name: str, *, whose: str) -> Any:
+def feature(output: ModelOutputs, name: str, *, whose: str) -> jax.Array:
   """One of a network's features.
 
   Raises:
@@ -178,45 +234,6 @@ def stages(output: ModelOutputs, *, whose: str) -> list[jax.Array]:
       f"{', '.join(output.features)}. This method compares stages"
     )
   return maps
-
-
-def weighted_sum(
-  terms: Mapping[str, jax.Array], weights: Mapping[str, Any]
-) -> jax.Array:
-  """The scalar that training minimises: sum of weight * mean(term).
-
-  A term without a weight, or of weight 0, is left out altogether: 0 * inf is
-  NaN, and a parameter that only such a term reaches keeps a gradient that can
-  be recognised as absent.
-
-  Args:
-    terms: [B] or scalar values by name.
-    weights: numbers, or traced scalars (a ramp), by name.
-
-  Returns:
-    Scalar float32.
-
-  Raises:
-    ValueError: if a weight other than 0 names no term, or none is left.
-  """
-  total = None
-  for name, weight in weights.items():
-    if isinstance(weight, int | float) and weight == 0:
-      continue
-    if name not in terms:
-      raise ValueError(
-        f"loss_weights: {name!r} is not a term of this method; its terms are "
-        f"{', '.join(sorted(terms))}. Set the weight to 0 or choose one of "
-        "them"
-      )
-    value = weight * jnp.mean(terms[name].astype(jnp.float32))
-    total = value if total is None else total + value
-  if total is None:
-    raise ValueError(
-      "loss_weights: expected at least one weight other than 0, got "
-      f"{dict(weights)}; the terms are {', '.join(sorted(terms))}"
-    )
-  return total
 
 
 def inverse_softplus(value: float) -> float:

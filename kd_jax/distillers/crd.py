@@ -61,14 +61,15 @@ class CRD(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "crd"."""
     if self.mode not in ("exact", "relax"):
       raise ValueError(f"mode: expected 'exact' or 'relax', got {self.mode!r}")
-    terms = self.logit_losses(student, teacher, batch)
+    terms = self.logit_terms(student, teacher, batch)
     feature_s = base.feature(student, "pooled", whose="student")
     feature_t = base.feature(teacher, "pooled", whose="teacher")
     embed_s = connectors.UnitEmbedding(

@@ -27,12 +27,13 @@ class FitNet(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "fitnet"."""
-    terms = self.logit_losses(student, teacher, batch)
+    terms = self.logit_terms(student, teacher, batch)
     regressor = connectors.HintRegressor(
       axis_name=self.batch_axis, dtype=self.dtype, name="regressor"
     )

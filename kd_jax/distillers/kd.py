@@ -20,11 +20,12 @@ class KD(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`."""
     return base.DistillOutput(
-      student.logits, self.logit_losses(student, teacher, batch)
+      student.logits, self.logit_terms(student, teacher, batch)
     )

@@ -1,6 +1,7 @@
-"""Several teachers of one student: the weighted mean of a method's losses."""
+"""Several teachers of one student: the weighted mean of a method's terms."""
 
-from typing import Any, final
+from collections.abc import Sequence
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,11 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class MultiTeacher(base.Distiller):
-  """A method with a copy of what it learns for each teacher.
+  """A method with a copy of its learned modules for each teacher.
 
-  Where one teacher's output and classifier stand elsewhere, tuples of them do
-  here. Terms are means over the teachers, and so are the logits of a method
-  that predicts with its teacher's classifier: they are linear in the pooled
-  maps, so that a single classifier on all of them, joined, is the same.
+  Terms are means over the teachers. So are the logits of a method that
+  predicts with its teacher's classifier: they are linear in the pooled maps,
+  so a single classifier on all pooled maps, concatenated, gives the same.
 
   Attributes:
     members: the method, once for each teacher.
@@ -39,19 +39,23 @@ class MultiTeacher(base.Distiller):
     return total
 
   def last_map(
-    self, student: ModelOutputs, teacher: Any, *, train: bool = False
+    self,
+    student: ModelOutputs,
+    teachers: Sequence[ModelOutputs],
+    *,
+    train: bool = False,
   ) -> jax.Array:
-    """See `base.Distiller.last_map`: the teachers' maps joined by channels.
+    """See `base.Distiller.last_map`: the members' maps, channels concatenated.
 
-    They are pooled to the smallest, which has to divide the others, so that
-    the global average stays what it is.
+    They are pooled to the smallest size, which must divide the others: then
+    the global average does not change.
 
     Raises:
       ValueError: if their sizes do not divide each other.
     """
     maps = [
-      member.last_map(student, t, train=train)
-      for member, t in zip(self.members, teacher, strict=True)
+      member.last_map(student, (teacher,), train=train)
+      for member, teacher in zip(self.members, teachers, strict=True)
     ]
     sizes = [(x.shape[1], x.shape[2]) for x in maps]
     smallest = min(sizes)
@@ -64,28 +68,30 @@ class MultiTeacher(base.Distiller):
     pooled = [losses.adaptive_average_pool(x, smallest) for x in maps]
     return jnp.concatenate(pooled, axis=-1)
 
-  def __call__(
+  def distill(
     self,
     student: ModelOutputs,
-    teacher: Any,
+    teachers: Sequence[ModelOutputs],
     batch: base.Batch,
     *,
-    teacher_head: Any,
+    teacher_heads: Sequence[base.Head],
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`, with tuples for the teachers."""
+    """See `base.Distiller.distill`."""
     outputs = [
-      member(
+      member.distill(
         student,
-        one,
+        (teacher,),
         batch,
-        teacher_head=classifier,
+        teacher_heads=(head,),
         step=step,
+        epoch=epoch,
         train=train,
       )
-      for member, one, classifier in zip(
-        self.members, teacher, teacher_head, strict=True
+      for member, teacher, head in zip(
+        self.members, teachers, teacher_heads, strict=True
       )
     ]
     logits = student.logits
@@ -94,7 +100,7 @@ class MultiTeacher(base.Distiller):
     return base.DistillOutput(
       logits,
       {
-        name: self._mean([output.losses[name] for output in outputs])
-        for name in outputs[0].losses
+        name: self._mean([output.terms[name] for output in outputs])
+        for name in outputs[0].terms
       },
     )

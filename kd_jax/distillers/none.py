@@ -1,5 +1,6 @@
 """Plain supervised training: no teacher."""
 
+from collections.abc import Sequence
 from typing import final
 
 import jax
@@ -10,19 +11,19 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class NoTeacher(base.Distiller):
-  """The student alone; its only term is "ce", and `teacher` may be None."""
+  """The student alone, with the term "ce"; teachers are ignored."""
 
-  def __call__(
+  def distill(
     self,
     student: ModelOutputs,
-    teacher: ModelOutputs | None,
+    teachers: Sequence[ModelOutputs],
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier | None,
+    teacher_heads: Sequence[base.Head],
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`."""
-    return base.DistillOutput(
-      student.logits, self.logit_losses(student, None, batch)
-    )
+    """See `base.Distiller.distill`."""
+    terms = {"ce": self.cross_entropy(student.logits, batch)}
+    return base.DistillOutput(student.logits, terms)

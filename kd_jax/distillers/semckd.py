@@ -32,12 +32,13 @@ class SemCKD(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "semckd"."""
-    terms = self.logit_losses(student, teacher, batch)
+    terms = self.logit_terms(student, teacher, batch)
     # An evaluation batch may have any size, which the embeddings cannot take.
     if train or self.is_initializing():
       terms["semckd"] = self._loss(student, teacher, train)

@@ -1,6 +1,7 @@
 """SimKD: the reused teacher classifier (Chen et al., CVPR 2022)."""
 
-from typing import Any, ClassVar, final
+from collections.abc import Sequence
+from typing import ClassVar, final
 
 import jax
 
@@ -45,7 +46,9 @@ class SimKD(base.Distiller):
       return base.stages(student, whose="student")[-1]
     return base.feature(student, self.student_map, whose="student")
 
-  def _project(self, map_s: jax.Array, map_t: Any, train: bool) -> jax.Array:
+  def _project(
+    self, map_s: jax.Array, map_t: jax.Array, train: bool
+  ) -> jax.Array:
     """P(f_s) at the smaller of both sizes; `map_t` gives only its shape."""
     channels = map_t.shape[-1]
     if not 1 <= self.factor <= channels:
@@ -60,11 +63,15 @@ class SimKD(base.Distiller):
     return self.projector(map_s, channels // self.factor, channels, train=train)
 
   def last_map(
-    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool = False
+    self,
+    student: ModelOutputs,
+    teachers: Sequence[ModelOutputs],
+    *,
+    train: bool = False,
   ) -> jax.Array:
     """See `base.Distiller.last_map`: the projection onto the teacher's map."""
     map_s = self._student_map(student)
-    map_t = base.feature(teacher, "last", whose="teacher")
+    map_t = base.feature(self.only(teachers), "last", whose="teacher")
     return self._project(map_s, map_t, train)
 
   def __call__(
@@ -73,13 +80,14 @@ class SimKD(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "simkd"."""
-    terms = self.logit_losses(student, teacher, batch)
-    projected = self.last_map(student, teacher, train=train)
+    terms = self.logit_terms(student, teacher, batch)
+    projected = self.last_map(student, (teacher,), train=train)
     map_t = base.feature(teacher, "last", whose="teacher")
     target = losses.adaptive_average_pool(
       map_t, (projected.shape[1], projected.shape[2])

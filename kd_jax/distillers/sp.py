@@ -23,12 +23,13 @@ class SP(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "sp", a scalar."""
-    terms = self.logit_losses(student, teacher, batch)
+    terms = self.logit_terms(student, teacher, batch)
     terms["sp"] = losses.sp_loss(
       base.stages(student, whose="student")[-1],
       base.stages(teacher, whose="teacher")[-1],

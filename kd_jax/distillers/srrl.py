@@ -23,12 +23,13 @@ class SRRL(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "srrl"."""
-    terms = self.logit_losses(student, teacher, batch)
+    terms = self.logit_terms(student, teacher, batch)
     target = base.feature(teacher, "pooled", whose="teacher")
     transfer = connectors.FeatureTransfer(
       axis_name=self.batch_axis, dtype=self.dtype, name="transfer"

@@ -32,8 +32,9 @@ class VID(base.Distiller):
     teacher: ModelOutputs,
     batch: base.Batch,
     *,
-    teacher_head: base.Classifier,
+    teacher_head: base.Head,
     step: jax.Array | int,
+    epoch: jax.Array | int,
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "vid"."""
@@ -42,7 +43,7 @@ class VID(base.Distiller):
         f"initial_variance: expected a number above {vid.MIN_VARIANCE}, got "
         f"{self.initial_variance}"
       )
-    terms = self.logit_losses(student, teacher, batch)
+    terms = self.logit_terms(student, teacher, batch)
     log_scale = base.inverse_softplus(self.initial_variance - vid.MIN_VARIANCE)
     total = jnp.zeros(student.logits.shape[0], jnp.float32)
     pairs = zip(

@@ -59,9 +59,8 @@ class ReusedClassifier(models.Classifier):
       jax.ShapeDtypeStruct((size, *shape), jnp.float32)
       for shape in self.teacher_maps
     ]
-    teachers = [ModelOutputs(output.logits, {"last": x}) for x in maps]
-    teacher: Any = tuple(teachers) if len(teachers) > 1 else teachers[0]
-    last = self.distiller.last_map(output, teacher)
+    teachers = tuple(ModelOutputs(output.logits, {"last": x}) for x in maps)
+    last = self.distiller.last_map(output, teachers)
     pooled = global_average_pool(last)
     return ModelOutputs(
       self.classifier(pooled),
@@ -116,26 +115,6 @@ def mean_classifier(
   }
 
 
-def create_distiller(
-  fields: Mapping[str, Any], weights: Sequence[float], **more: Any
-) -> distillers.Distiller:
-  """A method's distiller for as many teachers as there are weights.
-
-  Args:
-    fields: `config.distiller`: its name and the module's fields.
-    weights: of the teachers; at most one: the method's own module.
-    **more: fields that are not of the config.
-
-  Raises:
-    ValueError: see `distillers.create` and `distillers.create_for_teachers`.
-  """
-  fields = {**fields, **more}
-  name = fields.pop("name")
-  if len(weights) > 1:
-    return distillers.create_for_teachers(name, weights, **fields)
-  return distillers.create(name, **fields)
-
-
 def build(card: Mapping[str, Any]) -> models.Classifier:
   """The network that a model card describes, without variables."""
   dtype = jnp.dtype(card["dtype"])
@@ -148,7 +127,9 @@ def build(card: Mapping[str, Any]) -> models.Classifier:
     num_classes=num_classes,
     dtype=dtype,
     student=student,
-    distiller=create_distiller(head["distiller"], head["weights"], dtype=dtype),
+    distiller=distillers.create_for_teachers(
+      weights=head["weights"], dtype=dtype, **head["distiller"]
+    ),
     teacher_maps=tuple(tuple(shape) for shape in head["teacher_maps"]),
   )
 

@@ -214,33 +214,33 @@ class Run:
     )
 
   @property
-  def teacher_model(self) -> Any:
-    """The teachers' networks, as the train step takes them."""
-    return _as_one([teacher.network for teacher in self.teachers], None)
+  def teacher_networks(self) -> tuple[Any, ...]:
+    """The teachers' networks."""
+    return tuple(teacher.network for teacher in self.teachers)
 
   @property
-  def teacher_variables(self) -> Any:
-    """The teachers' variables, as the train step takes them."""
-    return _as_one([teacher.variables for teacher in self.teachers], {})
+  def teacher_variables(self) -> tuple[Any, ...]:
+    """The teachers' variables."""
+    return tuple(teacher.variables for teacher in self.teachers)
 
   def _frozen_teachers(self) -> Any:
     """The teachers' variables, as a train step needs them; on the devices."""
-    frozen = [
+    frozen = tuple(
       fold.freeze(
         teacher.network, teacher.variables, self.train_source.image_shape
       )
       for teacher in self.teachers
-    ]
-    return self.devices.replicate(_as_one(frozen, {}))
+    )
+    return self.devices.replicate(frozen)
 
   def _distiller(self, axis_name):
-    return model.create_distiller(
-      self.config.distiller.to_dict(),
-      [teacher.weight for teacher in self.teachers],
+    return distillers.create_for_teachers(
+      weights=[teacher.weight for teacher in self.teachers],
       axis_name=axis_name,
       sync=self.config.sync_batch_stats,
       dtype=jnp.dtype(self.config.dtype),
       label_smoothing=self.config.label_smoothing,
+      **self.config.distiller.to_dict(),
     )
 
   def _transform(self, key, batch):
@@ -261,13 +261,14 @@ class Run:
     ramps = self.config.loss_ramp_epochs.to_dict()
     return {
       "student": self.student,
-      "teacher": self.teacher_model,
+      "teachers": self.teacher_networks,
       "distiller": self.distiller,
       "loss_weights": self.config.loss_weights.to_dict(),
       "ramp_steps": {
         name: max(round(epochs * self.steps_per_epoch), 1)
         for name, epochs in ramps.items()
       },
+      "steps_per_epoch": self.steps_per_epoch,
       "transform": self._transform,
       "mixing": self._mixing(),
       "seed": self.config.seed,
@@ -280,15 +281,12 @@ class Run:
     Every mistake that shapes can show (a batch that a method cannot take,
     layers that do not exist, a weight for an unknown term) is an error here.
     """
-    abstract_teacher = _as_one(
-      [
-        model.variable_shapes(t.network, self.train_source.image_shape)
-        for t in self.teachers
-      ],
-      {},
+    abstract_teachers = tuple(
+      model.variable_shapes(t.network, self.train_source.image_shape)
+      for t in self.teachers
     )
     student, distilled = jax.eval_shape(
-      self._initialize, jax.random.key(0), abstract_teacher
+      self._initialize, jax.random.key(0), abstract_teachers
     )
     student_params, student_rest = state_lib.split_params(student)
     distiller_params, distiller_rest = state_lib.split_params(distilled)
@@ -303,7 +301,7 @@ class Run:
       loss.make_loss_fn(axis_name=None, **arguments),
       {"student": student_params, "distiller": distiller_params},
       {"student": student_rest, "distiller": distiller_rest},
-      abstract_teacher,
+      abstract_teachers,
       _abstract_batch(local, self.train_source.image_shape),
       jax.ShapeDtypeStruct((), jnp.int32),
     )
@@ -350,17 +348,19 @@ class Run:
     images = self.normalize(batch["image"])
     student = self.student.clone(bn_axis_name=None)
     variables = student.init(student_key, images, train=False)
-    teacher_output, classify = loss.run_teacher(
-      self.teacher_model, teacher_variables, images
+    teacher_outputs, heads = loss.run_teachers(
+      self.teacher_networks, teacher_variables, images
     )
     distiller_variables = self._distiller(None).init(
       {"params": distiller_key, "distiller": memory_key},
       student.apply(variables, images, train=False),
-      teacher_output,
+      teacher_outputs,
       batch,
-      teacher_head=classify,
+      teacher_heads=heads,
       step=jnp.zeros((), jnp.int32),
+      epoch=jnp.ones((), jnp.int32),
       train=True,
+      method="distill",
     )
     return variables, distiller_variables
 
@@ -414,10 +414,10 @@ class Run:
     self.resident = self.devices.replicate(self.pipeline.resident)
     self.frozen_teachers = self._frozen_teachers()
     self.begin_evaluation = self._evaluator(
-      self.student, self.teacher_model, self.distiller
+      self.student, self.teacher_networks, self.distiller
     )
 
-  def _evaluator(self, student, teacher, distiller):
+  def _evaluator(self, student, teachers, distiller):
     """A function that gives the devices the whole test set to score.
 
     It takes the variables, and returns a function that waits for the scores.
@@ -425,7 +425,7 @@ class Run:
     chunks = self._eval_chunks()
     step = eval_step.make_eval_step(
       student=student,
-      teacher=teacher,
+      teachers=teachers,
       distiller=distiller,
       transform=lambda _, batch: self.normalize(batch["image"]),
       axis_name=collectives.AXIS,
@@ -503,7 +503,8 @@ class Run:
         f" ({spec.checkpoint})"
       )
       abouts.append(about)
-    about = _as_one(abouts, {})
+    # A result holds a list only where there are several teachers.
+    about = abouts[0] if len(abouts) == 1 else abouts or {}
     if abouts and kept is None and processes.is_first():
       storage.write_json(path, about)
     return about
@@ -536,8 +537,8 @@ class Run:
     )
     self.teachers[i] = teacher
     if known is None:
-      begin = self._evaluator(teacher.network, None, _no_distiller())
-      scores = begin({"student": teacher.variables, "distiller": {}}, {})()
+      begin = self._evaluator(teacher.network, (), distillers.create("none"))
+      scores = begin({"student": teacher.variables, "distiller": {}}, ())()
       return {
         "name": spec.name,
         "checkpoint": spec.checkpoint,
@@ -552,13 +553,6 @@ class Run:
         " --workdir"
       )
     return known
-
-
-def _as_one(items, nothing):
-  """Nothing, the only item, or a tuple of all."""
-  if not items:
-    return nothing
-  return items[0] if len(items) == 1 else tuple(items)
 
 
 def _abstract_batch(size, shape):
@@ -598,10 +592,6 @@ def _predict_in_fresh_process(workdir, source, examples=4):
     # This process may hold the accelerator's memory.
     env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path},
   )
-
-
-def _no_distiller():
-  return distillers.create("none")
 
 
 # The loop gives its state away to the next dispatch.

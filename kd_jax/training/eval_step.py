@@ -1,6 +1,6 @@
 """The evaluation step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from kd_jax.training import step as step_lib
 def make_eval_step(
   *,
   student: nn.Module,
-  teacher: Any,
+  teachers: Sequence[Any],
   distiller: base.Distiller,
   transform: loss.Transform,
   axis_name: str | None = None,
@@ -25,7 +25,7 @@ def make_eval_step(
 
   Args:
     student: the model.
-    teacher: as `run_teacher` takes it.
+    teachers: frozen networks, none, one or several.
     distiller: the method, whose logits are the prediction.
     transform: (unused key, batch) -> images.
     axis_name: the mapped axis, or None.
@@ -38,18 +38,20 @@ def make_eval_step(
 
   def eval_step(variables, teacher_variables, batch):
     images = transform(jax.random.key(0), batch)
-    teacher_output, classify = loss.run_teacher(
-      teacher, teacher_variables, images
+    teacher_outputs, heads = loss.run_teachers(
+      teachers, teacher_variables, images
     )
     student_output = student.apply(variables["student"], images, train=False)
     output: Any = distiller.apply(
       variables["distiller"],
       student_output,
-      teacher_output,
+      teacher_outputs,
       batch,
-      teacher_head=classify,
+      teacher_heads=heads,
       step=jnp.zeros((), jnp.int32),
+      epoch=jnp.ones((), jnp.int32),
       train=False,
+      method="distill",
     )
     return prediction_sums(
       output.logits, batch["label"], batch["mask"], axis_name

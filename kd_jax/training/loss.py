@@ -1,7 +1,7 @@
 """The total loss of one batch."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,30 +19,39 @@ Batch = dict[str, jax.Array]
 Transform = Callable[[jax.Array, Batch], jax.Array]
 
 
-def run_teacher(teacher: Any, variables: Any, images: jax.Array) -> Any:
-  """The frozen teacher: its output, and its classifier as a function.
+def run_teachers(
+  teachers: Sequence[Any], variables: Sequence[Any], images: jax.Array
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+  """Runs the frozen teachers.
 
   Args:
-    teacher: the model, None where there is none, or a tuple of several.
-    variables: its variables, or a tuple of each one's.
+    teachers: the networks; `()` if there are none.
+    variables: of each.
     images: [B, H, W, C] float.
 
   Returns:
-    (output in evaluation mode, cut from the gradient; pooled -> logits), or
-    a tuple of all outputs and one of all classifiers.
+    (outputs in evaluation mode, without gradient; heads: pooled -> logits).
   """
-  if teacher is None:
-    return None, None
-  if isinstance(teacher, tuple):
-    runs = zip(teacher, variables, strict=True)
-    return tuple(zip(*[run_teacher(t, v, images) for t, v in runs]))
-  output = teacher.apply(variables, images, train=False)
-  return jax.lax.stop_gradient(output), _classifiers(teacher, variables)
+  outputs = tuple(
+    jax.lax.stop_gradient(teacher.apply(v, images, train=False))
+    for teacher, v in zip(teachers, variables, strict=True)
+  )
+  return outputs, teacher_heads(teachers, variables)
+
+
+def teacher_heads(
+  teachers: Sequence[Any], variables: Sequence[Any]
+) -> tuple[Any, ...]:
+  """The teachers' classifiers as functions: pooled -> logits."""
+  return tuple(
+    functools.partial(teacher.classify, v["params"])
+    for teacher, v in zip(teachers, variables, strict=True)
+  )
 
 
 def make_precompute_teacher(
   *,
-  teacher: Any,
+  teachers: Sequence[Any],
   transform: Transform,
   mixing: Mapping[str, float] | None = None,
   seed: int,
@@ -68,7 +77,7 @@ def make_precompute_teacher(
     images = batch["shown"]
     if several:
       images = images.reshape(-1, *images.shape[2:])
-    taught, _ = run_teacher(teacher, teacher_variables, images)
+    taught, _ = run_teachers(teachers, teacher_variables, images)
     if several:
       shape = batch["shown"].shape[:2]
       taught = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), taught)
@@ -82,22 +91,53 @@ def _keys(seed, step):
   return jax.random.split(key, 3)
 
 
-def _classifiers(teacher: Any, variables: Any) -> Any:
-  """pooled -> logits, of a teacher, or a tuple of several teachers'."""
-  if teacher is None:
-    return None
-  if isinstance(teacher, tuple):
-    return tuple(map(_classifiers, teacher, variables))
-  return functools.partial(teacher.classify, variables["params"])
+def weighted_sum(
+  terms: Mapping[str, jax.Array], weights: Mapping[str, Any]
+) -> jax.Array:
+  """The scalar that training minimises: sum of weight * mean(term).
+
+  A term without a weight, or of weight 0, is left out altogether: 0 * inf is
+  NaN, and a parameter that only such a term reaches keeps a gradient that can
+  be recognised as absent.
+
+  Args:
+    terms: [B] or scalar values by name.
+    weights: numbers, or traced scalars (a ramp), by name.
+
+  Returns:
+    Scalar float32.
+
+  Raises:
+    ValueError: if a weight other than 0 names no term, or none is left.
+  """
+  total = None
+  for name, weight in weights.items():
+    if isinstance(weight, int | float) and weight == 0:
+      continue
+    if name not in terms:
+      raise ValueError(
+        f"loss_weights: {name!r} is not a term of this method; its terms are "
+        f"{', '.join(sorted(terms))}. Set the weight to 0 or choose one of "
+        "them"
+      )
+    value = weight * jnp.mean(terms[name].astype(jnp.float32))
+    total = value if total is None else total + value
+  if total is None:
+    raise ValueError(
+      "loss_weights: expected at least one weight other than 0, got "
+      f"{dict(weights)}; the terms are {', '.join(sorted(terms))}"
+    )
+  return total
 
 
 def make_loss_fn(
   *,
   student: nn.Module,
-  teacher: Any,
+  teachers: Sequence[Any],
   distiller: base.Distiller,
   loss_weights: Mapping[str, float],
   ramp_steps: Mapping[str, int],
+  steps_per_epoch: int,
   transform: Transform,
   mixing: Mapping[str, float] | None = None,
   seed: int,
@@ -113,7 +153,7 @@ def make_loss_fn(
     this replica's batch.
   """
   look = make_precompute_teacher(
-    teacher=teacher,
+    teachers=teachers,
     transform=transform,
     mixing=mixing,
     seed=seed,
@@ -125,8 +165,8 @@ def make_loss_fn(
       batch = look(teacher_variables, batch, step)
     batch = dict(batch)
     images = batch.pop("shown")
-    teacher_output = batch.pop("taught")
-    classify = _classifiers(teacher, teacher_variables)
+    teacher_outputs = batch.pop("taught")
+    heads = teacher_heads(teachers, teacher_variables)
     _, example_key, replica_key = _keys(seed, step)
     replica_key = jax.random.fold_in(
       replica_key, collectives.axis_index(axis_name)
@@ -141,11 +181,13 @@ def make_loss_fn(
     output, distiller_updates = distiller.apply(
       {"params": params["distiller"], **collections["distiller"]},
       student_output,
-      teacher_output,
+      teacher_outputs,
       batch,
-      teacher_head=classify,
+      teacher_heads=heads,
       step=step,
+      epoch=step // steps_per_epoch + 1,
       train=True,
+      method="distill",
       mutable=list(collections["distiller"]),
       rngs={"distiller": example_key},
     )
@@ -154,15 +196,15 @@ def make_loss_fn(
       name: value * jnp.minimum((step + 1) / ramp_steps[name], 1.0)
       if name in ramp_steps
       else value
-      for name, value in output.losses.items()
+      for name, value in output.terms.items()
     }
-    total = base.weighted_sum(losses, loss_weights)
+    total = weighted_sum(losses, loss_weights)
     count = jnp.asarray(batch["label"].shape[0], jnp.float32)
     correct = metrics.topk_correct(output.logits, batch["label"], 1)
     sums = {"loss": total * count, "top1": jnp.sum(correct)}
     for name, weight in loss_weights.items():
       if weight:
-        sums[name] = jnp.mean(output.losses[name]) * count
+        sums[name] = jnp.mean(output.terms[name]) * count
     collections = {
       "student": {**collections["student"], **student_updates},
       "distiller": {**collections["distiller"], **distiller_updates},

@@ -55,10 +55,12 @@ def make_train_step(
     accumulate_steps: parts into which the batch is cut; the gradient is the
       mean over them, BatchNorm and batch-relational losses see one at a time.
     **loss_arguments: of `make_loss_fn`:
-      student, teacher: models; the teacher as `run_teacher` takes it.
+      student: the model.
+      teachers: frozen networks, none, one or several.
       distiller: the method.
       loss_weights: term -> weight; a term of weight 0 is not computed.
       ramp_steps: term -> steps over which its weight grows to full size.
+      steps_per_epoch: for the number of the epoch.
       transform: (key, batch) -> images [B, H, W, C] as the models want them.
       mixing: None, or `augment.mix`'s mixup and cutmix.
       seed: of all randomness, which is derived from it and the step alone.
@@ -116,7 +118,7 @@ def make_train_step(
 
   if accumulate_steps > 1:
     return Step(train_step)
-  names = ("teacher", "transform", "mixing", "seed", "data_seed")
+  names = ("teachers", "transform", "mixing", "seed", "data_seed")
   look = {n: loss_arguments[n] for n in names if n in loss_arguments}
   return Step(train_step, loss.make_precompute_teacher(**look))
 

@@ -372,7 +372,7 @@ def test_a_simkd_student_whose_last_stage_is_not_its_last_map(
   last = distiller.apply(
     part,
     ModelOutputs(None, {"stage4": stage4, "last": None}),
-    ModelOutputs(None, {"last": teacher_map}),
+    (ModelOutputs(None, {"last": teacher_map}),),
     method="last_map",
   )
   head = model.variables["params"]["classifier"]

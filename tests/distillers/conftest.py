@@ -191,11 +191,13 @@ class Tiny:
     return lambda key: module.init(
       key,
       student,
-      teacher,
+      (teacher,),
       batch,
-      teacher_head=self.classifier,
+      teacher_heads=(self.classifier,),
       step=0,
+      epoch=1,
       train=True,
+      method="distill",
     )
 
   def shapes(self, module, **outputs):
@@ -256,11 +258,13 @@ class Tiny:
       return module.apply(
         variables,
         student,
-        teacher,
+        (teacher,),
         batch,
-        teacher_head=self.classifier,
+        teacher_heads=(self.classifier,),
         step=0,
+        epoch=1,
         train=train,
+        method="distill",
         rngs={"distiller": key} if train else {},
         mutable=["batch_stats", "memory"] if train else [],
       )
@@ -280,7 +284,7 @@ class Tiny:
     """The method's own term, averaged, for its initial weights."""
     module = self.create(method, **fields)
     output, _ = self.apply(module, self.init(module))
-    return float(jnp.mean(output.losses[method]))
+    return float(jnp.mean(output.terms[method]))
 
 
 @pytest.fixture(scope="session")

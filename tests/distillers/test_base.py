@@ -1,42 +1,11 @@
-"""The weighted sum, and the axis."""
+"""Axes, features and the terms of every method."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kd_jax import distillers, losses
 from kd_jax.distillers import base
-
-TERMS = {
-  "ce": jnp.array([1.0, 3.0]),
-  "kd": jnp.array(5.0, jnp.bfloat16),
-  "bad": jnp.array([jnp.nan, 1.0]),
-}
-
-
-def test_weighted_sum_averages_examples():
-  total = base.weighted_sum(TERMS, {"ce": 2, "kd": 0.5})
-  assert total.dtype == jnp.float32
-  assert float(total) == 2 * 2.0 + 0.5 * 5.0
-
-
-def test_weight_zero_leaves_a_term_out():
-  assert float(base.weighted_sum(TERMS, {"ce": 1.0, "bad": 0.0})) == 2.0
-  assert float(base.weighted_sum(TERMS, {"ce": 1.0, "simkd": 0})) == 2.0
-
-
-def test_weight_may_be_traced():
-  ramp = jax.jit(lambda w: base.weighted_sum(TERMS, {"ce": 1.0, "kd": w}))
-  np.testing.assert_allclose(ramp(0.0), 2.0)
-  np.testing.assert_allclose(ramp(0.5), 4.5)
-
-
-def test_weights_that_fit_no_term():
-  with pytest.raises(ValueError, match=r"'simkd' is not a term.*bad, ce, kd"):
-    base.weighted_sum(TERMS, {"simkd": 1.0})
-  with pytest.raises(ValueError, match="at least one weight other than 0"):
-    base.weighted_sum(TERMS, {"ce": 0.0})
 
 
 def test_batch_axis_only_with_sync():
@@ -56,9 +25,7 @@ def test_missing_feature_is_named(tiny):
 
 
 def test_the_classifier_reads_the_students_last_map_by_default(tiny):
-  last = distillers.create("kd").apply(
-    {}, tiny.student, None, method="last_map"
-  )
+  last = distillers.create("kd").apply({}, tiny.student, (), method="last_map")
   np.testing.assert_array_equal(last, tiny.student.features["last"])
 
 
@@ -75,8 +42,9 @@ def test_labels_are_smoothed_and_mixed(tiny):
       {**tiny.batch, **more},
       teacher_head=None,
       step=0,
+      epoch=1,
       train=True,
-    ).losses
+    ).terms
 
   logits, label = tiny.student.logits, tiny.batch["label"]
   expected = losses.cross_entropy_loss(logits, label, label_smoothing=0.1)

@@ -9,6 +9,7 @@ import pytest
 
 from kd_jax import distillers
 from kd_jax.models.layers import ModelOutputs
+from kd_jax.training import loss as loss_lib
 
 METHODS = [name for name in distillers.names() if name != "none"]
 
@@ -54,15 +55,17 @@ def test_descent_reaches_every_parameter(tiny, made, quick, method):
       output, moved = module.apply(
         {"params": trained["distiller"], **rest},
         trained["student"],
-        teacher,
+        (teacher,),
         tiny.batch,
-        teacher_head=tiny.classifier,
+        teacher_heads=(tiny.classifier,),
         step=0,
+        epoch=1,
         train=True,
+        method="distill",
         rngs={"distiller": jax.random.key(1)},
         mutable=list(rest),
       )
-      return distillers.weighted_sum(output.losses, {method: 1.0}), moved
+      return loss_lib.weighted_sum(output.terms, {method: 1.0}), moved
 
     (value, moved), grads = jax.value_and_grad(loss, has_aux=True)(trained)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
@@ -103,19 +106,21 @@ def test_terms(tiny, made, method):
     lambda v: module.apply(
       v,
       tiny.student,
-      tiny.teacher,
+      (tiny.teacher,),
       tiny.batch,
-      teacher_head=tiny.classifier,
+      teacher_heads=(tiny.classifier,),
       step=0,
+      epoch=1,
       train=True,
+      method="distill",
       rngs={"distiller": jax.random.key(0)},
       mutable=["batch_stats", "memory"],
     ),
     variables,
   )
   own = {"none": {"ce"}, "kd": {"ce", "kd"}}
-  assert set(output.losses) == own.get(method, {"ce", "kd", method})
-  for term in output.losses.values():
+  assert set(output.terms) == own.get(method, {"ce", "kd", method})
+  for term in output.terms.values():
     assert term.dtype == jnp.float32
     assert term.shape in ((), (8,))
 
@@ -134,11 +139,13 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32(tiny, made, method):
     lambda: half.init(
       jax.random.key(0),
       student,
-      teacher,
+      (teacher,),
       {**tiny.batch, "train_labels": tiny.train_labels},
-      teacher_head=tiny.classifier,
+      teacher_heads=(tiny.classifier,),
       step=0,
+      epoch=1,
       train=True,
+      method="distill",
     )
   )
   assert jax.tree.map(lambda x: (x.shape, x.dtype), init) == jax.tree.map(
@@ -146,10 +153,10 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32(tiny, made, method):
   )
   output, _ = tiny.apply(half, variables, student=student, teacher=teacher)
   full, _ = tiny.apply(module, variables)
-  for name, term in output.losses.items():
+  for name, term in output.terms.items():
     assert term.dtype == jnp.float32
     np.testing.assert_allclose(
-      jnp.mean(term), jnp.mean(full.losses[name]), rtol=0.05
+      jnp.mean(term), jnp.mean(full.terms[name]), rtol=0.05
     )
 
 

@@ -65,7 +65,7 @@ def test_negatives_follow_the_step_key_unless_given(tiny, crd):
   def term(seed, **extra):
     batch = {**tiny.batch, **extra}
     output, _ = tiny.apply(module, variables, seed=seed, batch=batch)
-    return np.asarray(output.losses["crd"])
+    return np.asarray(output.terms["crd"])
 
   assert np.array_equal(term(1), term(1))
   assert not np.array_equal(term(1), term(2))
@@ -89,7 +89,7 @@ def test_an_examples_draw_does_not_depend_on_its_place(tiny, crd):
     batch=flip(tiny.batch),
   )
   np.testing.assert_allclose(
-    plain.losses["crd"], flipped.losses["crd"][::-1], rtol=1e-5
+    plain.terms["crd"], flipped.terms["crd"][::-1], rtol=1e-5
   )
 
 
@@ -97,7 +97,7 @@ def test_evaluation_leaves_the_term_out(tiny, crd):
   module, variables = crd
   batch = {"label": tiny.batch["label"]}
   output, _ = tiny.apply(module, variables, train=False, batch=batch)
-  assert set(output.losses) == {"ce", "kd"}
+  assert set(output.terms) == {"ce", "kd"}
 
 
 def test_bad_input(tiny, crd):

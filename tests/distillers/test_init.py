@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import pytest
 
 from kd_jax import distillers
-from kd_jax.distillers import base
 
 
 def test_create_sets_fields():
@@ -15,9 +14,11 @@ def test_create_sets_fields():
 
 
 def test_unknown_method_names_the_nearest():
-  with pytest.raises(ValueError, match=r"'simdk'.*Did you mean simkd.*reviewk"):
+  with pytest.raises(ValueError, match=r"'simdk'.*Did you mean simkd"):
     distillers.create("simdk")
-  with pytest.raises(ValueError, match=r"unknown method 'zzzzz'\. The methods"):
+  with pytest.raises(
+    ValueError, match=r"unknown method 'zzzzz'\. Expected one of none, kd"
+  ):
     distillers.create("zzzzz")
 
 
@@ -30,6 +31,28 @@ def test_unknown_field_names_the_nearest():
     distillers.create("kd", parent=None)
 
 
-def test_the_base_is_abstract():
-  with pytest.raises(TypeError, match="abstract"):
-    base.Distiller()
+def test_your_own_class(tiny):
+  module = distillers.create("kd_jax.distillers.kd:KD", temperature=2.0)
+  assert (type(module), module.temperature) == (distillers.kd.KD, 2.0)
+  with pytest.raises(ValueError, match=r"expected a subclass of .*Distiller"):
+    distillers.create("kd_jax.distillers.base:Head")
+  with pytest.raises(ValueError, match="cannot be imported"):
+    distillers.create("kd_jax.distillers.kd:KDD")
+
+
+def test_the_number_of_teachers_is_checked(tiny):
+  for count in (0, 2):
+    with pytest.raises(
+      ValueError, match=f"KD: expected one teacher, got {count}"
+    ):
+      distillers.create("kd").apply(
+        {},
+        tiny.student,
+        (tiny.teacher,) * count,
+        tiny.batch,
+        teacher_heads=(tiny.classifier,) * count,
+        step=0,
+        epoch=1,
+        train=True,
+        method="distill",
+      )

@@ -8,4 +8,4 @@ def test_the_term_is_the_loss_at_the_modules_temperature(tiny):
   expected = losses.kd_loss(
     tiny.student.logits, tiny.teacher.logits, temperature=2.0
   )
-  np.testing.assert_allclose(output.losses["kd"], expected, rtol=1e-6)
+  np.testing.assert_allclose(output.terms["kd"], expected, rtol=1e-6)

@@ -42,13 +42,14 @@ def both(request, tiny):
   joined = distillers.create_for_teachers(request.param, WEIGHTS)
   teachers = (tiny.teacher, other_teacher(tiny.teacher))
   classifiers = tuple(map(classifier, heads(tiny)))
-  arguments = {"step": 0, "train": False}
+  arguments = {"step": 0, "epoch": 1, "train": False}
   variables = joined.init(
     {"params": jax.random.key(0), "distiller": jax.random.key(1)},
     tiny.student,
     teachers,
     tiny.batch,
-    teacher_head=classifiers,
+    teacher_heads=classifiers,
+    method="distill",
     **arguments,
   )
   output = joined.apply(
@@ -56,7 +57,8 @@ def both(request, tiny):
     tiny.student,
     teachers,
     tiny.batch,
-    teacher_head=classifiers,
+    teacher_heads=classifiers,
+    method="distill",
     **arguments,
   )
   single = [
@@ -77,12 +79,12 @@ def both(request, tiny):
 
 def test_terms_are_weighted_means(both):
   _, output, single = both
-  assert output.losses.keys() == single[0].losses.keys()
-  for name, value in output.losses.items():
-    expected = 0.75 * single[0].losses[name] + 0.25 * single[1].losses[name]
+  assert output.terms.keys() == single[0].terms.keys()
+  for name, value in output.terms.items():
+    expected = 0.75 * single[0].terms[name] + 0.25 * single[1].terms[name]
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     if name != "ce":  # the teachers do differ
-      assert not np.allclose(single[0].losses[name], single[1].losses[name])
+      assert not np.allclose(single[0].terms[name], single[1].terms[name])
 
 
 def test_the_prediction_is_the_mean_of_the_methods(both, tiny):
@@ -104,9 +106,11 @@ def test_a_joined_classifier_predicts_the_mean(tiny, make_output, size):
   own = heads(tiny)
   given = (student, (first, second), tiny.batch)
   arguments = {
-    "teacher_head": tuple(map(classifier, own)),
+    "teacher_heads": tuple(map(classifier, own)),
     "step": 0,
+    "epoch": 1,
     "train": False,
+    "method": "distill",
   }
   variables = joined.init(jax.random.key(0), *given, **arguments)
   logits = joined.apply(variables, *given, **arguments).logits

@@ -9,14 +9,16 @@ def test_no_teacher_is_needed(tiny):
   output = module.apply(
     {},
     tiny.student,
-    None,
+    (),
     tiny.batch,
-    teacher_head=None,
+    teacher_heads=(),
     step=0,
+    epoch=1,
     train=True,
+    method="distill",
   )
   expected = losses.cross_entropy_loss(
     tiny.student.logits, jnp.asarray(tiny.batch["label"])
   )
-  np.testing.assert_array_equal(output.losses["ce"], expected)
-  assert list(output.losses) == ["ce"]
+  np.testing.assert_array_equal(output.terms["ce"], expected)
+  assert list(output.terms) == ["ce"]

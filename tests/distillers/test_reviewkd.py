@@ -20,7 +20,7 @@ def test_the_teacher_is_read_before_its_activation(tiny):
       tiny.teacher.logits, {**tiny.teacher.features, **features}
     )
     output, _ = tiny.apply(module, variables, teacher=teacher)
-    return float(jnp.mean(output.losses["reviewkd"]))
+    return float(jnp.mean(output.terms["reviewkd"]))
 
   moved = tiny.teacher.features["stage1"] + 1.0
   assert term() == term(stage1=moved)
@@ -43,6 +43,7 @@ def test_number_of_parameters(tiny):
       tiny.batch,
       teacher_head=None,
       step=0,
+      epoch=1,
       train=True,
     )
   )

@@ -28,7 +28,7 @@ def test_the_batch_size_is_part_of_the_architecture(tiny, make_output):
   with pytest.raises(ValueError, match="batches of 8 examples, got 4"):
     tiny.apply(module, variables, **outputs)
   output, _ = tiny.apply(module, variables, train=False, **outputs)
-  assert set(output.losses) == {"ce", "kd"}
+  assert set(output.terms) == {"ce", "kd"}
 
 
 def test_every_pair_of_stages_has_a_projector(tiny, make_output):

@@ -19,7 +19,7 @@ def test_prediction_needs_only_the_teachers_shapes(tiny):
   full, _ = tiny.apply(module, variables, train=False)
   last = jax.jit(
     lambda v, student: module.apply(
-      v, student, shapes_only(tiny.teacher), method="last_map"
+      v, student, (shapes_only(tiny.teacher),), method="last_map"
     )
   )(variables, tiny.student)
   alone = tiny.classifier(jnp.mean(last, (1, 2)))
@@ -42,6 +42,7 @@ def test_the_higher_map_is_pooled(tiny, make_output):
         tiny.batch,
         teacher_head=lambda x: x,
         step=0,
+        epoch=1,
         train=True,
       )[0]
     )
@@ -69,6 +70,7 @@ def test_number_of_parameters(tiny, student, teacher, factor, expected):
       tiny.batch,
       teacher_head=lambda x: x[:, :5],
       step=0,
+      epoch=1,
       train=True,
     )
   )

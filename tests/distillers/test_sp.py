@@ -9,7 +9,7 @@ def test_it_reads_the_last_stages(tiny, make_output):
   expected = losses.sp_loss(
     tiny.student.features["stage2"], teacher.features["stage3"]
   )
-  np.testing.assert_allclose(output.losses["sp"], expected, rtol=1e-5)
+  np.testing.assert_allclose(output.terms["sp"], expected, rtol=1e-5)
 
 
 def test_evaluation_needs_no_mapped_axis(tiny):
@@ -18,4 +18,4 @@ def test_evaluation_needs_no_mapped_axis(tiny):
   expected = losses.sp_loss(
     tiny.student.features["stage2"], tiny.teacher.features["stage2"]
   )
-  np.testing.assert_allclose(output.losses["sp"], expected, rtol=1e-5)
+  np.testing.assert_allclose(output.terms["sp"], expected, rtol=1e-5)

@@ -22,9 +22,9 @@ def test_the_teachers_classifier_is_applied(tiny):
   output, _ = tiny.apply(
     module, {**variables, "params": params}, student=student, teacher=teacher
   )
-  np.testing.assert_allclose(output.losses["srrl"], 0.0, atol=1e-10)
+  np.testing.assert_allclose(output.terms["srrl"], 0.0, atol=1e-10)
   other = teacher._replace(logits=teacher.logits + 2.0)
   output, _ = tiny.apply(
     module, {**variables, "params": params}, student=student, teacher=other
   )
-  np.testing.assert_allclose(output.losses["srrl"], 4.0, rtol=1e-5)
+  np.testing.assert_allclose(output.terms["srrl"], 4.0, rtol=1e-5)

@@ -115,25 +115,28 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   teacher, teacher_variables = torch_variables(
     rebuild, curves["teacher"], seed=curves["teacher_seed"]
   )
+  teachers, teacher_variables = (teacher,), (teacher_variables,)
   if method == "none":
-    teacher, teacher_variables = None, {}
+    teachers, teacher_variables = (), ()
   fields = fields_of(curves, method)
   distiller = distillers.create(method, **fields)
   batches = [batch_of(curves, rebuild, i, seed) for i in range(curves["steps"])]
 
   def initialize(student_variables, teacher_variables, batch):
-    output, classify = loss.run_teacher(
-      teacher, teacher_variables, batch["image"]
+    outputs, heads = loss.run_teachers(
+      teachers, teacher_variables, batch["image"]
     )
     labels = np.arange(curves["crd"]["n_data"], dtype=np.int32) % 8
     return distiller.init(
       jax.random.key(0),
       student.apply(student_variables, batch["image"], train=False),
-      output,
+      outputs,
       {**batch, "train_labels": labels},
-      teacher_head=classify,
+      teacher_heads=heads,
       step=0,
+      epoch=1,
       train=True,
+      method="distill",
     )
 
   make = functools.partial(jax.jit, compiler_options=QUICK)
@@ -158,10 +161,11 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
     step_lib.make_train_step(
       optimizer=optimizer,
       student=student,
-      teacher=teacher,
+      teachers=teachers,
       distiller=distiller,
       loss_weights=weights,
       ramp_steps={},
+      steps_per_epoch=6,
       transform=lambda key, batch: batch["image"],
       seed=0,
     )
@@ -175,15 +179,17 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   np.testing.assert_allclose(losses, expected["loss"], rtol=tolerance)
 
   def evaluate(state, teacher_variables, x):
-    output, classify = loss.run_teacher(teacher, teacher_variables, x)
+    outputs, heads = loss.run_teachers(teachers, teacher_variables, x)
     return distiller.apply(
       state.variables("distiller"),
       student.apply(state.variables("student"), x, train=False),
-      output,
+      outputs,
       {"label": np.zeros(len(x), np.int32)},
-      teacher_head=classify,
+      teacher_heads=heads,
       step=0,
+      epoch=1,
       train=False,
+      method="distill",
     ).logits
 
   eval_images = images(rebuild, "eval_batch", (8, 3, 32, 32), seed=seed)

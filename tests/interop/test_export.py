@@ -87,15 +87,17 @@ def evaluation_logits(workdir, state, images):
   @jax.jit
   def run(images):
     x = augment.normalize(images, mean=source.mean, std=source.std)
-    output, classify = loss.run_teacher(teacher, teacher_variables, x)
+    outputs, heads = loss.run_teachers((teacher,), (teacher_variables,), x)
     return distiller.apply(
       variables_of(state, "distiller"),
       student.apply(variables_of(state, "student"), x, train=False),
-      output,
+      outputs,
       {"label": jnp.zeros(len(images), jnp.int32)},
-      teacher_head=classify,
+      teacher_heads=heads,
       step=0,
+      epoch=1,
       train=False,
+      method="distill",
     ).logits
 
   return run(images)

@@ -110,16 +110,17 @@ class Method:
     self.method, self.init_size, self.dtype = method, init_size, dtype
     self.weights, self.fields = settings(method)
     self.student = Mini(CLASSES, dtype=dtype)
-    self.teacher = Mini(CLASSES, dtype=dtype, width=6)
+    teacher = Mini(CLASSES, dtype=dtype, width=6)
     image = jax.ShapeDtypeStruct((init_size, SIZE, SIZE, 3), jnp.float32)
     shapes = [
       jax.eval_shape(model.init, jax.random.key(0), image)
-      for model in (self.student, self.teacher)
+      for model in (self.student, teacher)
     ]
     self.student_variables = draw(1, shapes[0])
-    self.teacher_variables = draw(2, shapes[1])
-    if method == "none":
-      self.teacher, self.teacher_variables = None, {}
+    self.teachers, self.teacher_variables = (), ()
+    if method != "none":
+      self.teachers = (teacher,)
+      self.teacher_variables = (draw(2, shapes[1]),)
     self.distiller_variables = self._distiller_variables(image)
 
   def distiller(self, **fields):
@@ -129,17 +130,19 @@ class Method:
 
   def _distiller_variables(self, image):
     def init(key):
-      output, classify = loss.run_teacher(
-        self.teacher, self.teacher_variables, jnp.zeros(image.shape)
+      outputs, heads = loss.run_teachers(
+        self.teachers, self.teacher_variables, jnp.zeros(image.shape)
       )
       return self.distiller().init(
         key,
         self.student.apply(self.student_variables, jnp.zeros(image.shape)),
-        output,
+        outputs,
         {**make_batch(self.init_size), "train_labels": LABELS},
-        teacher_head=classify,
+        teacher_heads=heads,
         step=0,
+        epoch=1,
         train=True,
+        method="distill",
       )
 
     variables = draw(3, jax.eval_shape(init, jax.random.key(0)))
@@ -151,10 +154,11 @@ class Method:
   def loss_arguments(self, axis_name=None, sync=True):
     return {
       "student": self.student.clone(bn_axis_name=axis_name if sync else None),
-      "teacher": self.teacher,
+      "teachers": self.teachers,
       "distiller": self.distiller(axis_name=axis_name, sync=sync),
       "loss_weights": self.weights,
       "ramp_steps": {},
+      "steps_per_epoch": 2,
       "transform": normalize,
       "seed": 0,
     }
@@ -402,7 +406,7 @@ def test_a_batch_is_shown_the_same_among_others(seed):
   """With all that is random, and to the teacher of several trials."""
   parts = made("kd")
   arguments = {
-    "teacher": parts.teacher,
+    "teachers": parts.teachers,
     "transform": _noisy,
     "mixing": {"mixup": 0.4, "cutmix": 1.0},
     "seed": seed,
@@ -427,10 +431,10 @@ def test_a_batch_is_shown_the_same_among_others(seed):
 
 def test_a_teacher_is_asked_once_for_several_steps(monkeypatch):
   parts, shown = made("kd"), []
-  whole = loss.run_teacher
+  whole = loss.run_teachers
   monkeypatch.setattr(
     loss,
-    "run_teacher",
+    "run_teachers",
     lambda t, v, images: shown.append(images.shape) or whole(t, v, images),
   )
   batches = [make_batch(8, seed=i) for i in range(4)]
@@ -483,8 +487,10 @@ class Terms(base.Distiller):
   """Terms to weigh: one plain, one that is no number, one to be found."""
 
   @nn.compact
-  def __call__(self, student, teacher, batch, *, teacher_head, step, train):
-    terms = self.logit_losses(student, None, batch)
+  def distill(
+    self, student, teachers, batch, *, teacher_heads, step, epoch, train
+  ):
+    terms = {"ce": self.cross_entropy(student.logits, batch)}
     width = student.features["pooled"].shape[-1]
     scale = self.param("scale", nn.initializers.ones, (width,))
     terms["square"] = jnp.sum(jnp.square(scale * student.logits[:, :1]), axis=1)
@@ -499,21 +505,23 @@ def simple_loss(weights, *, ramp_steps=None, transform=normalize, **options):
   images = normalize(None, batch)
   variables = student.init(jax.random.key(0), images)
   distilled = distiller.init(
-    *(jax.random.key(1), student.apply(variables, images), None, batch),
-    **{"teacher_head": None, "step": 0, "train": False},
+    *(jax.random.key(1), student.apply(variables, images), (), batch),
+    **{"teacher_heads": (), "step": 0, "epoch": 1, "train": False},
+    method="distill",
   )
   loss_fn = loss.make_loss_fn(
     student=student,
-    teacher=None,
+    teachers=(),
     distiller=distiller,
     loss_weights=weights,
     ramp_steps=ramp_steps or {},
+    steps_per_epoch=2,
     transform=transform,
     **{"seed": 0, "axis_name": None, **options},
   )
   params = {"student": variables["params"], "distiller": distilled["params"]}
   collections = {"student": {}, "distiller": {}}
-  return loss_fn, params, (collections, {}, batch)
+  return loss_fn, params, (collections, (), batch)
 
 
 def test_a_ramp_grows_over_its_steps():
@@ -598,12 +606,13 @@ def reached(student, teacher, method, weights, **fields):
 
   def init(key):
     variables = student.init(key, image)
-    teacher_variables = teacher.init(key, image)
-    output, classify = loss.run_teacher(teacher, teacher_variables, image)
+    teacher_variables = (teacher.init(key, image),)
+    outputs, heads = loss.run_teachers((teacher,), teacher_variables, image)
     distilled = distiller.init(
-      *(key, student.apply(variables, image), output),
+      *(key, student.apply(variables, image), outputs),
       {"label": jnp.zeros(4, jnp.int32)},
-      **{"teacher_head": classify, "step": 0, "train": True},
+      **{"teacher_heads": heads, "step": 0, "epoch": 1, "train": True},
+      method="distill",
     )
     parts = state_lib.split_params(variables), state_lib.split_params(distilled)
     params, rest = (
@@ -614,10 +623,11 @@ def reached(student, teacher, method, weights, **fields):
   params, rest, teacher_variables = jax.eval_shape(init, jax.random.key(0))
   loss_fn = loss.make_loss_fn(
     student=student,
-    teacher=teacher,
+    teachers=(teacher,),
     distiller=distiller,
     loss_weights=weights,
     ramp_steps={},
+    steps_per_epoch=2,
     transform=normalize,
     seed=0,
     axis_name=None,
