@@ -3,6 +3,7 @@
 Whatever is wrong is said in words, before anything is trained or written.
 """
 
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -517,3 +518,34 @@ def test_real_process(tmp_path):
   assert "Traceback" not in process.stderr
   assert "Unknown model 'resnet88'. Did you mean 'resnet8'" in process.stderr
   assert list(tmp_path.iterdir()) == []
+
+
+ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
+
+
+@pytest.mark.parametrize(
+  ("platforms", "jaxlib", "before", "after"),
+  [
+    ("cpu", "0.10.2", "", f"{ORDER}=false"),
+    ("cpu", "0.12.0", "--xla_dump_to=d", f"--xla_dump_to=d {ORDER}=false"),
+    ("cpu", "0.10.2", f"{ORDER}=true", f"{ORDER}=true"),
+    ("cpu", "0.9.2", "", ""),
+    ("cpu", "0.13.0", "", ""),
+    ("cuda", "0.10.2", "", ""),
+  ],
+)
+def test_a_cpus_operations_are_ordered(
+  platforms, jaxlib, before, after, monkeypatch, launch
+):
+  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  monkeypatch.setenv("XLA_FLAGS", before)
+  version = importlib.metadata.version
+  monkeypatch.setattr(
+    importlib.metadata,
+    "version",
+    lambda name: jaxlib if name == "jaxlib" else version(name),
+  )
+  monkeypatch.setattr(pathlib.Path, "exists", lambda self: True)  # a GPU
+  launch()  # loads the module
+  sys.modules["launch"].order_cpu_operations()
+  assert os.environ["XLA_FLAGS"] == after
