@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from kd_jax.models import (
   mobilenetv2,
   resnet,
-  resnet50_cifar,
   resnet_cifar,
   shufflenetv1,
   shufflenetv2,
@@ -52,7 +51,7 @@ MODELS: dict[str, Callable[..., Classifier]] = {
   "resnet44x4": resnet_cifar.resnet44x4,
   "resnet56x4": resnet_cifar.resnet56x4,
   "resnet110x4": resnet_cifar.resnet110x4,
-  "ResNet50_cifar": resnet50_cifar.ResNet50_cifar,
+  "ResNet50_cifar": resnet_cifar.ResNet50_cifar,
   "wrn_16_1": wrn.wrn_16_1,
   "wrn_16_2": wrn.wrn_16_2,
   "wrn_40_1": wrn.wrn_40_1,

@@ -1,9 +1,9 @@
-"""What every image classifier of the package has in common."""
+"""What every image classifier has in common."""
 
 import abc
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,25 +12,20 @@ import jax.numpy as jnp
 
 from kd_jax.models import layers
 
-# How blocks receive their layers: `conv(x, features, kernel_size, name=...)`
-# and `norm(name=...)(x, train=...)`.
-Conv = Callable[..., jax.Array]
-Norm = Callable[..., Callable[..., jax.Array]]
-
 
 class Classifier(nn.Module, abc.ABC):
   """A network that maps images to logits and named features.
 
-  A family implements `__call__` as a compact method that ends in
-  `self._finish(features, last)`, and names its classifier in `head`. Modules
-  carry the reference checkpoints' names with "." written as "_", which is all
-  that `kd_jax.interop.pytorch` needs to exchange weights with them; where a
-  family shares its blocks with another, `kd_jax.interop.dialects` has the rule.
+  A family implements `__call__` as a compact method that begins with
+  `self.prepare(images)`, ends in `self.finish(features, last)`, and names its
+  classifier in `head`. Modules carry the reference checkpoints' names with "."
+  written as "_", so that `kd_jax.interop` can exchange weights; an `Entry` has
+  the names that differ.
 
   Attributes:
     num_classes: width of the logits.
     dtype: of the computation and of the feature maps. Parameters, BatchNorm's
-      statistics, `pooled` and logits are float32 whatever it is.
+      statistics, `pooled` and logits are always float32.
     bn_axis_name: mapped axis over which BatchNorm shares its statistics.
   """
 
@@ -61,8 +56,26 @@ class Classifier(nn.Module, abc.ABC):
     """
 
   @nn.nowrap
+  def pool(self, last: jax.Array) -> jax.Array:
+    """Turns the map `last` into the feature that the classifier reads.
+
+    A plain function of arrays: the module need not be bound. By default the
+    mean over height and width.
+
+    Args:
+      last: [B, H, W, C], any float type.
+
+    Returns:
+      [B, C] float32.
+
+    Raises:
+      ValueError: if `last` has another rank.
+    """
+    return layers.global_average_pool(last)
+
+  @nn.nowrap
   def classify(self, params: Mapping[str, Any], pooled: jax.Array) -> jax.Array:
-    """The model's own classifier on anybody's pooled features.
+    """Applies the model's classifier to any pooled feature.
 
     A plain function of arrays, logits = pooled W + b: the module need not be
     bound. SRRL and SimKD apply the teacher's classifier to the student.
@@ -80,41 +93,41 @@ class Classifier(nn.Module, abc.ABC):
     kernel, bias = params[self.head]["kernel"], params[self.head]["bias"]
     if pooled.shape[-1] != kernel.shape[0]:
       raise ValueError(
-        f"The classifier takes {kernel.shape[0]} pooled channels, got"
-        f" features of shape {pooled.shape}; project them to"
-        f" {kernel.shape[0]} channels first."
+        f"the classifier takes {kernel.shape[0]} pooled channels, got features"
+        f" of shape {pooled.shape}; project them to {kernel.shape[0]} channels"
+        " first"
       )
     return jnp.dot(pooled.astype(jnp.float32), kernel) + bias
 
   @nn.nowrap
-  def _conv(self, **defaults: Any) -> Conv:
+  def make_conv(self, **defaults: Any) -> layers.Conv:
     """`layers.conv` in this model's dtype."""
     return functools.partial(layers.conv, dtype=self.dtype, **defaults)
 
   @nn.nowrap
-  def _norm(self) -> Norm:
+  def make_norm(self) -> layers.Norm:
     """`layers.BatchNorm` in this model's dtype, over its axis."""
     return functools.partial(
       layers.BatchNorm, axis_name=self.bn_axis_name, dtype=self.dtype
     )
 
   @nn.nowrap
-  def _prepare(self, images: jax.Array) -> jax.Array:
+  def prepare(self, images: jax.Array) -> jax.Array:
     """Checks the images and casts them to the computation's dtype."""
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[-1] != 3:
       raise ValueError(
-        f"Models take images [batch, height, width, 3], got {shape};"
-        " move the channels last and add the batch axis."
+        f"expected images [batch, height, width, 3], got shape {shape}; move"
+        " the channels last and add the batch axis"
       )
     if not jnp.issubdtype(images.dtype, jnp.floating):
       raise ValueError(
-        f"Models take normalised float images, got {images.dtype}; compute"
-        " (x / 255 - mean) / std first."
+        f"expected normalised float images, got {images.dtype}; compute"
+        " (x / 255 - mean) / std first"
       )
     return images.astype(self.dtype)
 
-  def _finish(
+  def finish(
     self,
     features: dict[str, jax.Array],
     last: jax.Array,
@@ -123,17 +136,22 @@ class Classifier(nn.Module, abc.ABC):
     bias_init: layers.Initializer | None = None,
     dropout_rate: float = 0.0,
   ) -> layers.ModelOutputs:
-    """Pools `last` globally and classifies; call it in a compact method.
+    """Pools `last` and classifies; call it in a compact method.
 
-    With a `dropout_rate`, the classifier (and nothing else) sees the pooled
-    features after dropout: give a rate in training only.
+    Args:
+      features: the maps before `last`, in forward order.
+      last: [B, H, W, C].
+      kernel_init: of the classifier.
+      bias_init: of the classifier; None: PyTorch's default.
+      dropout_rate: of what the classifier reads, `pooled` itself has none; give
+        a rate in training only.
     """
     if 0 in last.shape[1:3]:
       raise ValueError(
-        "The images are too small: nothing is left of them at the last"
-        f" stage, of shape {last.shape}; use larger images (32x32)."
+        f"the images are too small: the last map has shape {last.shape}; use"
+        " larger images (32x32)"
       )
-    pooled = layers.global_average_pool(last)
+    pooled = self.pool(last)
     logits = layers.dense(
       self._drop(pooled, dropout_rate),
       self.num_classes,
@@ -141,9 +159,11 @@ class Classifier(nn.Module, abc.ABC):
       kernel_init=kernel_init,
       bias_init=bias_init,
     )
-    return layers.ModelOutputs(
+    outputs = layers.ModelOutputs(
       logits, {**features, "last": last, "pooled": pooled}
     )
+    check_outputs(outputs)
+    return outputs
 
   def _drop(self, x: jax.Array, rate: float) -> jax.Array:
     """Zeroes each value with this probability and scales the others up."""
@@ -151,12 +171,30 @@ class Classifier(nn.Module, abc.ABC):
       return x
     if not self.has_rng("dropout"):
       raise ValueError(
-        f"{type(self).__name__} has dropout and trains with the random stream"
-        ' "dropout", got none; pass rngs={"dropout": key} to apply.'
+        f'{type(self).__name__} needs the random stream "dropout" to train, got'
+        ' none; pass rngs={"dropout": key} to apply'
       )
     return nn.Dropout(rate, deterministic=False, name="dropout")(x)
 
 
+def check_outputs(outputs: layers.ModelOutputs) -> None:
+  """Checks the ranks of a network's outputs.
+
+  Args:
+    outputs: arrays or their shapes.
+
+  Raises:
+    ValueError: if a map is not [B, H, W, C], or `pooled` or the logits are not
+      [B, C].
+  """
+  for name, array in {**outputs.features, "logits": outputs.logits}.items():
+    is_map = name == "last" or name.startswith(("stem", "stage", "block"))
+    rank = 4 if is_map else 2 if name in ("pooled", "logits") else None
+    if rank is not None and len(array.shape) != rank:
+      kind = "[batch, height, width, channels]" if is_map else "[batch, width]"
+      raise ValueError(f"{name}: expected {kind}, got shape {array.shape}")
+
+
 def count_parameters(params: Any) -> int:
-  """Count the scalars of a tree of arrays."""
+  """Counts the scalars of a tree of arrays."""
   return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

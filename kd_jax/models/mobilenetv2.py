@@ -46,8 +46,8 @@ class InvertedResidual(nn.Module):
   expansion: int
   expand: bool
   activation: Callable[[jax.Array], jax.Array]
-  conv: base.Conv
-  norm: base.Norm
+  conv: layers.Conv
+  norm: layers.Norm
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -103,11 +103,11 @@ class MobileNetV2Classifier(base.Classifier):
     self, images: jax.Array, *, train: bool = False
   ) -> layers.ModelOutputs:
     """See `Classifier`."""
-    conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
-    norm = self._norm()
+    conv = self.make_conv(kernel_init=layers.kaiming_normal_fan_out)
+    norm = self.make_norm()
     factor, activation = self.width_multiplier, self.activation
     features = {}
-    x = self._prepare(images)
+    x = self.prepare(images)
     x = conv(x, int(32 * factor), 3, strides=2, padding=1, name="conv1_0")
     features["stem_preact"] = norm(name="conv1_1")(x, train=train)
     x = features["stem"] = activation(features["stem_preact"])
@@ -129,7 +129,7 @@ class MobileNetV2Classifier(base.Classifier):
         features[_STAGE_ENDS[group]] = x
     x = conv(x, int(1280 * max(factor, 1.0)), 1, name="conv2_0")
     x = activation(norm(name="conv2_1")(x, train=train))
-    return self._finish(
+    return self.finish(
       features,
       x,
       kernel_init=nn.initializers.normal(0.01),

@@ -15,8 +15,7 @@ import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
-from kd_jax.models.resnet50_cifar import Bottleneck
-from kd_jax.models.resnet_cifar import BasicBlock, residual_stages
+from kd_jax.models.blocks import BasicBlock, Bottleneck, residual_stages
 
 
 class ResNet(base.Classifier):
@@ -50,10 +49,10 @@ class ResNet(base.Classifier):
     self, images: jax.Array, *, train: bool = False
   ) -> layers.ModelOutputs:
     """See `Classifier`."""
-    conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
-    norm = self._norm()
+    conv = self.make_conv(kernel_init=layers.kaiming_normal_fan_out)
+    norm = self.make_norm()
     features: dict[str, jax.Array] = {}
-    x = self._prepare(images)
+    x = self.prepare(images)
     x = conv(x, self.stem_width, 7, strides=2, padding=3, name="conv1")
     x = norm(name="bn1")(x, train=train)
     x = features["stem_preact"] = layers.max_pool(x, 3, strides=2, padding=1)
@@ -73,7 +72,7 @@ class ResNet(base.Classifier):
       widths = tuple(self.factor * width for width in widths)
       block = functools.partial(BasicBlock, conv=conv, norm=norm)
     x = residual_stages(x, features, block, self.blocks, widths, train=train)
-    return self._finish(features, x)
+    return self.finish(features, x)
 
 
 ResNet18 = functools.partial(ResNet)

@@ -33,8 +33,8 @@ class ShuffleUnit(nn.Module):
   width: int
   strides: int
   groups: int
-  conv: base.Conv
-  norm: base.Norm
+  conv: layers.Conv
+  norm: layers.Norm
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -88,9 +88,9 @@ class ShuffleNetV1(base.Classifier):
     self, images: jax.Array, *, train: bool = False
   ) -> layers.ModelOutputs:
     """See `Classifier`."""
-    conv, norm = self._conv(), self._norm()
+    conv, norm = self.make_conv(), self.make_norm()
     features = {}
-    x = self._prepare(images)
+    x = self.prepare(images)
     x = conv(x, _STEM_WIDTH, 1, name="conv1")
     features["stem_preact"] = norm(name="bn1")(x, train=train)
     x = features["stem"] = layers.relu(features["stem_preact"])
@@ -110,7 +110,7 @@ class ShuffleNetV1(base.Classifier):
         x = layers.relu(preact)
       features[f"stage{stage}_preact"] = preact
       features[f"stage{stage}"] = x
-    return self._finish(features, x)
+    return self.finish(features, x)
 
 
 ShuffleV1 = functools.partial(ShuffleNetV1)

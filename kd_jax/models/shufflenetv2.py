@@ -26,8 +26,8 @@ class SplitUnit(nn.Module):
     norm: normalisation to use.
   """
 
-  conv: base.Conv
-  norm: base.Norm
+  conv: layers.Conv
+  norm: layers.Norm
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -54,8 +54,8 @@ class DownUnit(nn.Module):
   """
 
   width: int
-  conv: base.Conv
-  norm: base.Norm
+  conv: layers.Conv
+  norm: layers.Norm
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -103,9 +103,9 @@ class ShuffleNetV2(base.Classifier):
     self, images: jax.Array, *, train: bool = False
   ) -> layers.ModelOutputs:
     """See `Classifier`."""
-    conv, norm = self._conv(), self._norm()
+    conv, norm = self.make_conv(), self.make_norm()
     features = {}
-    x = self._prepare(images)
+    x = self.prepare(images)
     if self.imagenet:
       x = conv(x, 24, 3, strides=2, padding=1, name="conv1")
       x = norm(name="bn1")(x, train=train)
@@ -134,7 +134,7 @@ class ShuffleNetV2(base.Classifier):
     x = layers.relu(preact)
     if self.imagenet:
       features["stage3_preact"], features["stage3"] = preact, x
-    return self._finish(features, x)
+    return self.finish(features, x)
 
 
 ShuffleV2 = functools.partial(ShuffleNetV2)

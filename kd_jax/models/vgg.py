@@ -35,14 +35,14 @@ class VGG(base.Classifier):
     self, images: jax.Array, *, train: bool = False
   ) -> layers.ModelOutputs:
     """See `Classifier`."""
-    conv = self._conv(
+    conv = self.make_conv(
       use_bias=True,
       kernel_init=layers.kaiming_normal_fan_out,
       bias_init=nn.initializers.zeros,
     )
-    norm = self._norm()
+    norm = self.make_norm()
     features = {}
-    x = self._prepare(images)
+    x = self.prepare(images)
     # The reference pools before the last block at 64x64 pixels, not at 32x32.
     pools = 4 if x.shape[1] >= 64 else 3
     for block, (convs, width) in enumerate(zip(self.convs, _WIDTHS)):
@@ -56,7 +56,7 @@ class VGG(base.Classifier):
       name = f"stage{block}" if block else "stem"
       features[f"{name}_preact"] = preact
       features[name] = x
-    return self._finish(
+    return self.finish(
       features,
       x,
       kernel_init=nn.initializers.normal(0.01),

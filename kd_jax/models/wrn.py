@@ -27,8 +27,8 @@ class PreactivationBlock(nn.Module):
 
   width: int
   strides: int
-  conv: base.Conv
-  norm: base.Norm
+  conv: layers.Conv
+  norm: layers.Norm
 
   @nn.compact
   def __call__(
@@ -79,10 +79,10 @@ class WideResNet(base.Classifier):
         "The depth of a wide ResNet is 6n + 4 (10, 16, 22, ...), got"
         f" {self.depth}."
       )
-    conv = self._conv(kernel_init=layers.kaiming_normal_fan_out)
-    norm = self._norm()
+    conv = self.make_conv(kernel_init=layers.kaiming_normal_fan_out)
+    norm = self.make_norm()
     features = {}
-    x = self._prepare(images)
+    x = self.prepare(images)
     x = features["stem"] = conv(x, 16, 3, padding=1, name="conv1")
     before = "stem"
     for stage, width in enumerate((16, 32, 64), start=1):
@@ -101,7 +101,7 @@ class WideResNet(base.Classifier):
       before = f"stage{stage}"
       features[before] = x
     features[f"{before}_preact"] = norm(name="bn1")(x, train=train)
-    return self._finish(
+    return self.finish(
       features,
       layers.relu(features[f"{before}_preact"]),
       bias_init=nn.initializers.zeros,

@@ -66,7 +66,9 @@ def test_classify_names_the_channels(tiny):
 
 def test_images_without_channels_last(tiny):
   model, variables, _ = tiny
-  with pytest.raises(ValueError, match=r"height, width, 3\], got \(2, 3, 16"):
+  with pytest.raises(
+    ValueError, match=r"height, width, 3\], got shape \(2, 3, 16"
+  ):
     model.apply(variables, jnp.ones((2, 3, 16, 16)), train=False)
 
 
@@ -128,7 +130,7 @@ class _Dropout(base.Classifier):
   @nn.compact
   def __call__(self, images, *, train=False):
     rate = 0.25 if train else 0.0
-    return self._finish({}, self._prepare(images), dropout_rate=rate)
+    return self.finish({}, self.prepare(images), dropout_rate=rate)
 
 
 def _identity_with_dropout():
@@ -177,7 +179,9 @@ def test_training_with_dropout_names_its_random_stream():
       variables, images, train=True, mutable=["batch_stats"], **kwargs
     )
 
-  with pytest.raises(ValueError, match=r'"dropout", got none; pass rngs='):
+  with pytest.raises(
+    ValueError, match=r'"dropout" to train, got none; pass rngs='
+  ):
     jax.eval_shape(train, variables, images)
   rngs = {"dropout": jax.random.key(0)}
   drop = functools.partial(train, rngs=rngs)

@@ -12,7 +12,6 @@ from kd_jax import models
 from kd_jax.models import (
   mobilenetv2,
   resnet,
-  resnet50_cifar,
   resnet_cifar,
   shufflenetv1,
   shufflenetv2,
@@ -22,7 +21,7 @@ from kd_jax.models import (
 
 SMALL = {
   "resnet": resnet_cifar.ResNetCifar(10, depth=8, widths=(4, 8, 8, 16)),
-  "bottleneck": resnet50_cifar.BottleneckResNetCifar(
+  "bottleneck": resnet_cifar.BottleneckResNetCifar(
     10, blocks=(2, 1), widths=(4, 8)
   ),
   "wrn": wrn.WideResNet(10, depth=10, widen=1),

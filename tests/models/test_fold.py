@@ -100,7 +100,7 @@ def test_a_convolution_that_is_read_elsewhere_is_left_alone():
 def test_a_folded_network_does_not_train():
   network = models.create("_tiny", 10)
   folded = fold.fold(network, draw(network), SIZE)
-  with pytest.raises(ValueError, match="got one whose BatchNorm is folded"):
+  with pytest.raises(ValueError, match="frozen: its BatchNorm is folded"):
     network.apply(folded, jnp.zeros((1, *SIZE)), train=True)
   with pytest.raises(ValueError, match="got none: they are folded already"):
     fold.fold(network, folded, SIZE)

@@ -16,7 +16,7 @@ from kd_jax.models import (
   layers,
   mobilenetv2,
   resnet,
-  resnet50_cifar,
+  resnet_cifar,
   shufflenetv1,
   shufflenetv2,
 )
@@ -30,7 +30,7 @@ FOLDER = pathlib.Path(
 COMPILED = (
   mobilenetv2.MobileNetV2Classifier,
   resnet.ResNet,
-  resnet50_cifar.BottleneckResNetCifar,
+  resnet_cifar.BottleneckResNetCifar,
   shufflenetv1.ShuffleNetV1,
   shufflenetv2.ShuffleNetV2,
 )

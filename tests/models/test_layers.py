@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax.models import layers
+from kd_jax.models import batch_norm, convolution, layers
 
 
 class _Conv(nn.Module):
@@ -115,7 +115,7 @@ def test_channel_sums(shape, branch):
   rng = np.random.default_rng(0)
   maps = [rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
   expected = [x.reshape(-1, 5).astype(np.float64).sum(0) for x in maps]
-  found = jax.jit(layers.channel_sums)(*maps)
+  found = jax.jit(batch_norm.channel_sums)(*maps)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -123,7 +123,9 @@ def test_channel_sums_elsewhere_are_of_two_steps():
   """One sum for each group of rows, which XLA may not merge with the last."""
   x = jax.ShapeDtypeStruct((64, 8, 8, 32), jnp.float32)
   lowered = (
-    jax.jit(layers.channel_sums).trace(x).lower(lowering_platforms=("cuda",))
+    jax.jit(batch_norm.channel_sums)
+    .trace(x)
+    .lower(lowering_platforms=("cuda",))
   )
   text = lowered.as_text()
   assert "tensor<64x32xf32>" in text and "optimization_barrier" in text
@@ -135,7 +137,7 @@ def test_moments(offset, branch):
   rng = np.random.default_rng(0)
   x = (offset + 2 * rng.standard_normal((64, 8, 8, 5))).astype(np.float32)
   flat = x.reshape(-1, 5).astype(np.float64)
-  mean, var = jax.jit(layers.moments)(x)
+  mean, var = jax.jit(batch_norm.moments)(x)
   np.testing.assert_allclose(mean, flat.mean(0), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(var, flat.var(0), rtol=1e-5)
 
@@ -155,7 +157,7 @@ def test_gradients_of_a_normalised_batch(dtype, branch):
     return (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
 
   def ours(x, scale, bias):
-    return layers.normalize_batch(x, scale, bias, epsilon=1e-5)[0]
+    return batch_norm.normalize_batch(x, scale, bias, epsilon=1e-5)[0]
 
   def results(function):
     def loss(*args):
@@ -176,7 +178,7 @@ def test_a_normalised_batch_gives_its_statistics_no_gradient():
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
 
   def loss(x):
-    _, mean, var = layers.normalize_batch(
+    _, mean, var = batch_norm.normalize_batch(
       x, jnp.ones(3), jnp.zeros(3), epsilon=1e-5
     )
     return jnp.sum(mean + var)
@@ -188,7 +190,7 @@ def test_a_gradient_of_batch_norm_adds_up_four_times():
   """Twice for the moments, twice for the gradients of what is learned."""
 
   def loss(x, scale, bias):
-    y, *_ = layers.normalize_batch(x, scale, bias, epsilon=1e-5)
+    y, *_ = batch_norm.normalize_batch(x, scale, bias, epsilon=1e-5)
     return jnp.sum(jnp.sin(y))
 
   gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
@@ -307,7 +309,7 @@ def test_convolutions_are_those_of_xla(size, strides, groups, width):
     grads, y = jax.jit(run)(x, kernel)
     return y, *grads
 
-  ours, xla = run(layers._convolve), run(jax.lax.conv_general_dilated)
+  ours, xla = run(convolution.convolve), run(jax.lax.conv_general_dilated)
   for got, expected in zip(ours, xla, strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -327,7 +329,7 @@ def test_convolutions_are_those_of_xla(size, strides, groups, width):
 def test_what_needs_no_convolution(size, width, groups, convolved):
   @jax.jit
   def apply(x, kernel):
-    return layers._convolve(
+    return convolution.convolve(
       x,
       kernel,
       strides=(1, 1),
@@ -372,7 +374,7 @@ def test_kernel_gradients_of_few_examples_each_add_up(examples):
     return jax.tree.leaves(run(x, kernel))
 
   def ours(x, kernel, *options):
-    return layers._convolve(x, kernel, **dict(zip(OPTIONS, options)))
+    return convolution.convolve(x, kernel, **dict(zip(OPTIONS, options)))
 
   def xla(x, kernel, strides, padding, groups, numbers):
     return jax.lax.conv_general_dilated(
@@ -400,7 +402,7 @@ def test_gradients_that_are_made(examples, size, platform, of_kernel):
 
   def count(argnums):
     def loss(x, kernel):
-      return jnp.sum(jnp.sin(layers._convolve(x, kernel, **OPTIONS)))
+      return jnp.sum(jnp.sin(convolution.convolve(x, kernel, **OPTIONS)))
 
     traced = jax.jit(jax.grad(loss, argnums)).trace(*shapes)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -440,7 +442,7 @@ def test_depthwise_tangents_and_gradients(strides, padding, branch):
     return jax.tree.leaves((tangent, twice))
 
   for got, expected in zip(
-    run(layers._convolve), run(jax.lax.conv_general_dilated), strict=True
+    run(convolution.convolve), run(jax.lax.conv_general_dilated), strict=True
   ):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -453,7 +455,7 @@ def _lowered_gradient(argnums, kernel_shape, groups):
   }
 
   def loss(x, kernel):
-    return jnp.sum(jnp.sin(layers._convolve(x, kernel, **options)))
+    return jnp.sum(jnp.sin(convolution.convolve(x, kernel, **options)))
 
   traced = jax.jit(jax.grad(loss, argnums)).trace(
     jnp.zeros((16, 8, 8, 6)), jnp.zeros(kernel_shape)
@@ -481,7 +483,7 @@ def test_a_1x1_kernel_gradient_is_a_product_of_rows():
 def test_depthwise_sums_of_bfloat16_lose_nothing():
   x = jnp.ones((1, 3, 3, 2), jnp.bfloat16)
   kernel = jnp.full((3, 3, 1, 2), 2.0**-9, jnp.bfloat16).at[0, 0].set(1.0)
-  y = layers._convolve(
+  y = convolution.convolve(
     x,
     kernel,
     (1, 1),
