@@ -23,19 +23,19 @@ def main(argv: list[str]) -> None:
   """Arms what the flags say, and runs launch.py."""
   import jax
 
-  from kd_jax.data import grain_pipeline
+  from kd_jax.data import grain
   from kd_jax.distributed import processes
   from kd_jax.runs import train
 
   if _DATA_FILE.value is not None:
-    next_chunk = grain_pipeline.GrainPipeline.next_chunk
+    next_chunk = grain.GrainPipeline.next_chunk
 
     def read(self, k):
       if jax.process_index() == 1:
         pathlib.Path(_DATA_FILE.value).read_bytes()
       return next_chunk(self, k)
 
-    grain_pipeline.GrainPipeline.next_chunk = read
+    grain.GrainPipeline.next_chunk = read
   if _APART.value:
     processes._VISIBLE = 1.0
     whole = train.train_and_evaluate

@@ -1,27 +1,14 @@
-"""What the input pipelines share: the contract, the plan and evaluation."""
+"""The contract of the training pipelines, and how they cut batches."""
 
 import abc
-import collections
-import concurrent.futures
 import dataclasses
-import logging
-import os
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
-from kd_jax.data import images
-from kd_jax.data.folder import EncodedSource
-from kd_jax.data.sources import Source
-
-_log = logging.getLogger(__name__)
+from kd_jax.data.skipped import Skipped
 
 Batch = dict[str, jax.Array]
-
-# Bad images in a row after which the data are taken to be gone.
-_MOST_SKIPPED = 100
 
 
 class Pipeline(abc.ABC):
@@ -101,7 +88,10 @@ class Pipeline(abc.ABC):
     """Ends threads and processes; the next chunk would start them again."""
 
 
-def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
+def local_batch_size(
+  batch_size: int, process_index: int, process_count: int
+) -> int:
+  """Checks a global batch size and returns this process's share of it."""
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
       f"batch_size is the global one: expected a multiple of the"
@@ -140,7 +130,7 @@ class BatchPlan:
   shuffle: bool = True
 
   def __post_init__(self):
-    _local_size(self.batch_size, self.process_index, self.process_count)
+    local_batch_size(self.batch_size, self.process_index, self.process_count)
     if self.batch_size > self.num_examples:
       raise ValueError(
         f"batch_size {self.batch_size} is more than the {self.num_examples}"
@@ -193,241 +183,3 @@ class BatchPlan:
           f" {expected!r} (this run), got {state.get(key)!r} (saved). Restore"
           " the setting, or start in a new workdir."
         )
-
-
-class Skipped:
-  """The images that a run left out as bad, each once.
-
-  A process finds its own, and takes over what others, or it before a restart,
-  have found.
-  """
-
-  def __init__(self):
-    self._found: dict[int, str] = {}
-
-  def __len__(self) -> int:
-    return len(self._found)
-
-  def add(self, index: int, reason: str) -> None:
-    """Lists an image, and logs it the first time.
-
-    Args:
-      index: its position in the set.
-      reason: a text that names the file.
-    """
-    if index not in self._found:
-      self._found[index] = reason
-      _log.warning("Left out (%d so far): %s", len(self._found), reason)
-
-  def reasons(self) -> list[str]:
-    """What was said of each, in the order of the set."""
-    return [self._found[index] for index in sorted(self._found)]
-
-  def get_state(self) -> dict[str, str]:
-    """What was said of each, by its position: a dict that JSON can hold."""
-    return {str(index): reason for index, reason in self._found.items()}
-
-  def unite(self, state: dict[str, str]) -> None:
-    """Lists also what is in a state of `get_state`, each image once."""
-    for index, reason in state.items():
-      self._found.setdefault(int(index), reason)
-
-
-def require_some(source: EncodedSource, in_a_row: int, last: str) -> None:
-  """Refuses to go on leaving out images when so many in a row are bad.
-
-  Args:
-    source: the set.
-    in_a_row: how many have been.
-    last: what was said of the last of them.
-
-  Raises:
-    BadImageError: they are too many.
-  """
-  if in_a_row >= min(len(source), _MOST_SKIPPED):
-    raise images.BadImageError(
-      f"{in_a_row} images in a row cannot be decoded; the last: {last}. Check"
-      " that the data are still whole."
-    )
-
-
-def _eval_rows(
-  count: int, batch_size: int, process_index: int, process_count: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Positions [n, B] (0 where there is none), and whether there is one."""
-  local = _local_size(batch_size, process_index, process_count)
-  batches = -(-count // batch_size)
-  rows = np.arange(batches * batch_size).reshape(batches, process_count, local)
-  rows = rows[:, process_index]
-  mask = rows < count
-  return np.where(mask, rows, 0).astype(np.int32), mask
-
-
-def eval_batches(
-  source: Source,
-  batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> dict[str, np.ndarray]:
-  """Cuts a set in memory into padded batches, every example in one of them.
-
-  Args:
-    source: the set, of N examples.
-    batch_size: global, in examples; a multiple of `process_count`.
-    process_index: this process.
-    process_count: of all processes.
-
-  Returns:
-    dict of `image` uint8 [n, B, H, W, C], `label` int32 [n, B], `index` int32
-    [n, B] and `mask` bool [n, B], with n = ceil(N / batch_size) on every
-    process and B = batch_size / process_count, in the set's order. Where
-    `mask` is false the rest is zero; over all processes it is true N times.
-
-  Raises:
-    ValueError: batch_size or process_index out of range.
-  """
-  index, mask = _eval_rows(
-    len(source), batch_size, process_index, process_count
-  )
-  return _gather(source, index, mask)
-
-
-def _gather(
-  source: Source, index: np.ndarray, mask: np.ndarray
-) -> dict[str, np.ndarray]:
-  image = source.images[index]
-  image[~mask] = 0
-  label = np.where(mask, source.labels[index], 0).astype(np.int32)
-  return {"image": image, "label": label, "index": index, "mask": mask}
-
-
-class EvalStream:
-  """Padded batches of a set, one at a time; every example in one of them.
-
-  Iterating yields dicts of `image` uint8 [B, H, W, C], `label` int32 [B],
-  `index` int32 [B] and `mask` bool [B], as `eval_batches` stacks them; `len` is
-  their number, the same on every process. Image files are decoded and cropped
-  by threads, two batches ahead. One that cannot be decoded is an error, or,
-  where the source says "skip", has a false mask and is listed in `skipped`;
-  too many in a row are an error in any case, as is a file that is gone.
-  """
-
-  # Batches that are decoded while the caller has one.
-  _AHEAD = 2
-
-  def __init__(
-    self,
-    source: Source | EncodedSource,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    *,
-    num_threads: int = 0,
-  ):
-    """Reads nothing yet.
-
-    Args:
-      source: the set, of N examples.
-      batch_size: global, in examples; a multiple of `process_count`.
-      process_index: this process.
-      process_count: of all processes.
-      num_threads: that decode image files; 0: one for each core.
-
-    Raises:
-      ValueError: a value out of range.
-    """
-    if num_threads < 0:
-      raise ValueError(f"num_threads must be 0 or more, got {num_threads}.")
-    self._source = source
-    self._index, self._mask = _eval_rows(
-      len(source), batch_size, process_index, process_count
-    )
-    self._num_threads = num_threads or len(os.sched_getaffinity(0))
-    self.skipped = Skipped()
-    self._in_a_row = 0
-
-  def __len__(self) -> int:
-    return len(self._index)
-
-  def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-    self._in_a_row = 0
-    if isinstance(self._source, Source):
-      for index, mask in zip(self._index, self._mask):
-        yield _gather(self._source, index, mask)
-    else:
-      yield from self._decoded(self._source)
-
-  def _decoded(self, source: EncodedSource) -> Iterator[dict[str, np.ndarray]]:
-    def decode(image: np.ndarray, i: int) -> None:
-      where = source.describe(i)
-      image[:] = images.evaluate_crop(
-        images.load(source.read_bytes(i), where),
-        size=source.image_size,
-        resize=source.resize,
-      )
-
-    pool = concurrent.futures.ThreadPoolExecutor(self._num_threads)
-    ahead: collections.deque = collections.deque()
-    try:
-      for number in range(len(self) + self._AHEAD):
-        if number < len(self):
-          index = self._index[number]
-          image = np.zeros((len(index), *source.image_shape), np.uint8)
-          work = [
-            (row, pool.submit(decode, image[row], int(index[row])))
-            for row in np.flatnonzero(self._mask[number])
-          ]
-          ahead.append((number, image, work))
-        if number >= self._AHEAD:
-          yield self._finish(source, *ahead.popleft())
-    finally:
-      pool.shutdown(cancel_futures=True)
-
-  def _finish(
-    self,
-    source: EncodedSource,
-    number: int,
-    image: np.ndarray,
-    work: list[tuple[int, concurrent.futures.Future]],
-  ) -> dict[str, np.ndarray]:
-    index, mask = self._index[number].copy(), self._mask[number].copy()
-    skipped: list[tuple[int, str]] = []
-    for row, future in work:
-      try:
-        future.result()
-      except images.BadImageError as error:
-        if source.on_bad_image != "skip":
-          raise
-        skipped.append((int(index[row]), str(error)))
-        mask[row], index[row], image[row] = False, 0, 0
-    self._leave_out(source, number, mask, skipped)
-    label = np.where(mask, source.labels[index], 0).astype(np.int32)
-    return {"image": image, "label": label, "index": index, "mask": mask}
-
-  def _leave_out(
-    self,
-    source: EncodedSource,
-    number: int,
-    mask: np.ndarray,
-    skipped: Iterable[tuple[int, str]],
-  ) -> None:
-    """Lists what batch `number` lacks.
-
-    Args:
-      source: the set.
-      number: of the batch.
-      mask: bool [B], false also where an image is left out.
-      skipped: a (position, reason) for each of these, in their order.
-
-    Raises:
-      BadImageError: too many in a row are left out.
-    """
-    bad = iter(skipped)
-    for good in mask[self._mask[number]]:
-      if good:
-        self._in_a_row = 0
-        continue
-      index, reason = next(bad)
-      self.skipped.add(index, reason)
-      self._in_a_row += 1
-      require_some(source, self._in_a_row, reason)

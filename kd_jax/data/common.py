@@ -1,25 +1,29 @@
-"""What every kind of source shares: constants, and errors worded once."""
+"""What all kinds of data sets share: the source classes and their checks."""
 
-import difflib
+import abc
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 
+from kd_jax.registry import did_you_mean
+
 SPLITS = ("train", "test")
+ON_BAD_IMAGE = ("error", "skip")
 
 # Of ILSVRC 2012; torchvision, timm and SimKD normalise with these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def unknown_name(what: str, name: str, names: Iterable[str]) -> ValueError:
-  """The error for a name that is in no list, with the closest matches."""
-  names = sorted(names)
-  close = difflib.get_close_matches(name, names, n=3)
-  hint = f" Did you mean {' or '.join(close)}?" if close else ""
-  return ValueError(
-    f"Unknown {what} {name!r}.{hint} Known: {', '.join(names)}."
-  )
+def check_choice(what: str, value: str, known: Iterable[str]) -> None:
+  """Raises ValueError unless a value is one of the known ones."""
+  known = list(known)
+  if value not in known:
+    raise ValueError(
+      f"unknown {what} {value!r}.{did_you_mean(value, known)} Expected one of"
+      f" {', '.join(known)}"
+    )
 
 
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
@@ -34,7 +38,7 @@ def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
     )
 
 
-def check_classes(
+def _check_classes(
   labels: np.ndarray,
   count: int,
   num_classes: int,
@@ -53,3 +57,133 @@ def check_classes(
       " give one name per class."
     )
   check_labels(labels, num_classes, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constants:
+  """What is known of a set without its files.
+
+  Attributes:
+    num_classes: K.
+    class_names: K names, in the labels' order.
+    image_shape: (height, width, channels) as networks take them.
+    mean: per channel, of x / 255; see `Source`.
+    std: per channel, of x / 255.
+  """
+
+  num_classes: int
+  class_names: tuple[str, ...]
+  image_shape: tuple[int, int, int]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+  """One split of a labelled image set, in memory.
+
+  Attributes:
+    images: uint8 [N, H, W, 3]; kept C-contiguous.
+    labels: int32 [N], in 0..num_classes - 1.
+    num_classes: K.
+    class_names: K names, in the labels' order.
+    mean: per channel, of x / 255, of the training split.
+    std: per channel, of x / 255, of the training split.
+    name: what `load` was asked for.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  num_classes: int
+  class_names: tuple[str, ...]
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  name: str
+
+  def __post_init__(self):
+    images, labels = self.images, self.labels
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+      raise ValueError(
+        f"The images of {self.name} must be uint8 [N, H, W, 3], got"
+        f" {images.dtype} {images.shape}."
+      )
+    _check_classes(
+      labels, len(images), self.num_classes, self.class_names, self.name
+    )
+    # With any other layout, numpy's take copies the whole set for every batch.
+    object.__setattr__(self, "images", np.ascontiguousarray(images))
+    object.__setattr__(self, "labels", np.ascontiguousarray(labels))
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of the network's input."""
+    height, width, channels = self.images.shape[1:]
+    return height, width, channels
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedSource(abc.ABC):
+  """One split of a labelled image set, as encoded files or records.
+
+  Pickles, for worker processes.
+
+  Attributes:
+    labels: int32 [N], in 0..num_classes - 1.
+    num_classes: K.
+    class_names: K names, in the labels' order.
+    mean: per channel, of x / 255, of the training split.
+    std: per channel, of x / 255, of the training split.
+    name: what `load` was asked for.
+    image_size: height and width of the network's input, in pixels.
+    resize: pixels of the shorter side before evaluation's centre crop; 0:
+      `round(image_size * 256 / 224)`.
+    on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
+  """
+
+  labels: np.ndarray
+  num_classes: int
+  class_names: tuple[str, ...]
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+  name: str
+  image_size: int = 224
+  resize: int = 0
+  on_bad_image: str = "error"
+
+  def __post_init__(self):
+    _check_classes(
+      self.labels, len(self), self.num_classes, self.class_names, self.name
+    )
+    if not self.resize:
+      object.__setattr__(self, "resize", round(self.image_size * 256 / 224))
+    if not 1 <= self.image_size <= self.resize:
+      raise ValueError(
+        f"image_size must be at least 1 and at most resize ({self.resize}, the"
+        " shorter side before the centre crop), got"
+        f" {self.image_size}."
+      )
+    check_choice("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
+
+  @abc.abstractmethod
+  def __len__(self) -> int: ...
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of the network's input."""
+    return self.image_size, self.image_size, 3
+
+  @abc.abstractmethod
+  def read_bytes(self, i: int) -> bytes:
+    """Reads the encoded image at position `i`.
+
+    Raises:
+      UnreadableError: its file is gone or cannot be read.
+      BadImageError: its record is damaged.
+    """
+
+  @abc.abstractmethod
+  def describe(self, i: int) -> str:
+    """Names the image at position `i`, for messages."""

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from kd_jax.data import images
-from kd_jax.data.batch import BatchPlan, require_some
-from kd_jax.data.folder import EncodedSource
-from kd_jax.data.sources import Source
+from kd_jax.data.batch import BatchPlan
+from kd_jax.data.common import EncodedSource, Source
+from kd_jax.data.skipped import check_in_a_row
 
 # Sets the crops' generators apart from the orders'.
 _CROP = 1
@@ -75,7 +75,7 @@ def first_readable(
         raise
       skipped.append((j, str(error)))
       bad += 1
-      require_some(source, bad, str(error))
+      check_in_a_row(source, bad, str(error))
 
 
 @dataclasses.dataclass(frozen=True)

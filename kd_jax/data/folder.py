@@ -4,7 +4,6 @@ Such a set holds file names and labels; the images are read, decoded and
 cropped by the pipelines, when they are needed.
 """
 
-import abc
 import dataclasses
 import json
 import os
@@ -13,15 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from kd_jax.data import images, val_labels
-from kd_jax.data.common import (
-  IMAGENET_MEAN,
-  IMAGENET_STD,
-  SPLITS,
-  check_classes,
-  unknown_name,
-)
+from kd_jax.data.common import SPLITS, EncodedSource
 
-ON_BAD_IMAGE = ("error", "skip")
 _EXTENSIONS = (
   *(".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif"),
   *(".tiff", ".webp"),
@@ -32,72 +24,6 @@ _FOLDERS = {"train": ("train",), "test": ("val", "validation", "test")}
 # WordNet's numbers with words: of the devkit, of Kaggle, of Tiny ImageNet.
 _WORDS = ("synset_words.txt", "LOC_synset_mapping.txt", "words.txt")
 _CLASS_INDEX = "imagenet_class_index.json"
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class EncodedSource(abc.ABC):
-  """One split of a labelled image set, as encoded files or records.
-
-  Pickles, for worker processes.
-
-  Attributes:
-    labels: int32 [N], in 0..num_classes - 1.
-    num_classes: K.
-    class_names: K names, in the labels' order.
-    mean: per channel, of x / 255, of the training split.
-    std: per channel, of x / 255, of the training split.
-    name: what `load` was asked for.
-    image_size: height and width of the network's input, in pixels.
-    resize: pixels of the shorter side before evaluation's centre crop; 0:
-      `round(image_size * 256 / 224)`.
-    on_bad_image: "error", or "skip" to leave out what cannot be decoded.
-  """
-
-  labels: np.ndarray
-  num_classes: int
-  class_names: tuple[str, ...]
-  mean: tuple[float, ...] = IMAGENET_MEAN
-  std: tuple[float, ...] = IMAGENET_STD
-  name: str
-  image_size: int = 224
-  resize: int = 0
-  on_bad_image: str = "error"
-
-  def __post_init__(self):
-    check_classes(
-      self.labels, len(self), self.num_classes, self.class_names, self.name
-    )
-    if not self.resize:
-      object.__setattr__(self, "resize", round(self.image_size * 256 / 224))
-    if not 1 <= self.image_size <= self.resize:
-      raise ValueError(
-        f"image_size must be at least 1 and at most resize ({self.resize}, the"
-        " shorter side before the centre crop), got"
-        f" {self.image_size}."
-      )
-    if self.on_bad_image not in ON_BAD_IMAGE:
-      raise unknown_name("on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
-
-  @abc.abstractmethod
-  def __len__(self) -> int: ...
-
-  @property
-  def image_shape(self) -> tuple[int, int, int]:
-    """Height, width and channels of the network's input."""
-    return self.image_size, self.image_size, 3
-
-  @abc.abstractmethod
-  def read_bytes(self, i: int) -> bytes:
-    """The encoded image at position `i`.
-
-    Raises:
-      UnreadableError: its file is gone or cannot be read.
-      BadImageError: it cannot be told from the others in its file.
-    """
-
-  @abc.abstractmethod
-  def describe(self, i: int) -> str:
-    """The name of the image at position `i`, for messages."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -218,11 +144,11 @@ def _known_classes(root: str) -> list[str]:
   return sorted(_readable(root)) if os.path.isfile(path) else []
 
 
-def load_folder(
-  dir: str | os.PathLike[str],
-  split: str,
+def load(
+  name: str,
   *,
-  name: str = "folder",
+  split: str,
+  dir: str | os.PathLike[str],
   image_size: int = 224,
   resize: int = 0,
   on_bad_image: str = "error",
@@ -233,14 +159,14 @@ def load_folder(
   `test`: the first of the three that exists), the images directly in the class
   folders or deeper. Classes are numbered in the order of the sorted folder
   names, as torchvision's ImageFolder does. A `val` without class folders
-  (ImageNet's, Tiny ImageNet's) needs its labels; see `val_labels.read`. Where
-  the folder has imagenet_class_index.json, synset_words.txt,
-  LOC_synset_mapping.txt or words.txt, classes are called by its words.
+  (ImageNet's, Tiny ImageNet's) needs its labels; see `val_labels.read`. If the
+  folder has imagenet_class_index.json, synset_words.txt,
+  LOC_synset_mapping.txt or words.txt, its words become the class names.
 
   Args:
-    dir: the folder.
-    split: "train" or "test".
     name: of the source.
+    split: "train" or "test".
+    dir: the folder.
     image_size: height and width of the network's input, in pixels.
     resize: see `EncodedSource`.
     on_bad_image: "error" or "skip".
@@ -300,6 +226,29 @@ def load_folder(
     num_classes=len(classes),
     class_names=tuple(words.get(item, item) for item in classes),
     name=name,
+    image_size=image_size,
+    resize=resize,
+    on_bad_image=on_bad_image,
+  )
+
+
+def load_tiny_imagenet(
+  name: str,
+  *,
+  split: str,
+  dir: str | os.PathLike[str],
+  image_size: int = 64,
+  resize: int = 64,
+  on_bad_image: str = "error",
+) -> FolderSource:
+  """Lists one split of Tiny ImageNet, whose images have their networks' size.
+
+  See `load`.
+  """
+  return load(
+    name,
+    split=split,
+    dir=dir,
     image_size=image_size,
     resize=resize,
     on_bad_image=on_bad_image,

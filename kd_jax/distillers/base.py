@@ -95,7 +95,7 @@ class Distiller(nn.Module):
       student: the student's output.
       teacher: the teacher's, gradients already stopped.
       batch: at least `label` [B]; with `index` [B] in training. For mixed
-        images, `share` (scalar) weighs `label` and the rest goes to
+        images, `lam` (scalar) weighs `label` and the rest goes to
         `mixed_label` [B].
       teacher_head: from a pooled feature [B, C] to the teacher's logits.
       step: number of the step, from 0.
@@ -201,10 +201,10 @@ class Distiller(nn.Module):
       )
 
     own = of(batch["label"])
-    if "share" not in batch:
+    if "lam" not in batch:
       return own
-    share = batch["share"]
-    return share * own + (1 - share) * of(batch["mixed_label"])
+    lam = batch["lam"]
+    return lam * own + (1 - lam) * of(batch["mixed_label"])
 
 
 def feature(output: ModelOutputs, name: str, *, whose: str) -> jax.Array:

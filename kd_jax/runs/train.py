@@ -829,7 +829,7 @@ class Loop:
       self.seconds = restored.meta["seconds"]
       # Not in a checkpoint of before it was kept.
       for name, found in restored.meta.get("skipped", {}).items():
-        run.skipped[name].unite(found)
+        run.skipped[name].merge(found)
       logs.say(f"going on from step {self.step} of {run.total_steps}")
     self.trial.begin(self.step, None if restored is None else restored.meta)
     self.tried_step, self.tried_time = self.step, time.monotonic()
@@ -984,7 +984,7 @@ class Loop:
     found = {name: s.get_state() for name, s in self.run_.skipped.items()}
     for theirs in processes.all_gather_object(found):
       for name, state in theirs.items():
-        self.run_.skipped[name].unite(state)
+        self.run_.skipped[name].merge(state)
     return {name: s.get_state() for name, s in self.run_.skipped.items()}
 
   def _list_skipped(self) -> dict[str, int]:

@@ -65,9 +65,9 @@ def make_precompute_teacher(
     images = transform(augment_key, batch)
     if mixing:
       (mix_key,) = jax.random.split(augment_key, 1)
-      images, share = augment.mix(mix_key, images, **mixing)
+      images, lam = augment.mix(mix_key, images, **mixing)
       neighbours = augment.partner(batch["label"])
-      batch = {**batch, "share": share, "mixed_label": neighbours}
+      batch = {**batch, "lam": lam, "mixed_label": neighbours}
     return {**batch, "shown": images}
 
   def look(teacher_variables, batch, step):

@@ -120,7 +120,7 @@ def test_batches_keep_the_contract(name, source):
     assert batch["mask"].all()
     index = batch["index"]
     assert index.min() >= 0 and index.max() < COUNT
-    if name != "dali":  # not Pillow's pixels; see test_dali_pipeline.py
+    if name != "dali":  # not Pillow's pixels; see test_dali.py
       np.testing.assert_array_equal(
         batch["image"], expected_images(source, 0, step // STEPS, index)
       )
@@ -565,7 +565,7 @@ def test_an_unknown_pipeline_names_the_nearest(source):
 
 
 def test_without_grain_the_error_says_what_to_do(monkeypatch, source):
-  monkeypatch.delitem(sys.modules, "kd_jax.data.grain_pipeline", raising=False)
+  monkeypatch.delitem(sys.modules, "kd_jax.data.grain", raising=False)
   monkeypatch.setitem(sys.modules, "grain", None)  # as if not installed
   with pytest.raises(
     ImportError, match=r"package grain, .*pip install grain.*'device'"
@@ -576,7 +576,7 @@ def test_without_grain_the_error_says_what_to_do(monkeypatch, source):
 
 def test_importing_the_package_imports_no_optional_one(repo):
   code = (
-    "import sys, kd_jax.data, kd_jax.data.device_pipeline;"
+    "import sys, kd_jax.data, kd_jax.data.device;"
     "print(sorted({'grain', 'nvidia.dali', 'sklearn', 'tensorflow', 'torch',"
     " 'tensorflow_datasets'} & set(sys.modules)))"
   )

@@ -50,7 +50,7 @@ def test_labels_are_smoothed_and_mixed(tiny):
   expected = losses.cross_entropy_loss(logits, label, label_smoothing=0.1)
   np.testing.assert_allclose(terms(smooth)["ce"], expected, rtol=1e-6)
   other = (label + 1) % logits.shape[-1]
-  mixed = terms(plain, share=0.75, mixed_label=other)
+  mixed = terms(plain, lam=0.75, mixed_label=other)
   both = [losses.cross_entropy_loss(logits, y) for y in (label, other)]
   np.testing.assert_allclose(
     mixed["ce"], 0.75 * both[0] + 0.25 * both[1], rtol=1e-6

@@ -18,8 +18,7 @@ from absl import flags
 
 from kd_jax.data import fetch
 from kd_jax.data.batch import BatchPlan, Pipeline
-from kd_jax.data.folder import EncodedSource
-from kd_jax.data.sources import Source
+from kd_jax.data.common import EncodedSource, Source
 
 
 def _end_with(parent: Any) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from kd_jax import data
-from kd_jax.data import dali_pipeline, fetch, images
+from kd_jax.data import dali, fetch, images
 from kd_jax.data.folder import FolderSource
 
 SIZE, RESIZE, COUNT, BATCH, STEPS = 24, 28, 21, 4, 5
@@ -272,7 +272,7 @@ def test_a_pipeline_per_device_gives_the_same_rows(source):
 
 
 def evaluate(source, batch_size=4, **options):
-  stream = dali_pipeline.DaliEvalStream(source, batch_size, **options)
+  stream = dali.DaliEvalStream(source, batch_size, **options)
   found = list(stream)
   assert len(found) == len(stream)
   return stream, found
@@ -309,7 +309,7 @@ def test_the_processes_evaluate_their_shares(source):
 
 
 def test_leaving_evaluation_early_ends_it(source):
-  stream = dali_pipeline.DaliEvalStream(source, 4)
+  stream = dali.DaliEvalStream(source, 4)
   first = list(itertools.islice(stream, 1))
   assert_equal(list(itertools.islice(stream, 1)), first)
 
@@ -389,9 +389,9 @@ def test_bad_files_are_left_out_counted_and_listed(make):
 
 def test_an_error_that_is_no_files_fault_is_not_hidden(monkeypatch, source):
   monkeypatch.setattr(
-    dali_pipeline, "_uncompressed", lambda pixels: np.zeros(9, np.uint8)
+    dali, "_uncompressed", lambda pixels: np.zeros(9, np.uint8)
   )
-  monkeypatch.setattr(dali_pipeline, "jpeg_size", lambda content: None)
+  monkeypatch.setattr(dali, "jpeg_size", lambda content: None)
   with pytest.raises(Exception, match=r"decoders|nvImageCodec"):
     create(source).next_chunk(1)
 
@@ -419,7 +419,7 @@ def test_an_error_that_is_no_files_fault_is_not_hidden(monkeypatch, source):
   ],
 )
 def test_only_plain_jpegs_are_left_to_dali(name, content, size):
-  assert dali_pipeline.jpeg_size(content) == size, name
+  assert dali.jpeg_size(content) == size, name
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_a_set_in_memory_is_refused():
 
 
 def test_without_dali_the_error_says_what_to_do(monkeypatch, source):
-  monkeypatch.delitem(sys.modules, "kd_jax.data.dali_pipeline")
+  monkeypatch.delitem(sys.modules, "kd_jax.data.dali")
   monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as if not installed
   with pytest.raises(
     ImportError, match=r"pip install nvidia-dali-cuda120\).*pipeline 'grain'"

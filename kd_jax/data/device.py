@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.data.batch import Batch, BatchPlan, Pipeline
-from kd_jax.data.sources import Source
+from kd_jax.data.common import Source
 
 # Sets the orders' keys apart from others folded from the same seed.
 _STREAM = 0x64617461

@@ -1,0 +1,10 @@
+"""Augmentation and normalisation on the device: pure functions of arrays.
+
+Imports jax only.
+"""
+
+from kd_jax.data.augment.crop_flip import augment, crop, draw
+from kd_jax.data.augment.mixing import mix, partner
+from kd_jax.data.augment.normalization import normalize
+
+__all__ = ["augment", "crop", "draw", "mix", "normalize", "partner"]
