@@ -26,6 +26,15 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
     )
 
 
+def check_range(name: str, value: tuple[float, float], most: float) -> None:
+  """Raises ValueError unless 0 < value[0] <= value[1] <= most."""
+  if len(value) != 2 or not 0 < value[0] <= value[1] <= most:
+    raise ValueError(
+      f"{name} must be (least, largest) with 0 < least <= largest <= {most},"
+      f" got {value}."
+    )
+
+
 def check_labels(labels: np.ndarray, num_classes: int, where: str) -> None:
   """Raises ValueError unless labels [N] are in 0..num_classes - 1."""
   wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))

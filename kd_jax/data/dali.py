@@ -1,399 +1,164 @@
-"""The DALI pipeline: files decoded, cropped and resized by NVIDIA DALI.
+"""The DALI pipeline: NVIDIA DALI reads, shuffles, decodes, crops and resizes.
 
-DALI's own reader shuffles within a buffer and shards by file: its order is no
-function of (seed, epoch), nor the same for any number of processes. Here
-Python says which file goes where and what is cut from it, and hands DALI the
-bytes through an external source. Decoding and resizing, nearly all of the
-work, are DALI's, in its own threads; a few of ours read the files ahead.
+DALI's file reader shuffles the whole list anew in every epoch and gives each
+DALI pipeline its shard. There is one DALI pipeline a process, or one a GPU if
+GPUs decode. The order therefore depends on the number of processes and GPUs;
+batches are the same for any number of threads.
 
-On the CPU, DALI decodes JPEGs to the pixels that Pillow gives, regions and
-pictures that EXIF turns included. What is not plainly a whole JPEG of 8 bits
-(PNGs, CMYK, files cut short) is decoded or refused by `kd_jax.data.images`, as
-in the other pipelines, and goes through DALI as an uncompressed picture.
+DALI checkpoints are exact and small. Each belongs to one shard, so a run that
+resumes with another number of shards begins a new pass over the data.
 """
 
-import concurrent.futures
-import dataclasses
-import functools
-import itertools
-import math
+import base64
+import contextlib
+import logging
 import os
-import struct
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.jax import DALIGenericIterator
-from PIL import Image
 
-from kd_jax.data import fetch, images
-from kd_jax.data.batch import BatchPlan, EvalStream, Pipeline
-from kd_jax.data.common import unknown_name
-from kd_jax.data.folder import EncodedSource
+from kd_jax.data.batch import BatchPlan, Pipeline
+from kd_jax.data.common import EncodedSource, Source, check_choice, check_range
+from kd_jax.data.evaluation import EvalStream
+from kd_jax.data.folder import FolderSource
+from kd_jax.data.images import BadImageError, UnreadableError
+from kd_jax.distributed import processes
 
-# Baseline, extended and progressive, with Huffman codes.
-_FRAMES = (0xC0, 0xC1, 0xC2)
-_SCAN = 0xDA
-_APP1 = 0xE1
-_ORIENTATION = 0x0112
-_DEVICES = ("cpu", "gpu")
+_log = logging.getLogger(__name__)
 
-
-def jpeg_size(content: bytes) -> tuple[int, int] | None:
-  """Height and width of a JPEG as it is to be seen, from its header.
-
-  Args:
-    content: the whole file.
-
-  Returns:
-    Height and width in pixels, upright by EXIF; None for all that DALI is not
-    to decode by itself: other formats, files without their end, more than 8
-    bits, CMYK, and what the header leaves in doubt.
-  """
-  if content[:2] != b"\xff\xd8" or content[-2:] != b"\xff\xd9":
-    return None
-  at, size, orientation = 2, None, None
-  try:
-    while content[at + 1] != _SCAN:
-      start, marker, length = struct.unpack_from(">BBH", content, at)
-      if start != 0xFF:
-        return None
-      if marker in _FRAMES:
-        bits, height, width, channels = struct.unpack_from(
-          ">BHHB", content, at + 4
-        )
-        if bits == 8 and channels in (1, 3) and height and width:
-          size = (height, width)
-      elif marker == _APP1:
-        segment = content[at + 4 : at + 2 + length]
-        if segment.startswith(b"Exif\0\0"):
-          exif = Image.Exif()
-          exif.load(segment)
-          orientation = exif.get(_ORIENTATION)
-        elif b"tiff:Orientation" in segment and orientation is None:
-          return None  # Pillow heeds XMP, DALI does not
-      at += 2 + length
-  # Damaged EXIF data can raise nearly anything.
-  except Exception:
-    return None
-  if orientation not in (None, *range(1, 9)):
-    return None
-  return size[::-1] if size and (orientation or 1) >= 5 else size
-
-
-@dataclasses.dataclass(frozen=True)
-class _Picture:
-  """What DALI is told of one example.
-
-  Attributes:
-    encoded: uint8 [bytes], the file, or an uncompressed picture (PPM).
-    height: of the picture, in pixels.
-    width: of the picture, in pixels.
-  """
-
-  encoded: np.ndarray
-  height: int
-  width: int
-
-
-@dataclasses.dataclass
-class _Work:
-  """One step's examples of this process, B of them.
-
-  Attributes:
-    encoded: the B pictures; see `_Picture`.
-    windows: int32 [B, 4], of every picture the top, left, height and width of
-      what is decoded, in pixels.
-    boxes: float32 [B, 4], of every window the top, left, bottom and right of
-      what is resized, in pixels.
-    index: int32 [B], position in the set.
-    mask: bool [B], false: padding.
-    skipped: a (position, reason) for each image that could not be decoded.
-  """
-
-  encoded: list[np.ndarray]
-  windows: np.ndarray
-  boxes: np.ndarray
-  index: np.ndarray
-  mask: np.ndarray
-  skipped: list[tuple[int, str]]
-
-
-def _uncompressed(pixels: np.ndarray) -> np.ndarray:
-  """uint8 [H, W, 3] as a PPM file, which costs little to write and read."""
-  height, width, _ = pixels.shape
-  content = b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
-  return np.frombuffer(content, np.uint8)
-
-
-def _open(source: EncodedSource, i: int, careful: bool) -> _Picture:
-  """Example `i`, as something that DALI can decode.
-
-  Args:
-    source: the set.
-    i: position in it.
-    careful: whether to decode it here, whatever it is.
-
-  Raises:
-    BadImageError: it cannot be decoded; the text names the file.
-    UnreadableError: it cannot be read; the text names the file.
-  """
-  content = source.read_bytes(i)
-  size = None if careful else jpeg_size(content)
-  if size is not None:
-    return _Picture(np.frombuffer(content, np.uint8), *size)
-  pixels = images.decode(content, source.describe(i))
-  return _Picture(_uncompressed(pixels), *pixels.shape[:2])
+# DALI's names of the two outputs and of the reader.
+_OUTPUTS = ["image", "index"]
+_READER = "files"
 
 
 @pipeline_def
-def _graph(feed: Callable[[], tuple], image_size: int, decoder: str) -> Any:
-  """DALI's part: encoded pictures in, uint8 [B, S, S, 3] out."""
-  encoded, corner, shape, start, end = fn.external_source(
-    feed,
-    num_outputs=5,
-    dtype=[
-      types.DALIDataType.UINT8,
-      types.DALIDataType.INT32,
-      types.DALIDataType.INT32,
-      types.DALIDataType.FLOAT,
-      types.DALIDataType.FLOAT,
-    ],
-    ndim=1,
-    no_copy=True,
+def _train_graph(
+  paths: Sequence[str],
+  image_size: int,
+  *,
+  decoder: str,
+  shuffle: bool,
+  shuffle_seed: int,
+  shard: int,
+  shards: int,
+  area: tuple[float, float],
+  aspect: tuple[float, float],
+) -> Any:
+  """Random crops uint8 [B, S, S, 3], and positions int32 [B, 1]."""
+  encoded, index = fn.readers.file(
+    name=_READER,
+    files=list(paths),
+    shuffle_after_epoch=shuffle,
+    shuffle_after_epoch_seed=shuffle_seed,
+    shard_id=shard,
+    num_shards=shards,
+    pad_last_batch=True,
   )
-  windows = fn.decoders.image_slice(
+  crop = fn.decoders.image_random_crop(
     encoded,
-    start=corner,
-    shape=shape,
-    axis_names="HW",
     device=decoder,
     output_type=types.DALIImageType.RGB,
-    # Of the GPU's decoder; the CPU's always does.
-    jpeg_fancy_upsampling=True,
+    random_area=list(area),
+    random_aspect_ratio=list(aspect),
+    num_attempts=10,
   )
-  return fn.resize(
-    windows,
-    size=[image_size, image_size],
-    roi_start=start,
-    roi_end=end,
-    interp_type=types.DALIInterpType.INTERP_LINEAR,
-    antialias=True,
+  image = fn.resize(crop, size=[image_size, image_size], antialias=True)
+  return image, index.gpu() if decoder == "mixed" else index
+
+
+@pipeline_def
+def _eval_graph(
+  paths: Sequence[str], image_size: int, resize: int, *, decoder: str
+) -> Any:
+  """Centre crops uint8 [B, S, S, 3], in the order of the paths."""
+  encoded, _ = fn.readers.file(name=_READER, files=list(paths))
+  whole: Any = fn.decoders.image(
+    encoded, device=decoder, output_type=types.DALIImageType.RGB
   )
+  image: Any = fn.resize(whole, resize_shorter=resize, antialias=True)
+  return fn.crop(image, crop=[image_size, image_size])
 
 
-class _Stream:
-  """DALI at work on the steps that follow a first one, in order.
+def _next(iterator: DALIGenericIterator) -> dict[str, jax.Array]:
+  """The next outputs of DALI.
 
-  On GPUs there is one DALI pipeline for each, with its part of the rows; on
-  the CPU one decodes them all.
+  Raises:
+    StopIteration: at the end of a pass over the data.
+    UnreadableError: the reader failed.
+    BadImageError: a decoder failed.
   """
-
-  def __init__(
-    self,
-    prepare: Callable[[int, bool], _Work],
-    first: int,
-    stop: int | None,
-    *,
-    batch_size: int,
-    image_size: int,
-    gpus: Sequence[int],
-    num_threads: int,
-    prefetch: int,
-  ):
-    """Builds the pipelines; reading begins with the first `next`.
-
-    Args:
-      prepare: makes a step's work. Its second argument says whether to leave
-        DALI nothing compressed.
-      first: the first step.
-      stop: the step after the last, None if there is none.
-      batch_size: examples of a step, of this process.
-      image_size: height and width of the results.
-      gpus: their CUDA numbers; none: the CPU.
-      num_threads: of DALI, and as many that read files; 0: one per core.
-      prefetch: steps decoded ahead.
-    """
-    self._prepare = prepare
-    self._stop = stop
-    self._image_size = image_size
-    self._devices: list[int | None] = [*gpus] or [None]
-    self._rows = batch_size // len(self._devices)
-    self._num_threads = num_threads or len(os.sched_getaffinity(0))
-    self._prefetch = prefetch
-    self._readers = concurrent.futures.ThreadPoolExecutor(self._num_threads)
-    self._iterators: list[DALIGenericIterator] = []
-    self._ahead: dict[int, concurrent.futures.Future[_Work]] = {}
-    self._careful: set[int] = set()
-    self._error: Exception | None = None
-    self._start(first)
-
-  def _build(self, part: int) -> DALIGenericIterator:
-    """The DALI pipeline of a part of the rows."""
-    device = self._devices[part]
-    pipeline = _graph(
-      lambda: self._feed(part),
-      self._image_size,
-      "cpu" if device is None else "mixed",
-      batch_size=self._rows,
-      num_threads=self._num_threads,
-      device_id=device,
-      prefetch_queue_depth=self._prefetch,
-    )
-    return DALIGenericIterator([pipeline], ["image"], prepare_first_batch=False)
-
-  def _start(self, step: int) -> None:
-    """Goes to a step, with new pipelines."""
-    self.close()
-    self._readers = concurrent.futures.ThreadPoolExecutor(self._num_threads)
-    self._step = step
-    self._fed = [step] * len(self._devices)
-    self._iterators = [self._build(part) for part in range(len(self._devices))]
-
-  def close(self) -> None:
-    """Ends the threads, and forgets what they did ahead."""
-    self._readers.shutdown(cancel_futures=True)
-    self._ahead.clear()
-    self._iterators.clear()
-    self._error = None
-
-  def _work(self, step: int) -> concurrent.futures.Future[_Work]:
-    """A step's work; that of the following ones is begun."""
-    last = step + self._prefetch
-    if self._stop is not None:
-      last = min(last, self._stop - 1)
-    for other in range(step, last + 1):
-      if other not in self._ahead:
-        self._ahead[other] = self._readers.submit(
-          self._prepare, other, other in self._careful
-        )
-    return self._ahead[step]
-
-  def _feed(self, part: int) -> tuple:
-    """The next inputs of one of DALI's pipelines."""
-    step = self._fed[part]
-    if step == self._stop:
-      raise StopIteration
-    try:
-      work = self._work(step).result()
-    except Exception as error:  # of a file; DALI would hide its text
-      # The steps before it are whole: it is raised when its own is due.
-      self._error = error
-      raise StopIteration from None
-    self._fed[part] += 1
-    rows = slice(part * self._rows, (part + 1) * self._rows)
-    corner, shape = np.split(work.windows[rows], 2, axis=1)
-    start, end = np.split(work.boxes[rows], 2, axis=1)
-    return (
-      work.encoded[rows],
-      *map(np.ascontiguousarray, (corner, shape, start, end)),
-    )
-
-  def __iter__(self) -> Iterator[tuple[_Work, list[jax.Array]]]:
-    return self
-
-  def __next__(self) -> tuple[_Work, list[jax.Array]]:
-    """The next step's work, and its pictures by part: uint8 [b, S, S, 3].
-
-    Raises:
-      StopIteration: there are no more steps.
-      BadImageError: an image of this step cannot be decoded.
-      UnreadableError: a file of this step cannot be read.
-    """
-    while True:
-      try:
-        parts = [next(iterator)["image"] for iterator in self._iterators]
-        break
-      except StopIteration:
-        if self._error is not None:
-          raise self._error from None
-        raise
-      except MemoryError:
-        raise
-      except Exception:
-        # A file that DALI cannot decode ends its pipeline, without its name:
-        # whatever DALI had is decoded here, and judged as everywhere else.
-        doubtful = {*range(self._step, max(self._fed))} - self._careful
-        if not doubtful:
-          raise
-        self._careful |= doubtful
-        self._start(self._step)
-    work = self._ahead.pop(self._step).result()
-    self._careful.discard(self._step)
-    self._step += 1
-    return work, parts
+  try:
+    return next(iterator)
+  except RuntimeError as error:
+    text = str(error)
+    found = re.search(r"encountered:\s+(.*)", text)
+    reason = found[1] if found else text
+    if "fn.readers." in text:
+      raise UnreadableError(
+        f"DALI could not read an image file: {reason}. Check that the data are"
+        " still there and that no file is empty"
+      ) from error
+    if "fn.decoders." in text:
+      raise BadImageError(
+        f"DALI could not decode an image file: {reason}. The pipeline 'grain'"
+        " names every such file, and leaves them out with on_bad_image='skip'"
+      ) from error
+    raise
 
 
-def _gpus(
-  sharding: jax.sharding.Sharding | None, batch_size: int, local_size: int
-) -> list[jax.Device]:
-  """This process's GPUs, in the order of the rows that they hold."""
-  if sharding is None:
-    gpus = jax.local_devices()[:1]
-  else:
-    where = sharding.addressable_devices_indices_map((1, batch_size))
-    gpus = sorted(where, key=lambda gpu: (where[gpu] or ())[1].start or 0)
+def _gpu_ids(sharding: NamedSharding | None = None) -> list[int]:
+  """This process's GPUs as CUDA numbers them; without a sharding, the first."""
+  gpus = jax.local_devices()[:1]
+  if sharding is not None:
+    gpus = list(sharding.mesh.local_mesh.devices.flat)
   if gpus[0].platform != "gpu":
     raise ValueError(
       "device 'gpu' decodes on the GPUs that JAX uses, and it uses"
       f" {gpus[0].platform} here. Use device 'cpu', or install JAX for CUDA"
       ' (pip install "jax[cuda12]").'
     )
-  if local_size % len(gpus):
-    raise ValueError(
-      f"Every one of this process's {len(gpus)} GPUs needs the same number of"
-      f" examples: expected a multiple of {len(gpus)}, got {local_size}."
-      " Change batch_size."
+  if "xla_gpu_enable_command_buffer=" not in os.environ.get("XLA_FLAGS", ""):
+    # DALI's examples for JAX say so.
+    _log.warning(
+      "DALI on GPUs and XLA's command buffers disturb each other: set"
+      " XLA_FLAGS=--xla_gpu_enable_command_buffer= if CUDA graphs fail"
     )
-  return gpus
+  return [gpu.local_hardware_id for gpu in gpus]
 
 
-def _check_range(name: str, values: tuple[float, float], limit: float) -> None:
-  low, high = values
-  if not 0 < low <= high <= limit:
+def _check_options(source: Source | EncodedSource, device: str) -> None:
+  if not isinstance(source, FolderSource):
     raise ValueError(
-      f"{name} must be two numbers with 0 < least <= largest <= {limit}, got"
-      f" {values}."
+      f"The pipeline 'dali' reads image files, and {source.name} has none. Use"
+      " the pipeline 'grain'."
     )
-
-
-def _check_options(
-  source: EncodedSource, device: str, num_threads: int, prefetch: int
-) -> None:
-  if not isinstance(source, EncodedSource):
+  if source.on_bad_image != "error":
     raise ValueError(
-      "The pipeline 'dali' decodes image files: expected a source of encoded"
-      f" images, got {source.name!r}, whose images are in memory already. Use"
-      " the pipeline 'device' or 'grain'."
+      "The pipeline 'dali' cannot leave out bad images: expected on_bad_image"
+      f" 'error', got {source.on_bad_image!r}. Use the pipeline 'grain', or"
+      " remove the bad files."
     )
-  if device not in _DEVICES:
-    raise unknown_name("device", device, _DEVICES)
-  if num_threads < 0 or prefetch < 1:
-    raise ValueError(
-      "num_threads must be 0 or more and prefetch 1 or more, got"
-      f" {num_threads} and {prefetch}."
-    )
+  check_choice("device", device, ("cpu", "gpu"))
 
 
 class DaliPipeline(Pipeline):
-  """Batches decoded by DALI; see `kd_jax.data.batch.Pipeline`.
+  """Batches made by DALI; see `kd_jax.data.batch.Pipeline`.
 
   `resident` is {}, a chunk is the stacked batches, and `load` hands its row
-  through. The order of epoch e is numpy's permutation under a generator seeded
-  with (seed, e), and an example's crop is a function of (seed, e, position):
-  both are grain's, for any number of processes, devices and threads. Beyond a
-  crop's border the resizing repeats its last pixel; grain's sees the picture.
-
-  An image that cannot be decoded is an error, or, where the source says "skip",
-  is listed in `skipped`, and the next of the set that can be stands in.
+  through. The flip is not DALI's: it is part of the augmentation on the device,
+  as with the other pipelines.
   """
 
   def __init__(
     self,
-    source: EncodedSource,
+    source: FolderSource,
     batch_size: int,
     seed: int,
     process_index: int = 0,
@@ -404,242 +169,237 @@ class DaliPipeline(Pipeline):
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
     device: str = "cpu",
     num_threads: int = 0,
-    prefetch: int = 2,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: NamedSharding | None = None,
   ):
-    """Sets the stream up; nothing is read before the first chunk.
+    """Checks the options; nothing is read before the first chunk.
 
     Args:
-      source: the training set, of encoded images.
-      batch_size: global, in examples; a multiple of `process_count`.
+      source: the training set, of image files.
+      batch_size: global, in examples; a multiple of all shards.
       seed: of order and crops, 0 or more.
       process_index: this process.
       process_count: of all processes.
-      shuffle: false keeps the set's order in every epoch.
+      shuffle: false keeps the order of the shards' files in every epoch.
       crop_area: least and largest share of a picture that a crop takes.
       crop_aspect: least and largest width / height of a crop.
       device: "cpu", or "gpu" to decode and resize on this process's GPUs
         (written after DALI's documentation, not yet run on one).
-      num_threads: of DALI, and as many that read files; 0: one per core.
-      prefetch: batches decoded ahead.
-      sharding: of a chunk's leaves [k, B, ...] over the devices of all
-        processes, whose shares of B it has to respect; the leaves are then
-        global arrays. None: they are this process's share, in the host's
-        memory or, with `device="gpu"`, in that of JAX's first GPU.
+      num_threads: of DALI; 0: one per core.
+      sharding: with device "gpu", of a chunk's leaves [k, B, ...] over the
+        devices of all processes: P(None, axis). The leaves are then global
+        arrays. None: JAX's first GPU. On the CPU, leaves are numpy arrays.
 
     Raises:
-      ValueError: a value out of range, or a device that is not there.
+      ValueError: a value out of range, or no GPU.
     """
-    _check_options(source, device, num_threads, prefetch)
-    _check_range("crop_area", crop_area, 1)
-    _check_range("crop_aspect", crop_aspect, math.inf)
-    super().__init__(
-      BatchPlan(
-        "dali",
-        len(source),
-        batch_size,
-        seed,
-        process_index,
-        process_count,
-        shuffle,
-      )
+    _check_options(source, device)
+    check_range("crop_area", crop_area, 1)
+    check_range("crop_aspect", crop_aspect, 100)
+    plan = BatchPlan(
+      "dali",
+      len(source),
+      batch_size,
+      seed,
+      process_index,
+      process_count,
+      shuffle,
     )
+    super().__init__(plan)
     self._source = source
-    self._crop_area = crop_area
-    self._crop_aspect = crop_aspect
-    self._sharding = sharding
-    self._gpus = (
-      _gpus(sharding, batch_size, self._plan.local_size)
-      if device == "gpu"
-      else []
-    )
-    self._make_stream = functools.partial(
-      _Stream,
-      self._prepare,
-      batch_size=self._plan.local_size,
-      image_size=source.image_size,
-      gpus=[gpu.local_hardware_id for gpu in self._gpus],
-      num_threads=num_threads,
-      prefetch=prefetch,
-    )
-    self._stream: _Stream | None = None
-
-  def _prepare(self, step: int, careful: bool) -> _Work:
-    """Reads this process's files of a step, and draws their crops."""
-    plan = self._plan
-    epoch = step // plan.steps_per_epoch
-    encoded, windows, index = [], [], []
-    skipped: list[tuple[int, str]] = []
-
-    def read(i: int) -> _Picture:
-      return _open(self._source, i, careful)
-
-    for i in fetch.positions(plan, step).tolist():
-      i, picture = fetch.first_readable(self._source, i, read, skipped)
-      left, top, right, bottom = images.crop_box(
-        picture.width,
-        picture.height,
-        fetch.crop_generator(plan.seed, epoch, i),
-        area=self._crop_area,
-        aspect=self._crop_aspect,
+    self._crop = {"area": crop_area, "aspect": crop_aspect}
+    self._num_threads = num_threads or len(os.sched_getaffinity(0))
+    self._on_gpus = device == "gpu"
+    self._devices = _gpu_ids(sharding) if self._on_gpus else [None]
+    self._sharding = sharding if self._on_gpus else None
+    pipelines = len(self._devices)
+    if plan.local_size % pipelines:
+      raise ValueError(
+        f"batch_size must be a multiple of the {pipelines * process_count}"
+        f" GPUs, got {batch_size}."
       )
-      encoded.append(picture.encoded)
-      windows.append((top, left, bottom - top, right - left))
-      index.append(i)
-    corners = np.array(windows, np.int32)
-    boxes = corners.astype(np.float32)
-    boxes[:, :2] = 0
-    return _Work(
-      encoded=encoded,
-      windows=corners,
-      boxes=boxes,
-      index=np.array(index, np.int32),
-      mask=np.ones(len(index), bool),
-      skipped=skipped,
+    self._shards = range(
+      process_index * pipelines, (process_index + 1) * pipelines
+    )
+    self._num_shards = process_count * pipelines
+    self._join = jax.jit(_join, out_shardings=self._sharding)
+    # Where DALI's passes over the data began, and DALI's own checkpoints of
+    # `step`; none: the beginning of the first pass.
+    self._first_step = 0
+    self._checkpoints: list[bytes] = []
+    self._iterator: DALIGenericIterator | None = None
+
+  def _make_iterator(self) -> DALIGenericIterator:
+    """DALI at the current step."""
+    seeds = np.random.SeedSequence((self._plan.seed, self._first_step))
+    # DALI's seeds are of 31 bits at least; the order's is shared by all shards.
+    order, *crops = (seeds.generate_state(1 + self._num_shards) >> 1).tolist()
+    graphs = [
+      _train_graph(
+        self._source.paths,
+        self._source.image_size,
+        decoder="mixed" if self._on_gpus else "cpu",
+        shuffle=self._plan.shuffle,
+        shuffle_seed=order,
+        shard=shard,
+        shards=self._num_shards,
+        **self._crop,
+        seed=crops[shard],
+        batch_size=self._plan.local_size // len(self._devices),
+        num_threads=self._num_threads,
+        device_id=self._devices[i],
+        enable_checkpointing=True,
+        checkpoint=self._checkpoints[i] if self._checkpoints else None,
+      )
+      for i, shard in enumerate(self._shards)
+    ]
+    sharding = self._sharding and NamedSharding(
+      self._sharding.mesh, PartitionSpec(*self._sharding.spec[1:])
+    )
+    return DALIGenericIterator(
+      graphs,
+      _OUTPUTS,
+      reader_name=_READER,
+      auto_reset=True,
+      prepare_first_batch=False,
+      sharding=sharding,
     )
 
   def next_chunk(self, k: int) -> dict[str, Any]:
-    """The next `k` batches, stacked: leaves [k, B, ...].
+    """Decodes the next `k` batches, stacked: leaves [k, B, ...].
 
     Raises:
       ValueError: `k` steps would cross the end of the epoch.
-      BadImageError: an image cannot be decoded, and the source says "error",
-        or too many in a row cannot. The position stays.
-      UnreadableError: a file is gone or cannot be read. The position stays.
+      BadImageError, UnreadableError: see `_next`. The position stays.
     """
     self._plan.check_chunk(self._step, k)
-    if self._stream is None:
-      self._stream = self._make_stream(self._step, None)
+    step = self._step + k
     try:
-      work, pictures = zip(*itertools.islice(self._stream, k))
+      if self._iterator is None:
+        self._iterator = self._make_iterator()
+      outputs = [_next(self._iterator) for _ in range(k)]
+      if (step - self._first_step) % self.steps_per_epoch == 0:
+        # DALI pads an incomplete batch at the end of its pass; drop it.
+        with contextlib.suppress(StopIteration):
+          while True:
+            _next(self._iterator)
+      self._checkpoints = self._iterator.checkpoints()
     except BaseException:
       self.close()
       raise
-    index = np.stack([one.index for one in work])
-    chunk: dict[str, Any] = {
-      "label": self._source.labels[index],
-      "index": index,
-      "mask": np.stack([one.mask for one in work]),
+    self._step = step
+    images, index = ([output[key] for output in outputs] for key in _OUTPUTS)
+    if self._on_gpus:
+      return self._join(images, index, self._source.labels)
+    positions = np.stack([np.asarray(i)[:, 0] for i in index])
+    return {
+      "image": np.asarray(images[0])[None] if k == 1 else np.stack(images),
+      "label": self._source.labels[positions],
+      "index": positions,
+      "mask": np.ones(positions.shape, bool),
     }
-    if not self._gpus:
-      host = [np.asarray(image) for (image,) in pictures]
-      chunk["image"] = host[0][None] if k == 1 else np.stack(host)
-    if self._sharding is not None:
-      chunk = {
-        name: jax.make_array_from_process_local_data(self._sharding, leaf)
-        for name, leaf in chunk.items()
-      }
-    if self._gpus:
-      chunk["image"] = self._join(pictures)
-    for one in work:
-      for index, reason in one.skipped:
-        self.skipped.add(index, reason)
-    self._step += k
-    return chunk
 
-  def _join(self, pictures: Sequence[list[jax.Array]]) -> jax.Array:
-    """[k, B, S, S, 3] of what the GPUs decoded, left where it is."""
-    parts = [jnp.stack(steps) for steps in zip(*pictures)]
-    if self._sharding is None:
-      return parts[0]
-    shape = (len(pictures), self._plan.batch_size, *self._source.image_shape)
-    return jax.make_array_from_single_device_arrays(
-      shape, self._sharding, parts
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position; all processes call this together."""
+    mine = {
+      str(shard): base64.b64encode(checkpoint).decode()
+      for shard, checkpoint in zip(self._shards, self._checkpoints)
+    }
+    merged: dict[str, str] = {}
+    for checkpoints in processes.all_gather_object(mine):
+      merged.update(checkpoints)
+    return {
+      **super().get_state(),
+      "first_step": self._first_step,
+      "num_shards": self._num_shards,
+      "checkpoints": merged,
+    }
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position of `get_state`.
+
+    With another number of shards than the state's, the step is the same and a
+    new pass over the data begins there: images of this epoch may be repeated.
+
+    Raises:
+      ValueError: the state is of another order (seed, batch size, ...).
+    """
+    super().set_state(state)
+    saved = state.get("num_shards")
+    if saved == self._num_shards:
+      self._first_step = state["first_step"]
+      checkpoints = state["checkpoints"]
+      self._checkpoints = [
+        base64.b64decode(checkpoints[str(shard)])
+        for shard in self._shards
+        if checkpoints
+      ]
+      return
+    _log.warning(
+      "DALI's position was saved for %s shards and there are %d now (one a"
+      " process, or one a GPU that decodes): a new pass over the training set"
+      " begins at step %d",
+      saved,
+      self._num_shards,
+      self._step,
     )
+    self._first_step, self._checkpoints = self._step, []
 
   def close(self) -> None:
-    """Ends the threads; the next chunk would start them again."""
-    stream, self._stream = self._stream, None
-    if stream is not None:
-      stream.close()
+    """Ends DALI's threads; the next chunk starts them again."""
+    self._iterator = None
+
+
+def _join(
+  images: list[jax.Array], index: list[jax.Array], labels: jax.Array
+) -> dict[str, jax.Array]:
+  """Stacks the batches that GPUs decoded, without leaving them."""
+  positions = jnp.stack(index)[..., 0]
+  return {
+    "image": jnp.stack(images),
+    "label": jnp.take(labels, positions),
+    "index": positions,
+    "mask": jnp.ones(positions.shape, bool),
+  }
 
 
 class DaliEvalStream(EvalStream):
-  """`EvalStream`, decoded, resized and cut by DALI."""
+  """`EvalStream`, decoded, resized and cropped by DALI."""
 
   def __init__(
     self,
-    source: EncodedSource,
+    source: FolderSource,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
     *,
     device: str = "cpu",
     num_threads: int = 0,
-    prefetch: int = 2,
   ):
-    """Reads nothing yet.
-
-    Args:
-      source: the set, of N encoded images.
-      batch_size: global, in examples; a multiple of `process_count`.
-      process_index: this process.
-      process_count: of all processes.
-      device: "cpu", or "gpu" to decode on JAX's first GPU.
-      num_threads: of DALI, and as many that read files; 0: one per core.
-      prefetch: batches decoded ahead.
-
-    Raises:
-      ValueError: a value out of range, or a device that is not there.
-    """
-    super().__init__(source, batch_size, process_index, process_count)
-    _check_options(source, device, num_threads, prefetch)
-    size = self._index.shape[1]
-    gpus = _gpus(None, batch_size, size) if device == "gpu" else []
-    self._make_stream = functools.partial(
-      _Stream,
-      batch_size=size,
-      image_size=source.image_size,
-      gpus=[gpu.local_hardware_id for gpu in gpus],
-      num_threads=num_threads,
-      prefetch=prefetch,
+    """Takes the arguments of `EvalStream` and `DaliPipeline`."""
+    _check_options(source, device)
+    super().__init__(
+      source, batch_size, process_index, process_count, num_threads=num_threads
     )
+    self._gpu = _gpu_ids()[0] if device == "gpu" else None
 
   def _decoded(self, source: EncodedSource) -> Iterator[dict[str, np.ndarray]]:
-    prepare = functools.partial(self._prepare, source)
-    stream = self._make_stream(prepare, 0, len(self))
-    try:
-      yield from self._batches(source, stream)
-    finally:
-      stream.close()
-
-  def _batches(
-    self, source: EncodedSource, stream: _Stream
-  ) -> Iterator[dict[str, np.ndarray]]:
-    for number, (work, (image,)) in enumerate(stream):
-      self._leave_out(source, number, work.mask, work.skipped)
-      label = np.where(work.mask, source.labels[work.index], 0)
-      yield {
-        "image": np.asarray(image),
-        "label": label.astype(np.int32),
-        "index": work.index,
-        "mask": work.mask,
-      }
-
-  def _prepare(self, source: EncodedSource, step: int, careful: bool) -> _Work:
-    """Reads this process's files of a step; where there is none, black."""
-    index, mask = self._index[step].copy(), self._mask[step].copy()
-    encoded = [_uncompressed(np.zeros((1, 1, 3), np.uint8))] * len(index)
-    windows = np.full((len(index), 4), (0, 0, 1, 1), np.int32)
-    boxes = windows.astype(np.float32)
-    skipped: list[tuple[int, str]] = []
-    for row in np.flatnonzero(mask):
-      i = int(index[row])
-      try:
-        picture = _open(source, i, careful)
-      except images.BadImageError as error:
-        if source.on_bad_image != "skip":
-          raise
-        skipped.append((i, str(error)))
-        index[row], mask[row] = 0, False
-        continue
-      left, top, right, bottom = images.evaluate_box(
-        picture.width,
-        picture.height,
-        size=source.image_size,
-        resize=source.resize,
-      )
-      encoded[row] = picture.encoded
-      windows[row, 2:] = picture.height, picture.width
-      boxes[row] = top, left, bottom, right
-    return _Work(encoded, windows, boxes, index, mask, skipped)
+    assert isinstance(source, FolderSource)
+    # File 0 stands for the padding.
+    graph = _eval_graph(
+      [source.paths[i] for i in self._index.flat],
+      source.image_size,
+      source.resize,
+      decoder="cpu" if self._gpu is None else "mixed",
+      batch_size=self._index.shape[1],
+      num_threads=self._num_threads,
+      device_id=self._gpu,
+    )
+    iterator = DALIGenericIterator(
+      [graph], ["image"], prepare_first_batch=False
+    )
+    for index, mask in zip(self._index, self._mask):
+      image = np.asarray(_next(iterator)["image"])
+      if not mask.all():
+        image = np.where(mask[:, None, None, None], image, 0)
+      label = np.where(mask, source.labels[index], 0).astype(np.int32)
+      yield {"image": image, "label": label, "index": index, "mask": mask}

@@ -18,7 +18,7 @@ from absl import flags
 
 from kd_jax.data import fetch
 from kd_jax.data.batch import BatchPlan, Pipeline
-from kd_jax.data.common import EncodedSource, Source
+from kd_jax.data.common import EncodedSource, Source, check_range
 
 
 def _end_with(parent: Any) -> None:
@@ -37,14 +37,6 @@ def _start_worker(index: int, count: int) -> None:
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _check_range(name: str, value: tuple[float, float], most: float) -> None:
-  if len(value) != 2 or not 0 < value[0] <= value[1] <= most:
-    raise ValueError(
-      f"{name} must be (least, largest) with 0 < least <= largest <= {most},"
-      f" got {value}."
-    )
 
 
 class GrainPipeline(Pipeline):
@@ -120,8 +112,8 @@ class GrainPipeline(Pipeline):
         )
       fetch_batch = fetch.FromMemory(self._plan, source)
     else:
-      _check_range("crop_area", crop_area, 1)
-      _check_range("crop_aspect", crop_aspect, 100)
+      check_range("crop_area", crop_area, 1)
+      check_range("crop_aspect", crop_aspect, 100)
       fetch_batch = fetch.FromFiles(self._plan, source, crop_area, crop_aspect)
     # Endless: as long as grain can count.
     self._batches = grain.MapDataset.range(self.steps_per_epoch).repeat()
