@@ -1,39 +1,23 @@
 """Image files to pixels: decoding, and the crops of ImageNet's recipes.
 
-Files are told apart by their content, not by their name. Photographs are
-turned upright by their EXIF orientation; CMYK, grey, palette and 16-bit images
-become 8-bit RGB; an alpha channel is dropped. A file that is cut short is an
-error: never a picture whose rest is grey. (Damage inside a JPEG's coded data
-that leaves its structure whole cannot be noticed: the format has no checksum.)
+The content of a file decides its format, not its name. Photographs are turned
+upright by their EXIF orientation; CMYK, grey, palette and 16-bit images become
+8-bit RGB; an alpha channel is dropped. A file that is cut short is an error.
+Damage that Pillow does not notice stays unnoticed: JPEG has no checksum, and a
+cut file that is filled up with zeros decodes to a picture whose rest is grey.
 """
 
 import contextlib
 import io
 import math
 import os
-import re
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Pillow reads more formats, some with programs of their own (Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# JPEG's markers, without those that a scan's coded data hold: restarts (D0 to
-# D7), and the zero that follows an FF which is none. Start of the image, start
-# of a scan, end of the image.
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_START, _SCAN, _END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
-_ORIENTATION = 0x0112
-_TURNS = {
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
-}
 # A JPEG is decoded at 1/2, 1/4 or 1/8 only if the crop keeps this many times
 # the pixels per side that the network sees. On 64 ImageNet photographs the
 # crops then differ by 0.2 to 1.1 levels of 255 in the mean from those of full
@@ -97,14 +81,19 @@ def _open(content: bytes) -> Image.Image:
   return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
-def _orientation(image: Image.Image) -> int:
-  """EXIF's number, 1 to 8; 1 is upright, and from 5 on the sides swap."""
+def _is_turned(image: Image.Image) -> bool:
+  """Whether EXIF's orientation exchanges height and width."""
   try:
-    found = image.getexif().get(_ORIENTATION, 1)
-  # Damaged EXIF data say nothing of the pixels.
-  except Exception:
-    return 1
-  return found if found in _TURNS else 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+  except Exception:  # damaged EXIF data
+    return False
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  """Turns a photograph as EXIF says, and converts it to RGB."""
+  with contextlib.suppress(Exception):  # damaged EXIF data
+    ImageOps.exif_transpose(image, in_place=True)
+  return _rgb(image)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -130,37 +119,6 @@ def _rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-  if orientation in _TURNS:
-    image = image.transpose(_TURNS[orientation])
-  return _rgb(image)
-
-
-def _has_end(jpeg: bytes) -> bool:
-  """Whether a JPEG's scans are followed by its end.
-
-  What lies in segments (a thumbnail) and behind the end (a film) is not looked
-  at; of a file cut short, another picture behind it is none of its scans.
-  """
-  at, scanned = len(_START), False
-  while found := _MARKER.search(jpeg, at):
-    marker, at = found[0], found.end()
-    if marker in (_START, _END):
-      return scanned and marker == _END
-    scanned |= marker == _SCAN
-    at += int.from_bytes(jpeg[at : at + 2], "big")
-  return False
-
-
-def _decode(image: Image.Image, content: bytes) -> None:
-  """Decodes the pixels, to the picture's end."""
-  image.load()
-  # Pillow takes the zeros of a file that was never written to its end for
-  # pixels.
-  if image.format in ("JPEG", "MPO") and not _has_end(content):
-    raise ValueError("it is cut short: the last scan has no end")
-
-
 def load(content: bytes, where: str) -> Image.Image:
   """Decodes an image file.
 
@@ -176,8 +134,8 @@ def load(content: bytes, where: str) -> Image.Image:
   """
   with _named(where):
     image = _open(content)
-    _decode(image, content)
-    return _upright(image, _orientation(image))
+    image.load()
+    return _upright(image)
 
 
 def decode(content: bytes, where: str) -> np.ndarray:
@@ -350,17 +308,16 @@ def load_random_resized_crop(
   with _named(where):
     image = _open(content)
     if image.format != "JPEG":  # others may keep their EXIF data behind
-      _decode(image, content)
-    orientation = _orientation(image)
-    width, height = image.size[:: -1 if orientation >= 5 else 1]
+      image.load()
+    width, height = image.size[:: -1 if _is_turned(image) else 1]
     left, top, right, bottom = crop_box(
       width, height, rng, area=area, aspect=aspect
     )
     spare = min(right - left, bottom - top) // (_MARGIN * size)
     if spare > 1:
       image.draft(None, (image.width // spare, image.height // spare))
-    _decode(image, content)
-    image = _upright(image, orientation)
+    image.load()
+    image = _upright(image)
     x, y = image.width / width, image.height / height
     box = (left * x, top * y, right * x, bottom * y)
     return _resize_crop(image, size, box)
