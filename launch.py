@@ -176,9 +176,27 @@ def _run() -> None:
   path, _, arg = flags.FLAGS["config"].config_filename.partition(":")
   name = "_".join(filter(None, [pathlib.Path(path).stem, arg]))
   workdir = _WORKDIR.value or str(pathlib.Path("runs") / name)
-  several = grid.is_grid(_CONFIG.value)
-  run = grid.run_grid if several else train.train_and_evaluate
-  run(_CONFIG.value, workdir)
+  if not grid.is_grid(_CONFIG.value):
+    train.train_and_evaluate(_CONFIG.value, workdir)
+    return
+  folder = pathlib.Path(workdir).absolute()
+  try:
+    grid.run_grid(_CONFIG.value, workdir)
+  except grid.CellsFailedError:
+    _report(folder)
+    raise
+  _report(folder)
+
+
+def _report(folder: pathlib.Path) -> None:
+  """Writes and prints the report of the runs that have finished."""
+  from kd_jax.distributed import processes
+  from kd_jax.reporting import report, runs, tables
+
+  if processes.is_first() and runs.find_runs(folder):
+    print(f"\n{tables.table(runs.collect(folder))}", flush=True)
+    for path in report.write(folder, folder):
+      print(path, flush=True)
 
 
 def _split_cpu(cells: Iterable[ConfigDict]) -> None:

@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 
+import filelock
 import numpy as np
 import pytest
 
 from configs import base
-from kd_jax.distributed import claims, launcher, processes
+from kd_jax.distributed import launcher, processes
 from kd_jax.runs import errors, grid, train
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -472,7 +473,11 @@ def test_stopped_while_another_trains_the_teacher(
 ):
   """There is nothing to save, and the rest is done again."""
   before = signal.getsignal(signal.SIGTERM)
-  monkeypatch.setattr(claims.Claim, "take", lambda self: False)
+
+  def held(*_, **__):
+    raise filelock.Timeout("held")
+
+  monkeypatch.setattr(filelock.FileLock, "acquire", held)
   monkeypatch.setattr(
     processes.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM)
   )

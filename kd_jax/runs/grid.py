@@ -1,9 +1,9 @@
-"""Several runs in one: each cell of a grid is an ordinary run of its own.
+"""Several runs in one: each cell of a grid is an ordinary run.
 
-A cell is a delta of the config, in a workdir of its own below the grid's, so
-that it can be resumed, exported or named as a teacher like any other run.
-Whoever starts the same grid again, at once or later and on whatever machine,
-takes the cells that are not finished and that no other is at work on.
+A cell is a delta of the config, in its own workdir below the grid's. It can be
+resumed, exported or used as a teacher like any other run. To divide a grid
+between machines, give each its own shard; the same command again skips what is
+finished and retries what failed.
 """
 
 import copy
@@ -11,21 +11,13 @@ import difflib
 import functools
 import pathlib
 import sys
-import time
 import traceback
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax.distributed import claims, processes
-from kd_jax.reporting import report, runs, tables
+from kd_jax.distributed import processes
 from kd_jax.runs import errors, train
-
-# Seconds between looks at cells of which it is not yet known whether another
-# is at work on them.
-_POLL = 1.0
-
 
 # Free-form sections: a cell that names one replaces it.
 _REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
@@ -36,20 +28,19 @@ class CellsFailedError(RuntimeError):
 
 
 def is_grid(config: ConfigDict) -> bool:
-  """Whether a config is one of several runs."""
+  """Whether a config asks for several runs."""
   return bool(config.grid) or config.trials != 1
 
 
 def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   """The config of every cell, by name: all first trials, then all second ones.
 
-  The first trial has the cell's own name and seed, the others NAME_seedN and
-  the seeds that follow. A config without a grid is one cell, of its method's
-  name.
+  The first trial has the cell's own name and seed; trial N + 1 is called
+  NAME_seedS, where S is that seed plus N. A config without a grid is one cell,
+  named after its method.
 
   Raises:
-    ValueError: if a cell sets a field that configs do not have, or there is
-      no trial.
+    ValueError: if a cell sets an unknown field, or config.trials is below 1.
   """
   if config.trials < 1:
     raise ValueError(f"config.trials: expected 1 or more, got {config.trials}")
@@ -63,7 +54,7 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   return made
 
 
-def _first_trials(config):
+def _first_trials(config: ConfigDict) -> dict[str, ConfigDict]:
   made = {}
   deltas = config.grid or ConfigDict({config.distiller.name: {}})
   for name, delta in deltas.items():
@@ -102,24 +93,27 @@ def _apply(delta, section, where):
       raise ValueError(f"{place}: expected {kind}, got {value!r}") from error
 
 
-def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
-  """Runs the cells that are left, then writes and prints the report.
+def run_grid(
+  config: ConfigDict, workdir: str, *, shard: tuple[int, int] = (0, 1)
+) -> list[pathlib.Path]:
+  """Run the cells of a shard that are not finished, one after another.
 
   Args:
-    config: with a `grid`, or of several trials.
+    config: with a `grid`, or with several trials.
     workdir: folder of the grid.
+    shard: (index, count): run cells index, index + count, and so on.
 
   Returns:
-    The rows of the table; other processes than the first have none.
+    The workdirs of the shard's finished cells.
 
   Raises:
-    ValueError: for a mistake in the config, before anything is written.
-    CellsFailedError: at the end, if cells have failed; it names them.
+    ValueError: for a mistake in any cell, before anything is written.
+    CellsFailedError: at the end, naming each cell that failed.
     PreemptedError: see `train_and_evaluate`.
   """
   folder = pathlib.Path(workdir).absolute()
   made = cells(config)
-  # A mistake in the last one is found now. Trials differ in their seeds alone.
+  # Trials differ only in their seeds: checking the first ones is enough.
   for name in list(made)[: len(made) // config.trials]:
     try:
       processes.on_all_processes(
@@ -129,108 +123,36 @@ def run_grid(config: ConfigDict, workdir: str) -> list[dict[str, Any]]:
       raise processes.RefusedError(f"config.grid.{name}: {error}") from error
     except ValueError as error:
       raise ValueError(f"config.grid.{name}: {error}") from error
-  work = _Work(folder, made)
-  try:
-    work.run()
-  finally:
-    work.release()
-  rows = []
-  if processes.is_first() and runs.find_runs(folder):
-    rows = runs.collect(folder)
-    print(f"\n{tables.table(rows)}", flush=True)
-    for path in report.write(folder, folder):
-      print(path, flush=True)
-  work.conclude()
-  return rows
-
-
-class _Work:
-  """What a process, or several as one, does of a grid."""
-
-  def __init__(self, folder, made):
-    self.folder, self.made = folder, made
-    self.claims = {name: claims.Claim(folder / name) for name in made}
-    self.left = list(made)
-    self.failed: dict[str, str] = {}
-    self.held: list[str] = []
-
-  def run(self):
-    """Goes round until every cell is done, or another's."""
-    while self.left:
-      before = len(self.left)
-      for name in list(self.left):
-        self._try(name)
-      if len(self.left) < before:
-        continue
-      if not processes.broadcast(
-        any(self.claims[name].others_alive is None for name in self.left)
-      ):
-        return
-      time.sleep(_POLL)
-
-  def _try(self, name):
-    """Makes a cell, if it can be taken."""
-    finished = (self.folder / name / "result.json").exists()
+  index, count = shard
+  names, failed = list(made), {}
+  for number in range(index, len(names), count):
+    name = names[number]
+    if processes.is_first():
+      print(f"\n[{number + 1}/{len(names)}] {name}", flush=True)
     try:
-      if not processes.broadcast(finished) and not self._take(name):
-        return
-      if processes.is_first():
-        number = list(self.made).index(name) + 1
-        print(f"\n[{number}/{len(self.made)}] {name}", flush=True)
-      train.train_and_evaluate(self.made[name], str(self.folder / name))
+      train.train_and_evaluate(made[name], str(folder / name))
     except errors.PreemptedError:
       raise
     except Exception as error:
-      self._fail(name, error)
-    else:
-      if name in self.held:
-        self._release(name)
-      self.left.remove(name)
-
-  def _fail(self, name, error):
-    """Notes the failure of a cell."""
-    agreed = isinstance(error, (*errors.AGREED, processes.RefusedError))
-    if jax.process_count() > 1 and not agreed:
-      raise error  # the other processes may not come along
-    told = agreed or isinstance(error, (ValueError, OSError))
-    if processes.is_first() and not told:
-      traceback.print_exception(error)
-    # Until the end it stays this process's: others would only fail as well.
-    self.failed[name] = f"{type(error).__name__}: {error}"
-    self.left.remove(name)
-    if processes.is_first():
-      print(f"{name} has failed: {self.failed[name]}", file=sys.stderr)
-
-  def _take(self, name) -> bool:
-    claim = self.claims[name]
-    taken = processes.on_all_processes(
-      lambda: processes.is_first() and claim.take()
+      failed[name] = _describe(error)
+      if processes.is_first():
+        print(f"{name} failed: {failed[name]}", file=sys.stderr)
+  mine = names[index::count]
+  if failed:
+    lines = [f"  {name}: {text}" for name, text in failed.items()]
+    raise CellsFailedError(
+      f"{len(failed)} of {len(mine)} cells failed; the same command tries them"
+      " again:\n" + "\n".join(lines)
     )
-    if processes.broadcast(taken):
-      self.held.append(name)
-    return name in self.held
+  return [folder / name for name in mine]
 
-  def _release(self, name):
-    self.held.remove(name)
-    if processes.is_first():
-      self.claims[name].release()
 
-  def release(self):
-    """Leaves to others what was not finished."""
-    for name in list(self.held):
-      self._release(name)
-
-  def conclude(self):
-    """Says what others do, and what has failed."""
-    if self.left and processes.is_first():
-      print(
-        f"other processes are at work on {', '.join(self.left)}: who ends last"
-        " writes the table of all",
-        flush=True,
-      )
-    if self.failed:
-      lines = [f"  {name}: {text}" for name, text in self.failed.items()]
-      raise CellsFailedError(
-        f"{len(self.failed)} of {len(self.made)} cells have failed, the same"
-        " command tries them again:\n" + "\n".join(lines)
-      )
+def _describe(error: Exception) -> str:
+  """A failed cell's error in words; raises it if other processes may hang."""
+  agreed = isinstance(error, (*errors.AGREED, processes.RefusedError))
+  if jax.process_count() > 1 and not agreed:
+    raise error
+  expected = agreed or isinstance(error, (ValueError, OSError))
+  if processes.is_first() and not expected:
+    traceback.print_exception(error)
+  return f"{type(error).__name__}: {error}"

@@ -2,8 +2,8 @@
 
 `config.json` (as settled), `environment.json` (versions, devices, commit,
 command), `checkpoints/` (to go on from), `best/` (highest top-1), `export/`,
-`metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy),
-`claims/` (of a grid's cells and of teachers: who trains them) and, at the end,
+`metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy)
+and, at the end,
 `skipped_images.json` (those that could not be decoded) and `result.json`.
 Accuracies are percentages, cross-entropies nats, times seconds.
 """
@@ -18,11 +18,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import filelock
 import jax
 from ml_collections import ConfigDict
 
 from kd_jax import storage
-from kd_jax.distributed import claims, processes
+from kd_jax.distributed import processes
 from kd_jax.runs import identity as identity_lib
 
 
@@ -80,15 +81,29 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Waits until no other run, of any machine, holds this workdir."""
-  claim = claims.Claim(workdir)
-  with processes.holding(claim.take):
+def locked(folder: pathlib.Path) -> Iterator[None]:
+  """Holds FOLDER.lock: other runs on the same file system wait.
+
+  Only the first process takes the lock; the others wait with it. The kernel
+  releases it when the process ends, however it ends. A network file system
+  must support `flock` (NFS 4, Lustre mounted with `flock`); without it, train
+  the shared teacher once before the runs that need it.
+  """
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  lock = filelock.FileLock(f"{folder}.lock")
+
+  def try_lock() -> bool:
+    try:
+      lock.acquire(blocking=False)
+    except filelock.Timeout:
+      return False
+    return True
+
+  with processes.holding(try_lock):
     try:
       yield
     finally:
-      if processes.is_first():
-        claim.release()
+      lock.release()
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any] | None:
