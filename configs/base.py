@@ -32,11 +32,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.sync_batch_stats = True
 
   config.student = ConfigDict()
-  # A name of kd_jax.models.names().
+  # A name of kd_jax.models.names(), or your own as "package.module:attribute".
   config.student.name = "resnet8x4"
 
   config.teacher = ConfigDict()
-  # A name of kd_jax.models.names(); "": that of the checkpoint, or no teacher.
+  # A network as above; "": that of the checkpoint, or no teacher.
   config.teacher.name = ""
   # A finished run's workdir (of any method), an export, or a file of weights
   # (.pth, .safetensors, .npz). "": train the teacher of this config first, and

@@ -124,11 +124,11 @@ def test_wrong_flags_are_one_clear_line(case, launch, nothing_happens, capsys):
 BAD = {
   "model": (
     ["--config.student.name=resnet8x44"],
-    "Unknown model 'resnet8x44'. Did you mean 'resnet8x4' or ",
+    "unknown model 'resnet8x44'. Did you mean resnet8x4 or ",
   ),
   "teacher": (
     ["--config.teacher.name=wrn_40_3"],
-    "Unknown model 'wrn_40_3'. Did you mean 'wrn_40_2' or ",
+    "unknown model 'wrn_40_3'. Did you mean wrn_40_2 or ",
   ),
   "method": (
     ["--config.distiller.name=smikd"],
@@ -521,7 +521,7 @@ def test_real_process(tmp_path):
   )
   assert process.returncode == 2, process.stderr
   assert "Traceback" not in process.stderr
-  assert "Unknown model 'resnet88'. Did you mean 'resnet8'" in process.stderr
+  assert "unknown model 'resnet88'. Did you mean resnet8" in process.stderr
   assert list(tmp_path.iterdir()) == []
 
 

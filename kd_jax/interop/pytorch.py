@@ -311,7 +311,7 @@ def _template(model_name: str, num_classes: int) -> dict[str, Any]:
 
 
 def tensor_shapes(
-  model_name: str, num_classes: int, dialect: naming.Dialect
+  model_name: str, num_classes: int, dialect: models.WeightNames
 ) -> dict[str, tuple[int, ...]]:
   """What a model's state dict holds, without the batch counters.
 

@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
+from kd_jax.models.entry import MOBILE_LEARNING_RATE, Entry, WeightNames
 
 # Expansion, channels at width 1, repetitions.
-GROUPS = (
+_GROUPS = (
   (1, 16, 1),
   (6, 24, 2),
   (6, 32, 3),
@@ -111,7 +112,7 @@ class MobileNetV2Classifier(base.Classifier):
     x = conv(x, int(32 * factor), 3, strides=2, padding=1, name="conv1_0")
     features["stem_preact"] = norm(name="conv1_1")(x, train=train)
     x = features["stem"] = activation(features["stem_preact"])
-    groups = zip(GROUPS, self.strides, strict=True)
+    groups = zip(_GROUPS, self.strides, strict=True)
     for group, ((expansion, width, repeats), strides) in enumerate(groups):
       for i in range(repeats):
         block = InvertedResidual(
@@ -138,12 +139,82 @@ class MobileNetV2Classifier(base.Classifier):
     )
 
 
-MobileNetV2 = functools.partial(MobileNetV2Classifier, width_multiplier=0.5)
-MobileNetV2_1_0 = functools.partial(MobileNetV2Classifier, width_multiplier=1.0)
-MobileNetV2_Imagenet = functools.partial(
-  MobileNetV2Classifier,
-  strides=(1, 2, 2, 2, 1, 2, 1),
-  activation=nn.relu6,
-  expand_always=False,
-  dropout_rate=0.2,
-)
+def _weight_names(
+  ends: dict[str, str],
+  block_name: Callable[[int, int, int], str],
+  plain: tuple[str, ...],
+  expanded: tuple[str, ...],
+) -> dict[str, str]:
+  """Maps the names of MobileNetV2_Imagenet to a toolbox's.
+
+  Args:
+    ends: the layers outside of the blocks.
+    block_name: (group, place in the group, place among all) -> name.
+    plain: a block's layers in their order, where there is no expansion.
+    expanded: where there is one.
+  """
+  table, place = dict(ends), 0
+  for group, (expansion, _, repeats) in enumerate(_GROUPS):
+    theirs = plain if expansion == 1 else expanded
+    ours = ("conv.0", "conv.1", "conv.3", "conv.4", "conv.6", "conv.7")
+    for i in range(repeats):
+      name = block_name(group, i, place)
+      for a, b in zip(ours[-len(theirs) :], theirs, strict=True):
+        table[f"blocks.{group}.{i}.{a}"] = f"{name}.{b}"
+      place += 1
+  return table
+
+
+ENTRIES = {
+  "MobileNetV2": Entry(
+    functools.partial(MobileNetV2Classifier, width_multiplier=0.5),
+    learning_rate=MOBILE_LEARNING_RATE,
+  ),
+  "MobileNetV2_1_0": Entry(
+    functools.partial(MobileNetV2Classifier, width_multiplier=1.0),
+    learning_rate=MOBILE_LEARNING_RATE,
+  ),
+  "MobileNetV2_Imagenet": Entry(
+    functools.partial(
+      MobileNetV2Classifier,
+      strides=(1, 2, 2, 2, 1, 2, 1),
+      activation=nn.relu6,
+      expand_always=False,
+      dropout_rate=0.2,
+    ),
+    learning_rate=MOBILE_LEARNING_RATE,
+    image_size=224,
+    weight_names=(
+      WeightNames(
+        "torchvision and SimKD",
+        _weight_names(
+          {
+            "conv1.0": "features.0.0",
+            "conv1.1": "features.0.1",
+            "conv2.0": "features.18.0",
+            "conv2.1": "features.18.1",
+            "classifier.0": "classifier.1",
+          },
+          lambda group, i, place: f"features.{place + 1}.conv",
+          ("0.0", "0.1", "1", "2"),
+          ("0.0", "0.1", "1.0", "1.1", "2", "3"),
+        ),
+      ),
+      WeightNames(
+        "timm",
+        _weight_names(
+          {
+            "conv1.0": "conv_stem",
+            "conv1.1": "bn1",
+            "conv2.0": "conv_head",
+            "conv2.1": "bn2",
+            "classifier.0": "classifier",
+          },
+          lambda group, i, place: f"blocks.{group}.{i}",
+          ("conv_dw", "bn1", "conv_pw", "bn2"),
+          ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"),
+        ),
+      ),
+    ),
+  ),
+}

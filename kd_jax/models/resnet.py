@@ -9,13 +9,14 @@ basic blocks, all of whose stages have twice the channels, are SimKD's.
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
 from kd_jax.models.blocks import BasicBlock, Bottleneck, residual_stages
+from kd_jax.models.entry import Entry
 
 
 class ResNet(base.Classifier):
@@ -75,15 +76,18 @@ class ResNet(base.Classifier):
     return self.finish(features, x)
 
 
-ResNet18 = functools.partial(ResNet)
-ResNet34 = functools.partial(ResNet, blocks=(3, 4, 6, 3))
-ResNet10x2 = functools.partial(ResNet, blocks=(1, 1, 1, 1), factor=2)
-ResNet18x2 = functools.partial(ResNet, factor=2)
-ResNet34x2 = functools.partial(ResNet, blocks=(3, 4, 6, 3), factor=2)
-ResNet50 = functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)
-resnext50_32x4d = functools.partial(
-  ResNet, blocks=(3, 4, 6, 3), bottleneck=True, factor=2, groups=32
-)
-wrn_50_2 = functools.partial(
-  ResNet, blocks=(3, 4, 6, 3), bottleneck=True, factor=2
-)
+def _resnet(*blocks: int, **fields: Any) -> Entry:
+  builder = functools.partial(ResNet, blocks=blocks, **fields)
+  return Entry(builder, image_size=224)
+
+
+ENTRIES = {
+  "ResNet18": _resnet(2, 2, 2, 2),
+  "ResNet34": _resnet(3, 4, 6, 3),
+  "ResNet50": _resnet(3, 4, 6, 3, bottleneck=True),
+  "ResNet10x2": _resnet(1, 1, 1, 1, factor=2),
+  "ResNet18x2": _resnet(2, 2, 2, 2, factor=2),
+  "ResNet34x2": _resnet(3, 4, 6, 3, factor=2),
+  "resnext50_32x4d": _resnet(3, 4, 6, 3, bottleneck=True, factor=2, groups=32),
+  "wrn_50_2": _resnet(3, 4, 6, 3, bottleneck=True, factor=2),
+}

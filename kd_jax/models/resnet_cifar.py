@@ -15,6 +15,7 @@ import jax
 
 from kd_jax.models import base, layers
 from kd_jax.models.blocks import BasicBlock, Bottleneck, residual_stages
+from kd_jax.models.entry import Entry
 
 
 class ResNetCifar(base.Classifier):
@@ -95,34 +96,41 @@ class BottleneckResNetCifar(base.Classifier):
     return self.finish(features, x)
 
 
+_X1 = (16, 16, 32, 64)
 _X2 = (16, 32, 64, 128)
 _X4 = (32, 64, 128, 256)
 
-resnet8 = functools.partial(ResNetCifar, depth=8)
-resnet14 = functools.partial(ResNetCifar, depth=14)
-resnet20 = functools.partial(ResNetCifar, depth=20)
-resnet32 = functools.partial(ResNetCifar, depth=32)
-resnet38 = functools.partial(ResNetCifar, depth=38)
-resnet44 = functools.partial(ResNetCifar, depth=44)
-resnet56 = functools.partial(ResNetCifar, depth=56)
-resnet110 = functools.partial(ResNetCifar, depth=110)
-resnet116 = functools.partial(ResNetCifar, depth=116)
-resnet200 = functools.partial(ResNetCifar, depth=200)
-resnet8x2 = functools.partial(ResNetCifar, depth=8, widths=_X2)
-resnet14x2 = functools.partial(ResNetCifar, depth=14, widths=_X2)
-resnet38x2 = functools.partial(ResNetCifar, depth=38, widths=_X2)
-resnet110x2 = functools.partial(ResNetCifar, depth=110, widths=_X2)
-resnet8x4 = functools.partial(ResNetCifar, depth=8, widths=_X4)
-resnet14x4 = functools.partial(ResNetCifar, depth=14, widths=_X4)
-resnet20x4 = functools.partial(ResNetCifar, depth=20, widths=_X4)
-resnet26x4 = functools.partial(ResNetCifar, depth=26, widths=_X4)
-resnet32x4 = functools.partial(ResNetCifar, depth=32, widths=_X4)
-resnet38x4 = functools.partial(ResNetCifar, depth=38, widths=_X4)
-resnet44x4 = functools.partial(ResNetCifar, depth=44, widths=_X4)
-resnet56x4 = functools.partial(ResNetCifar, depth=56, widths=_X4)
-resnet110x4 = functools.partial(ResNetCifar, depth=110, widths=_X4)
-ResNet50_cifar = functools.partial(BottleneckResNetCifar)
 
-# For tests: as deep as a real one, and fast.
-_tiny = functools.partial(ResNetCifar, depth=8, widths=(4, 4, 8, 8))
-_tiny_wide = functools.partial(ResNetCifar, depth=8, widths=(8, 8, 16, 32))
+def _resnet(depth: int, widths: tuple[int, int, int, int] = _X1) -> Entry:
+  return Entry(functools.partial(ResNetCifar, depth=depth, widths=widths))
+
+
+ENTRIES = {
+  "resnet8": _resnet(8),
+  "resnet14": _resnet(14),
+  "resnet20": _resnet(20),
+  "resnet32": _resnet(32),
+  "resnet38": _resnet(38),
+  "resnet44": _resnet(44),
+  "resnet56": _resnet(56),
+  "resnet110": _resnet(110),
+  "resnet116": _resnet(116),
+  "resnet200": _resnet(200),
+  "resnet8x2": _resnet(8, _X2),
+  "resnet14x2": _resnet(14, _X2),
+  "resnet38x2": _resnet(38, _X2),
+  "resnet110x2": _resnet(110, _X2),
+  "resnet8x4": _resnet(8, _X4),
+  "resnet14x4": _resnet(14, _X4),
+  "resnet20x4": _resnet(20, _X4),
+  "resnet26x4": _resnet(26, _X4),
+  "resnet32x4": _resnet(32, _X4),
+  "resnet38x4": _resnet(38, _X4),
+  "resnet44x4": _resnet(44, _X4),
+  "resnet56x4": _resnet(56, _X4),
+  "resnet110x4": _resnet(110, _X4),
+  "ResNet50_cifar": Entry(BottleneckResNetCifar),
+  # For tests: as deep as a real one, and fast.
+  "_tiny": _resnet(8, (4, 4, 8, 8)),
+  "_tiny_wide": _resnet(8, (8, 8, 16, 32)),
+}

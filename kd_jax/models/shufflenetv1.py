@@ -4,7 +4,6 @@ Zhang et al., ShuffleNet: An Extremely Efficient Convolutional Neural Network
 for Mobile Devices (CVPR 2018), table 1, with a 1x1 stem at stride 1.
 """
 
-import functools
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.models import base, layers
+from kd_jax.models.entry import MOBILE_LEARNING_RATE, Entry
 
 _STEM_WIDTH = 24
 
@@ -113,4 +113,6 @@ class ShuffleNetV1(base.Classifier):
     return self.finish(features, x)
 
 
-ShuffleV1 = functools.partial(ShuffleNetV1)
+ENTRIES = {
+  "ShuffleV1": Entry(ShuffleNetV1, learning_rate=MOBILE_LEARNING_RATE),
+}

@@ -5,14 +5,16 @@ Design (ECCV 2018), table 5. The networks for small images have a 1x1 stem at
 stride 1.
 """
 
+import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kd_jax.models import base, layers
+from kd_jax.models.entry import MOBILE_LEARNING_RATE, Entry, WeightNames
 
 
 class SplitUnit(nn.Module):
@@ -137,6 +139,37 @@ class ShuffleNetV2(base.Classifier):
     return self.finish(features, x)
 
 
-ShuffleV2 = functools.partial(ShuffleNetV2)
-ShuffleV2_1_5 = functools.partial(ShuffleNetV2, widths=(176, 352, 704))
-ShuffleV2_Imagenet = functools.partial(ShuffleNetV2, imagenet=True)
+def _torchvision_names() -> dict[str, str]:
+  """Maps the names of ShuffleV2_Imagenet to torchvision's."""
+  table = {
+    "conv1": "conv1.0",
+    "bn1": "conv1.1",
+    "conv2": "conv5.0",
+    "bn2": "conv5.1",
+    "linear": "fc",
+  }
+  # Their numbers count the ReLUs.
+  left = [f"branch1.{i}" for i in (0, 1, 2, 3)]
+  right = [f"branch2.{i}" for i in (0, 1, 3, 4, 5, 6)]
+  for stage, count in enumerate(ShuffleNetV2.blocks, start=1):
+    for i in range(count + 1):
+      for k, theirs in enumerate(right if i else left + right):
+        ours = f"{('conv', 'bn')[k % 2]}{k // 2 + 1}"
+        table[f"layer{stage}.{i}.{ours}"] = f"stage{stage + 1}.{i}.{theirs}"
+  return table
+
+
+def _shufflenet(**fields: Any) -> Entry:
+  builder = functools.partial(ShuffleNetV2, **fields)
+  return Entry(builder, learning_rate=MOBILE_LEARNING_RATE)
+
+
+ENTRIES = {
+  "ShuffleV2": _shufflenet(),
+  "ShuffleV2_1_5": _shufflenet(widths=(176, 352, 704)),
+  "ShuffleV2_Imagenet": dataclasses.replace(
+    _shufflenet(imagenet=True),
+    image_size=224,
+    weight_names=(WeightNames("torchvision and SimKD", _torchvision_names()),),
+  ),
+}

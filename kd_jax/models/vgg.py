@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
+from kd_jax.models.entry import Entry
 
 _WIDTHS = (64, 128, 256, 512, 512)
 
@@ -64,8 +65,13 @@ class VGG(base.Classifier):
     )
 
 
-vgg8 = functools.partial(VGG, convs=(1, 1, 1, 1, 1))
-vgg11 = functools.partial(VGG, convs=(1, 1, 2, 2, 2))
-vgg13 = functools.partial(VGG, convs=(2, 2, 2, 2, 2))
-vgg16 = functools.partial(VGG, convs=(2, 2, 3, 3, 3))
-vgg19 = functools.partial(VGG, convs=(2, 2, 4, 4, 4))
+ENTRIES = {
+  name: Entry(functools.partial(VGG, convs=convs))
+  for name, convs in {
+    "vgg8": (1, 1, 1, 1, 1),
+    "vgg11": (1, 1, 2, 2, 2),
+    "vgg13": (2, 2, 2, 2, 2),
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+  }.items()
+}

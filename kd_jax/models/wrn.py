@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
+from kd_jax.models.entry import Entry
 
 
 class PreactivationBlock(nn.Module):
@@ -108,7 +109,12 @@ class WideResNet(base.Classifier):
     )
 
 
-wrn_16_1 = functools.partial(WideResNet, depth=16, widen=1)
-wrn_16_2 = functools.partial(WideResNet, depth=16, widen=2)
-wrn_40_1 = functools.partial(WideResNet, depth=40, widen=1)
-wrn_40_2 = functools.partial(WideResNet, depth=40, widen=2)
+ENTRIES = {
+  name: Entry(functools.partial(WideResNet, depth=depth, widen=widen))
+  for name, (depth, widen) in {
+    "wrn_16_1": (16, 1),
+    "wrn_16_2": (16, 2),
+    "wrn_40_1": (40, 1),
+    "wrn_40_2": (40, 2),
+  }.items()
+}

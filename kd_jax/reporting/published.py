@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from kd_jax import models
 from kd_jax.runs import identity
-from kd_jax.training import optim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,17 +177,15 @@ class Row:
     Args:
       config: the content of its `config.json`.
     """
-    recipe = {
-      **_RECIPE,
-      "optim.learning_rate": optim.default_learning_rate(
-        config["student"]["name"]
-      ),
-    }
+    student = models.MODELS.get(config["student"]["name"])
+    if student is None:  # a user's own
+      return False
+    recipe = {**_RECIPE, "optim.learning_rate": student.learning_rate}
     if self.teacher:  # it may have to be trained
       recipe |= {
         "teacher.epochs": _RECIPE["epochs"],
         "teacher.milestones": _RECIPE["optim.milestones"],
-        "teacher.learning_rate": optim.default_learning_rate(self.teacher),
+        "teacher.learning_rate": models.MODELS[self.teacher].learning_rate,
       }
     given = identity.config_fingerprint(config)
     return (

@@ -8,8 +8,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import data
-from kd_jax.training import optim
+from kd_jax import data, models
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def resolve_defaults(
   if config.optim.learning_rate is None:
     name = config.student.name
     with config.unlocked():
-      config.optim.learning_rate = optim.default_learning_rate(name)
+      config.optim.learning_rate = models.entry(name).learning_rate
     _log.info(
       "config.optim.learning_rate: %g, the default for %s",
       config.optim.learning_rate,

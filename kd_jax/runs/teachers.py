@@ -17,7 +17,6 @@ from kd_jax import data, models, storage
 from kd_jax.interop import files, opening
 from kd_jax.interop import model as model_lib
 from kd_jax.runs import identity
-from kd_jax.training import optim
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
     teacher.loss_ramp_epochs = ConfigDict()
     teacher.optim.learning_rate = config.teacher.learning_rate
     if teacher.optim.learning_rate is None:
-      teacher.optim.learning_rate = optim.default_learning_rate(name)
+      teacher.optim.learning_rate = models.entry(name).learning_rate
     for field, place in (("epochs", teacher), ("milestones", teacher.optim)):
       if config.teacher[field] is not None:
         place[field] = config.teacher[field]

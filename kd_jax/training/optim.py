@@ -6,23 +6,6 @@ from typing import Any
 import jax
 import optax
 
-# Networks of depthwise and grouped convolutions diverge at the general rate;
-# the reference toolboxes train them at a fifth of it.
-DEFAULT_LEARNING_RATE = 0.05
-
-
-MOBILE_LEARNING_RATE = 0.01
-
-
-_MOBILE_PREFIXES = ("MobileNet", "Shuffle")
-
-
-def default_learning_rate(model_name: str) -> float:
-  """The references' CIFAR rate for a student: 0.05, or 0.01 if mobile."""
-  if model_name.startswith(_MOBILE_PREFIXES):
-    return MOBILE_LEARNING_RATE
-  return DEFAULT_LEARNING_RATE
-
 
 def scaled_learning_rate(
   rate: float, *, batch_size: int, reference_batch_size: int

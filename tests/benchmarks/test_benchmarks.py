@@ -335,7 +335,7 @@ def test_a_cell_that_breaks_or_is_late_leaves_the_others(tmp_path):
   out = tmp_path / "out.json"
   result = step.measure_all(cells, out=out, seconds=100)
   (row,) = result["rows"]
-  assert "Unknown model 'nobody'" in row["result"]["error"]
+  assert "unknown model 'nobody'" in row["result"]["error"]
   result = step.measure_all(cells, out=out, seconds=0)
   assert result["rows"][0]["result"] == {"error": step.NOT_RUN}
   assert step.NOT_RUN in step.report(json.loads(out.read_text()))

@@ -213,7 +213,7 @@ def test_data_that_the_network_suggests():
       "fit resnet8 with 100.*like resnet8x4 with 100",
     ),
     ({"num_classes": 10}, "fit resnet8x4 with 10 .*like resnet8x4 with 100"),
-    ({"model_name": "resnet8x5"}, r"Unknown model 'resnet8x5'.*'resnet8x4'"),
+    ({"model_name": "resnet8x5"}, r"unknown model 'resnet8x5'.*resnet8x4"),
   ],
 )
 def test_misfits(options, words, golden_file, tmp_path):

@@ -491,7 +491,7 @@ def test_misfits_list_the_tensors_and_say_what_the_file_is(tmp_path):
   message = str(e.value)
   assert "fc.bias (expected [100], got [7])" in message
   assert message.endswith("It looks like resnet8x2 with 7 classes.")
-  with pytest.raises(ValueError, match=r"Unknown model 'resnet8x3'.* like"):
+  with pytest.raises(ValueError, match=r"unknown model 'resnet8x3'.* like"):
     files.load_variables(path, model_name="resnet8x3", num_classes=7)
 
 

@@ -171,7 +171,7 @@ def test_torchvision_names_of_shufflenetv2():
   assert rename(("linear",)) == "fc"
 
 
-@pytest.mark.parametrize("name", list(naming.DIALECTS))
+@pytest.mark.parametrize("name", ["MobileNetV2_Imagenet", "ShuffleV2_Imagenet"])
 def test_tables_rename_every_layer_to_another(name):
   layers = {
     pytorch.module_name(tuple(key.key for key in path[1:-1]))
@@ -186,8 +186,3 @@ def test_tables_rename_every_layer_to_another(name):
   for dialect in naming.of(name):
     assert dialect.table.keys() == layers
     assert len(set(dialect.table.values())) == len(layers)
-
-
-def test_dialects_are_those_of_known_networks():
-  assert naming.DIALECTS.keys() <= set(models.names())
-  assert naming.of("resnet8")[0].table == {}

@@ -175,9 +175,9 @@ def test_tensors_that_are_not_float():
 
 
 def test_an_unknown_model():
-  with pytest.raises(ValueError, match=r"Unknown model 'resnet9'.*resnet8"):
+  with pytest.raises(ValueError, match=r"unknown model 'resnet9'.*resnet8"):
     pytorch.from_state_dict("resnet9", 5, {})
-  with pytest.raises(ValueError, match=r"Unknown model 'resnet9'.*resnet8"):
+  with pytest.raises(ValueError, match=r"unknown model 'resnet9'.*resnet8"):
     pytorch.to_state_dict("resnet9", {})
 
 

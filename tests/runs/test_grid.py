@@ -106,7 +106,7 @@ def trained(monkeypatch):
       {**KD, "distiller": {"name": "kd", "temprature": 2.0}},
       r": kd has no field 'temprature'. Did you mean",
     ),
-    ({"student": {"name": "resnet88"}}, r": Unknown model 'resnet88'"),
+    ({"student": {"name": "resnet88"}}, r": unknown model 'resnet88'"),
     ({**KD, "loss_weights": {"kdd": 1.0}}, r": loss_weights: 'kdd' is not"),
     ({"batch_size": 65}, r": config\.batch_size: expected"),
   ],

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import models
 from kd_jax.training import optim
 
 STEPS = 7  # in an epoch
@@ -103,18 +102,6 @@ def test_unknown_schedule():
     " 'constant', got 'steps'",
   ):
     make("steps")
-
-
-def test_default_rates_are_the_references():
-  mobile = {
-    *("MobileNetV2", "MobileNetV2_1_0", "ShuffleV1"),
-    *("ShuffleV2", "ShuffleV2_1_5"),
-  }
-  rates = {name: optim.default_learning_rate(name) for name in models.names()}
-  assert {name for name, rate in rates.items() if rate == 0.01} >= mobile
-  slow = {name for name, rate in rates.items() if rate == 0.01}
-  assert all(name.startswith(("MobileNet", "Shuffle")) for name in slow)
-  assert set(rates.values()) == {0.01, 0.05}
 
 
 def torch_sgd(p, gradients, rates, *, momentum, nesterov, weight_decay):
