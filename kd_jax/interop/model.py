@@ -17,7 +17,7 @@ import numpy as np
 
 from kd_jax import distillers, models
 from kd_jax.data import augment
-from kd_jax.models.layers import ModelOutputs, global_average_pool
+from kd_jax.models.layers import ModelOutputs
 
 Variables = dict[str, Any]
 
@@ -61,7 +61,7 @@ class ReusedClassifier(models.Classifier):
     ]
     teachers = tuple(ModelOutputs(output.logits, {"last": x}) for x in maps)
     last = self.distiller.last_map(output, teachers)
-    pooled = global_average_pool(last)
+    pooled = self.pool(last)
     return ModelOutputs(
       self.classifier(pooled),
       {**output.features, "last": last, "pooled": pooled},

@@ -25,7 +25,7 @@ from kd_jax.models import (
   vgg,
   wrn,
 )
-from kd_jax.models.base import Classifier, check_outputs
+from kd_jax.models.base import Classifier
 from kd_jax.models.entry import Entry, WeightNames
 from kd_jax.models.layers import ModelOutputs
 
@@ -35,7 +35,6 @@ __all__ = [
   "Entry",
   "ModelOutputs",
   "WeightNames",
-  "check_outputs",
   "create",
   "entry",
   "names",

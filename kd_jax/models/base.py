@@ -159,11 +159,9 @@ class Classifier(nn.Module, abc.ABC):
       kernel_init=kernel_init,
       bias_init=bias_init,
     )
-    outputs = layers.ModelOutputs(
+    return layers.ModelOutputs(
       logits, {**features, "last": last, "pooled": pooled}
-    )
-    check_outputs(outputs)
-    return outputs
+    ).checked()
 
   def _drop(self, x: jax.Array, rate: float) -> jax.Array:
     """Zeroes each value with this probability and scales the others up."""
@@ -175,24 +173,6 @@ class Classifier(nn.Module, abc.ABC):
         ' none; pass rngs={"dropout": key} to apply'
       )
     return nn.Dropout(rate, deterministic=False, name="dropout")(x)
-
-
-def check_outputs(outputs: layers.ModelOutputs) -> None:
-  """Checks the ranks of a network's outputs.
-
-  Args:
-    outputs: arrays or their shapes.
-
-  Raises:
-    ValueError: if a map is not [B, H, W, C], or `pooled` or the logits are not
-      [B, C].
-  """
-  for name, array in {**outputs.features, "logits": outputs.logits}.items():
-    is_map = name == "last" or name.startswith(("stem", "stage", "block"))
-    rank = 4 if is_map else 2 if name in ("pooled", "logits") else None
-    if rank is not None and len(array.shape) != rank:
-      kind = "[batch, height, width, channels]" if is_map else "[batch, width]"
-      raise ValueError(f"{name}: expected {kind}, got shape {array.shape}")
 
 
 def count_parameters(params: Any) -> int:

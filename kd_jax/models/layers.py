@@ -74,6 +74,26 @@ class ModelOutputs(NamedTuple):
       index += 1
     return maps
 
+  def checked(self) -> "ModelOutputs":
+    """Checks the ranks, so that no map is broadcast by mistake.
+
+    Returns:
+      Itself.
+
+    Raises:
+      ValueError: if a map is not [B, H, W, C], or `pooled` or the logits are
+        not [B, C].
+    """
+    for name, array in {**self.features, "logits": self.logits}.items():
+      is_map = name == "last" or name.startswith(("stem", "stage", "block"))
+      rank = 4 if is_map else 2 if name in ("pooled", "logits") else None
+      if rank is not None and len(array.shape) != rank:
+        axes = "batch, height, width, channels" if is_map else "batch, channels"
+        raise ValueError(
+          f"a network's {name}: expected [{axes}], got shape {array.shape}"
+        )
+    return self
+
 
 def uniform_bias_init(fan_in: int) -> Initializer:
   """PyTorch's default bias: uniform within +-1/sqrt(fan_in)."""

@@ -33,7 +33,7 @@ def run_teachers(
     (outputs in evaluation mode, without gradient; heads: pooled -> logits).
   """
   outputs = tuple(
-    jax.lax.stop_gradient(teacher.apply(v, images, train=False))
+    jax.lax.stop_gradient(teacher.apply(v, images, train=False).checked())
     for teacher, v in zip(teachers, variables, strict=True)
   )
   return outputs, teacher_heads(teachers, variables)
@@ -178,6 +178,7 @@ def make_loss_fn(
       mutable=list(collections["student"]),
       rngs={"dropout": replica_key},
     )
+    student_output.checked()
     output, distiller_updates = distiller.apply(
       {"params": params["distiller"], **collections["distiller"]},
       student_output,

@@ -109,7 +109,7 @@ def test_an_unknown_name_lists_the_closest_and_all():
 
 
 def test_an_unknown_name_that_resembles_nothing():
-  with pytest.raises(ValueError, match=r"unknown model 'qqq'\. Expected one of"):
+  with pytest.raises(ValueError, match=r"model 'qqq'\. Expected one of"):
     models.create("qqq", 10)
 
 

@@ -43,8 +43,8 @@ class Mini(Classifier):
 
   @nn.compact
   def __call__(self, images, *, train=False):
-    conv, norm = self._conv(), self._norm()
-    x, features = self._prepare(images), {}
+    conv, norm = self.make_conv(), self.make_norm()
+    x, features = self.prepare(images), {}
     for i, name in enumerate(("stem", "stage1", "stage2")):
       strides = 2 if i == 2 else 1
       x = conv(
@@ -53,7 +53,7 @@ class Mini(Classifier):
       )
       x = features[f"{name}_preact"] = norm(name=f"bn{i}")(x, train=train)
       x = features[name] = nn.relu(x)
-    return self._finish(features, x)
+    return self.finish(features, x)
 
 
 def settings(method):
