@@ -11,10 +11,10 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class AT(base.Distiller):
-  """Compares where the energy of each stage sits.
+  """Compares the spatial attention of each stage.
 
-  Stages are paired from the first; where the networks have different numbers,
-  the longer one's last stages go unused, as in the reference toolboxes.
+  Stages are paired from the first. If one network has more stages, its last
+  ones are unused, as in the reference toolboxes.
   """
 
   def __call__(

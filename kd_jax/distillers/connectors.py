@@ -1,7 +1,7 @@
-"""The learned modules between a student's features and a teacher's.
+"""Learned modules between a student's features and a teacher's.
 
-Named after what they do; the initial weights are the reference toolboxes'
-(PyTorch's defaults unless a comment says otherwise).
+Each is named after what it does. Initial weights are those of the reference
+toolboxes: PyTorch's defaults unless a comment says otherwise.
 """
 
 from typing import Any
@@ -10,12 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses import l2_normalize, nearest_resize
-from kd_jax.losses.spatial import adaptive_average_pool
+from kd_jax.losses import (
+  adaptive_average_pool,
+  l2_normalize,
+  nearest_resize,
+)
 from kd_jax.models import layers
 
-# PyTorch's default for a transposed convolution takes its fan from the number
-# of output channels.
+# PyTorch counts the fan of a transposed convolution by its output channels.
 transposed_default_init = nn.initializers.variance_scaling(
   1.0 / 3.0, "fan_out", "uniform"
 )
@@ -26,10 +28,13 @@ kaiming_uniform_a1 = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 class HintRegressor(nn.Module):
   """FitNet's regressor: conv, BatchNorm, ReLU onto the teacher's hint.
 
-  The convolution follows the heights: student twice the teacher's, 3x3 of
-  stride 2; half of it, transposed 4x4 of stride 2; any other at least as
-  large, a valid convolution that leaves the teacher's size; any other smaller,
-  3x3, and the teacher is pooled to the student's size.
+  The heights of the two maps decide the convolution:
+
+  - student twice as high as the teacher: 3x3, stride 2;
+  - half as high: transposed 4x4, stride 2;
+  - otherwise higher or equal: valid, with a kernel that gives the teacher's
+    size;
+  - otherwise lower: 3x3, and the teacher's map is pooled to the student's size.
   """
 
   axis_name: str | None = None
@@ -231,16 +236,18 @@ class AttentionFusion(nn.Module):
 
     Args:
       x: [B, H, W, C], the student's map.
-      residual: what the deeper level passed on, or None for the deepest.
+      residual: from the deeper level, or None for the deepest.
       size: (height, width) of the teacher's map.
       channels: the teacher's.
-      train: whether statistics are the batch's.
+      train: whether BatchNorm uses the batch's statistics.
 
     Returns:
       The projection [B, *size, channels] and the residual to pass on.
     """
 
-    def conv_bn(x, width, kernel, number):
+    def conv_bn(
+      x: jax.Array, width: int, kernel: int, number: int
+    ) -> jax.Array:
       x = layers.conv(
         x,
         width,

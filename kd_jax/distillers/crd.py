@@ -1,7 +1,7 @@
 """CRD: contrastive representation distillation (Tian et al., ICLR 2020)."""
 
 import math
-from typing import final
+from typing import ClassVar, final
 
 import flax.linen as nn
 import jax
@@ -17,36 +17,38 @@ from kd_jax.models.layers import ModelOutputs
 class CRD(base.Distiller):
   """Pulls both networks' embeddings of one image together, others apart.
 
-  The collection "memory" holds one vector per training example and network
-  (`bank_s`, `bank_t`), the normalisers (`z_s`, `z_t`; 0 until the first batch
-  fixes them) and the training set sorted by class (`order`, `class_start`,
-  `class_count`), from which negatives are drawn on the device. `init` reads
-  the set's classes from `batch["train_labels"]` [N].
+  The collection "memory" holds:
 
-  On several devices a bank may be whole on each, or each may hold its share
-  of the rows (ImageNet's two banks are 1.3 GB), which the step sees from the
-  shape. Then the embeddings of all devices' batches, [B, D], and their
-  indices, [B, 1 + k], are gathered; every device scores the indices that it
-  owns, and the sum over the devices, of which one term is not 0, gives each
-  its own examples' scores. Moving the drawn vectors instead would cost D times
-  as much. An update goes to the row's owner; of two of one row, the first of
-  the global batch counts.
+  - `bank_s`, `bank_t` [N, D]: one vector per training example and network;
+  - `z_s`, `z_t`: the normalisers, 0 until the first batch fixes them;
+  - `order`, `class_start`, `class_count`: the training set sorted by class,
+    from which the device draws negatives. `init` reads the classes from
+    `batch["train_labels"]` [N].
+
+  Several devices hold copies of the banks or shards of their rows (ImageNet's
+  two banks take 1.3 GB); the shape of a bank tells which. With shards, the
+  step gathers all devices' embeddings [B, D] and indices [B, 1 + k]. Each
+  device scores the indices in its shard and 0 elsewhere, and a sum over the
+  devices returns each its own scores. Moving the bank's vectors instead would
+  cost D times as much.
 
   Every device applies the updates of all devices' batches, with or without
-  `sync`: otherwise copies of the banks would drift. A step needs the random
-  stream "distiller" (one key for all devices), unless the batch brings
-  `negatives` [B, k], as a replay of another toolbox's run does.
+  `sync`: otherwise copies of the banks would drift. If two examples of a global
+  batch update one row, the first counts.
+
+  A step needs the random stream "distiller" (one key for all devices), unless
+  the batch has `negatives` [B, k], as in a replay of another toolbox's run.
 
   Attributes:
     k: negatives per example.
-    nce_temperature: of the contrast.
-    momentum: share of a bank's old vector kept at each visit.
-    feat_dim: width of the embeddings.
-    mode: "exact", where the positive is the image itself, or "relax", where it
-      is a random image of its class.
+    nce_temperature: of the contrast, above 0.
+    momentum: fraction of a bank's old vector kept at each update, in [0, 1].
+    feat_dim: D, width of the embeddings.
+    mode: "exact" (the positive is the image itself) or "relax" (a random image
+      of its class).
   """
 
-  memory_rows = ("bank_s", "bank_t")
+  memory_rows: ClassVar[tuple[str, ...]] = ("bank_s", "bank_t")
 
   k: int = 16384
   nce_temperature: float = 0.07
@@ -69,6 +71,7 @@ class CRD(base.Distiller):
     """See `base.Distiller.__call__`; the method's term is "crd"."""
     if self.mode not in ("exact", "relax"):
       raise ValueError(f"mode: expected 'exact' or 'relax', got {self.mode!r}")
+    losses.checks.count("feat_dim", self.feat_dim)
     terms = self.logit_terms(student, teacher, batch)
     feature_s = base.feature(student, "pooled", whose="student")
     feature_t = base.feature(teacher, "pooled", whose="teacher")
@@ -87,7 +90,7 @@ class CRD(base.Distiller):
       )
     return base.DistillOutput(student.logits, terms)
 
-  def _make_memory(self, batch, num_classes: int) -> None:
+  def _make_memory(self, batch: base.Batch, num_classes: int) -> None:
     if "train_labels" not in batch:
       raise ValueError(
         "crd: init expected batch['train_labels'], the class of every "
@@ -111,7 +114,7 @@ class CRD(base.Distiller):
     self.variable("memory", "class_start", lambda: table.class_start)
     self.variable("memory", "class_count", lambda: table.class_count)
 
-  def _indices(self, batch) -> jax.Array:
+  def _indices(self, batch: base.Batch) -> jax.Array:
     """Positions [B, 1 + k] of the positive and the negatives."""
     index, label = batch["index"], batch["label"]
     table = losses.ClassTable(
@@ -131,7 +134,9 @@ class CRD(base.Distiller):
         )
     return jnp.concatenate([positives[:, None], negatives], axis=1)
 
-  def _contrast(self, v_s: jax.Array, v_t: jax.Array, batch) -> jax.Array:
+  def _contrast(
+    self, v_s: jax.Array, v_t: jax.Array, batch: base.Batch
+  ) -> jax.Array:
     if "index" not in batch:
       raise ValueError(
         "crd: expected batch['index'], the positions of the examples in the "
@@ -185,7 +190,7 @@ class CRD(base.Distiller):
   def _normalizer(
     self, name: str, scores: jax.Array, num_examples: int
   ) -> jax.Array:
-    """The stored Z, or on the first batch that batch's, which is stored."""
+    """The stored Z; the first batch computes and stores it."""
     z: nn.Variable[jax.Array] = self.variable("memory", name)
     first = losses.crd_normalizer(jax.lax.stop_gradient(scores), num_examples)
     first = collectives.axis_mean(first, self.axis_name)

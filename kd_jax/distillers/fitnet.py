@@ -12,10 +12,10 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class FitNet(base.Distiller):
-  """Regresses one of the student's maps onto the teacher's of the same name.
+  """Regresses a map of the student onto the teacher's map of the same name.
 
   Attributes:
-    hint_layer: a map that both networks have, such as "stem" or "stage2".
+    hint_layer: name of a map of both networks, such as "stem" or "stage2".
   """
 
   hint_layer: str = "stage1"

@@ -10,7 +10,7 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class KD(base.Distiller):
-  """The terms "ce" and "kd" that every method has, and no other."""
+  """The terms "ce" and "kd", which every method with a teacher has."""
 
   takes_many_teachers: ClassVar[bool] = True
 

@@ -12,15 +12,15 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class ReviewKD(base.Distiller):
-  """Teaches every stage with the student's deeper stages folded in.
+  """Teaches every stage, fused with the student's deeper stages.
 
   Levels are the stages and the pooled feature as a 1x1 map. The teacher's
-  stages are taken before their activation where the network offers them
-  (`stage1_preact`..). A warm-up of the weight belongs to the configuration.
+  stages are taken before their activation if the network has them
+  (`stage1_preact`..). The warm-up of the weight is set in the config.
 
   Attributes:
-    max_mid: levels are fused in as many channels as the student's pooled
-      feature has, at most this many.
+    max_mid: upper bound of the channels in which levels are fused, which are
+      those of the student's pooled feature.
   """
 
   max_mid: int = 512
@@ -54,7 +54,8 @@ class ReviewKD(base.Distiller):
     pooled_t = base.feature(teacher, "pooled", whose="teacher")
     maps_s.append(pooled_s[:, None, None])
     maps_t.append(pooled_t[:, None, None])
-    middle = min(self.max_mid, pooled_s.shape[-1])
+    max_mid = losses.checks.count("max_mid", self.max_mid)
+    middle = min(max_mid, pooled_s.shape[-1])
     outputs: list[jax.Array] = []
     residual: jax.Array | None = None
     for i in reversed(range(len(maps_s))):

@@ -15,9 +15,9 @@ from kd_jax.models.layers import ModelOutputs
 class SemCKD(base.Distiller):
   """Lets each student stage learn from every teacher stage, by attention.
 
-  Queries and keys are made from rows of the batch's similarity matrix, so the
-  batch size (of all devices with `sync`, else of one) is part of the
-  architecture: it must be divisible by 4 and stay what it was at `init`.
+  Queries and keys are computed from rows of the batch's similarity matrix. The
+  batch size (of all devices with `sync`, else of one) is therefore part of the
+  architecture: it must be divisible by 4 and cannot change after `init`.
 
   Attributes:
     soft: temperature of the attention.
@@ -39,7 +39,7 @@ class SemCKD(base.Distiller):
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "semckd"."""
     terms = self.logit_terms(student, teacher, batch)
-    # An evaluation batch may have any size, which the embeddings cannot take.
+    # The embeddings have a fixed batch size; evaluation batches do not.
     if train or self.is_initializing():
       terms["semckd"] = self._loss(student, teacher, train)
     return base.DistillOutput(student.logits, terms)
@@ -70,7 +70,9 @@ class SemCKD(base.Distiller):
           "keep it (of all devices with sync, else of one)"
         )
 
-  def _loss(self, student, teacher, train: bool) -> jax.Array:
+  def _loss(
+    self, student: ModelOutputs, teacher: ModelOutputs, train: bool
+  ) -> jax.Array:
     maps_s = base.stages(student, whose="student")
     maps_t = base.stages(teacher, whose="teacher")
     attention = losses.semckd_attention(

@@ -15,14 +15,14 @@ class SimKD(base.Distiller):
   """Projects the student's last map onto the teacher's.
 
   The prediction is the teacher's classifier on the pooled projection. The
-  method needs no other term: the usual weights are 0 for "ce" and "kd", which
-  are those of the student's own, then unused, classifier.
+  method needs no other term: the usual weights of "ce" and "kd" are 0, since
+  they train the student's own classifier, which is unused.
 
   Attributes:
-    factor: the projector's middle has the teacher's channels over `factor`.
-    student_map: name of the student's feature that is projected; None takes
-      its last stage, as the reference does (in MobileNetV2 and ShuffleNetV2
-      that is not "last", which has one layer more).
+    factor: reduction of the teacher's channels in the projector's middle.
+    student_map: name of the student's feature that is projected. None takes
+      its last stage, as the reference does; MobileNetV2 and ShuffleNetV2 have
+      one more layer before "last".
   """
 
   factor: int = 2

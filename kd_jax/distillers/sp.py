@@ -13,8 +13,8 @@ from kd_jax.models.layers import ModelOutputs
 class SP(base.Distiller):
   """Compares the similarities between the examples of a batch.
 
-  It reads the last stage of each network. With `sync`, the batch is that of
-  all devices.
+  Reads the last stage of each network. With `sync`, the batch is the global
+  one.
   """
 
   def __call__(
@@ -33,7 +33,7 @@ class SP(base.Distiller):
     terms["sp"] = losses.sp_loss(
       base.stages(student, whose="student")[-1],
       base.stages(teacher, whose="teacher")[-1],
-      # Evaluation may run where no axis is mapped.
+      # Evaluation may run without a mapped axis.
       axis_name=self.bound(self.batch_axis) if train else None,
     )
     return base.DistillOutput(student.logits, terms)

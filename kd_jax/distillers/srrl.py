@@ -12,7 +12,7 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class SRRL(base.Distiller):
-  """Matches the pooled feature, also seen through the teacher's classifier."""
+  """Matches the teacher's pooled feature and the logits its head computes."""
 
   takes_many_teachers: ClassVar[bool] = True
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from kd_jax import losses
 from kd_jax.distillers import base, connectors
-from kd_jax.losses import vid
 from kd_jax.models.layers import ModelOutputs
 
 
@@ -16,11 +15,11 @@ from kd_jax.models.layers import ModelOutputs
 class VID(base.Distiller):
   """Predicts the teacher's stages as Gaussians from the student's.
 
-  Stages are paired from the first; where the networks have different numbers,
-  the longer one's last stages go unused, as in the reference toolboxes.
+  Stages are paired from the first. If one network has more stages, its last
+  ones are unused, as in the reference toolboxes.
 
   Attributes:
-    initial_variance: of every channel, above 1e-5; it is learned.
+    initial_variance: of every channel, above 1e-5; the variance is learned.
   """
 
   initial_variance: float = 5.0
@@ -38,13 +37,13 @@ class VID(base.Distiller):
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.__call__`; the method's term is "vid"."""
-    if not self.initial_variance > vid.MIN_VARIANCE:
-      raise ValueError(
-        f"initial_variance: expected a number above {vid.MIN_VARIANCE}, got "
-        f"{self.initial_variance}"
-      )
+    losses.checks.number(
+      "initial_variance", self.initial_variance, above=losses.MIN_VARIANCE
+    )
     terms = self.logit_terms(student, teacher, batch)
-    log_scale = base.inverse_softplus(self.initial_variance - vid.MIN_VARIANCE)
+    log_scale = base.inverse_softplus(
+      self.initial_variance - losses.MIN_VARIANCE
+    )
     total = jnp.zeros(student.logits.shape[0], jnp.float32)
     pairs = zip(
       base.stages(student, whose="student"),

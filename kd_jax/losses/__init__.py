@@ -1,9 +1,14 @@
-"""Losses as pure functions: arrays in, one value per example out.
+"""Losses: how each method is computed, as pure functions.
+
+One loss in a file of its method's name, and its export below. `checks`
+validates arguments, `spatial` pools and resizes maps. This room imports only
+JAX, NumPy and, for relational losses, `kd_jax.distributed.collectives`.
 
 Arrays come in the order student, teacher, labels; hyper-parameters are
-keyword-only. Everything is computed in float32. No function reduces over the
-batch, stops a gradient or applies a weight: that is the caller's line. SP is
-relational and returns one scalar for its batch.
+keyword-only. Maps are NHWC. Everything is computed in float32. A loss returns
+one value per example. Relational losses (SP) return a scalar for their batch
+and take `axis_name`. No loss averages over the batch, stops a gradient or
+applies a weight: the caller does.
 
 >>> import jax, jax.numpy as jnp
 >>> from kd_jax.losses import kd_loss
@@ -12,57 +17,30 @@ relational and returns one scalar for its batch.
 (2,)
 """
 
-from kd_jax.losses.at import at_loss
-from kd_jax.losses.crd import (
-  ClassTable,
-  class_table,
-  crd_loss,
-  crd_normalizer,
-  crd_scores,
-  crd_update,
-  draw_negatives,
-  draw_positives,
-)
-from kd_jax.losses.cross_entropy import cross_entropy_loss
-from kd_jax.losses.fitnet import fitnet_loss
-from kd_jax.losses.kd import kd_loss
-from kd_jax.losses.reviewkd import reviewkd_loss
-from kd_jax.losses.semckd import semckd_attention, semckd_loss
-from kd_jax.losses.simkd import simkd_loss
-from kd_jax.losses.sp import similarity_matrix, sp_loss
-from kd_jax.losses.spatial import (
-  adaptive_average_pool,
-  l2_normalize,
-  nearest_resize,
-  pool_to_smaller,
-)
-from kd_jax.losses.srrl import srrl_loss
-from kd_jax.losses.vid import vid_loss, vid_variance
-
-__all__ = [
-  "ClassTable",
-  "adaptive_average_pool",
-  "at_loss",
-  "class_table",
-  "crd_loss",
-  "crd_normalizer",
-  "crd_scores",
-  "crd_update",
-  "cross_entropy_loss",
-  "draw_negatives",
-  "draw_positives",
-  "fitnet_loss",
-  "kd_loss",
-  "l2_normalize",
-  "nearest_resize",
-  "pool_to_smaller",
-  "reviewkd_loss",
-  "semckd_attention",
-  "semckd_loss",
-  "similarity_matrix",
-  "simkd_loss",
-  "sp_loss",
-  "srrl_loss",
-  "vid_loss",
-  "vid_variance",
-]
+from kd_jax.losses import checks as checks
+from kd_jax.losses.at import at_loss as at_loss
+from kd_jax.losses.crd import ClassTable as ClassTable
+from kd_jax.losses.crd import class_table as class_table
+from kd_jax.losses.crd import crd_loss as crd_loss
+from kd_jax.losses.crd import crd_normalizer as crd_normalizer
+from kd_jax.losses.crd import crd_scores as crd_scores
+from kd_jax.losses.crd import crd_update as crd_update
+from kd_jax.losses.crd import draw_negatives as draw_negatives
+from kd_jax.losses.crd import draw_positives as draw_positives
+from kd_jax.losses.cross_entropy import cross_entropy_loss as cross_entropy_loss
+from kd_jax.losses.fitnet import fitnet_loss as fitnet_loss
+from kd_jax.losses.kd import kd_loss as kd_loss
+from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss
+from kd_jax.losses.semckd import semckd_attention as semckd_attention
+from kd_jax.losses.semckd import semckd_loss as semckd_loss
+from kd_jax.losses.simkd import simkd_loss as simkd_loss
+from kd_jax.losses.sp import similarity_matrix as similarity_matrix
+from kd_jax.losses.sp import sp_loss as sp_loss
+from kd_jax.losses.spatial import adaptive_average_pool as adaptive_average_pool
+from kd_jax.losses.spatial import l2_normalize as l2_normalize
+from kd_jax.losses.spatial import nearest_resize as nearest_resize
+from kd_jax.losses.spatial import pool_to_smaller as pool_to_smaller
+from kd_jax.losses.srrl import srrl_loss as srrl_loss
+from kd_jax.losses.vid import MIN_VARIANCE as MIN_VARIANCE
+from kd_jax.losses.vid import vid_loss as vid_loss
+from kd_jax.losses.vid import vid_variance as vid_variance

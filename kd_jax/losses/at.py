@@ -43,8 +43,8 @@ def at_loss(
   >>> at_loss(a, 5 * a).tolist()
   [0.0]
   """
-  students = checks.as_list("student_maps", student_maps)
-  teachers = checks.as_list("teacher_maps", teacher_maps)
+  students = checks.maps("student_maps", student_maps)
+  teachers = checks.maps("teacher_maps", teacher_maps)
   checks.same_number("student_maps", students, "teacher_maps", teachers)
   loss = jnp.zeros(students[0].shape[0], jnp.float32)
   for student, teacher in zip(students, teachers):

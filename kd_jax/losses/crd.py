@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kd_jax.losses import checks, spatial
 
@@ -52,8 +51,9 @@ def class_table(labels: jax.Array, num_classes: int) -> ClassTable:
     ValueError: if `labels` are not [N] integers; and, where their values are
       known (not under jit), if one is out of range or all are one class.
   """
-  known = None if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
+  known = checks.known_values(labels)
   labels = checks.integer_array("train_labels", labels, rank=1)
+  num_classes = checks.count("num_classes", num_classes)
   if known is not None:
     low, high = int(known.min()), int(known.max())
     if low < 0 or high >= num_classes:
@@ -77,6 +77,15 @@ def class_table(labels: jax.Array, num_classes: int) -> ClassTable:
 def _keys(key: jax.Array, index: jax.Array) -> jax.Array:
   """One key per example, the same on however many devices."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def _positions(
+  index: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  index = checks.integer_array("index", index, rank=1)
+  labels = checks.integer_array("labels", labels, rank=1)
+  checks.same_batch("index", index, "labels", labels)
+  return index, labels
 
 
 def draw_negatives(
@@ -104,10 +113,12 @@ def draw_negatives(
   Returns:
     [B, k] int32 positions in the training set.
   """
+  index, labels = _positions(index, labels)
+  k = checks.count("k", k)
   start, count = table.class_start[labels], table.class_count[labels]
   others = table.order.shape[0] - count
 
-  def draw(row_key, row_others):
+  def draw(row_key: jax.Array, row_others: jax.Array) -> jax.Array:
     return jax.random.randint(row_key, (k,), 0, row_others, jnp.int32)
 
   r = jax.vmap(draw)(_keys(key, index), others)
@@ -129,8 +140,9 @@ def draw_positives(
   Returns:
     [B] int32 positions in the training set.
   """
+  index, labels = _positions(index, labels)
 
-  def draw(row_key, row_count):
+  def draw(row_key: jax.Array, row_count: jax.Array) -> jax.Array:
     return jax.random.randint(row_key, (), 0, row_count, jnp.int32)
 
   r = jax.vmap(draw)(_keys(key, index), table.class_count[labels])
@@ -142,7 +154,7 @@ def crd_scores(
   bank: jax.Array,
   indices: jax.Array,
   *,
-  temperature: float,
+  temperature: float | jax.Array,
   first_row: jax.Array | int | None = None,
 ) -> jax.Array:
   """Log of the unnormalised critic: <bank[indices_bk], embedding_b> / t.
@@ -162,18 +174,15 @@ def crd_scores(
   Raises:
     ValueError: for other ranks, unequal B or D, or t of 0 or less.
   """
-  checks.positive("temperature", temperature)
+  temperature = checks.number("temperature", temperature, above=0)
   embedding = checks.float_array("embedding", embedding, rank=2)
   bank = checks.float_array("bank", bank, rank=2)
   indices = checks.integer_array("indices", indices, rank=2)
   checks.same_batch("embedding", embedding, "indices", indices)
-  if embedding.shape[1] != bank.shape[1]:
-    raise ValueError(
-      "embedding and bank: expected one width, got "
-      f"{embedding.shape[1]} and {bank.shape[1]}"
-    )
+  checks.same_width("embedding", embedding, "bank", bank)
   owned = None
   if first_row is not None:
+    first_row = checks.integer_array("first_row", first_row, rank=0)
     indices, owned = _within(bank, indices - first_row)
     indices = jnp.where(owned, indices, 0)
   if bank.shape[0] <= indices.shape[1] * bank.shape[1]:
@@ -207,7 +216,8 @@ def crd_normalizer(scores: jax.Array, num_examples: int) -> jax.Array:
   Returns:
     Scalar float32. Under a mapped axis, average it over the devices.
   """
-  return num_examples * jnp.mean(jnp.exp(scores))
+  scores = checks.float_array("scores", scores, rank=2)
+  return checks.count("num_examples", num_examples) * jnp.mean(jnp.exp(scores))
 
 
 def _contrast(
@@ -267,6 +277,9 @@ def crd_loss(
       "student_scores: expected a positive and at least one negative per "
       f"row, got shape {student.shape}"
     )
+  student_z = checks.number("student_z", student_z, above=0)
+  teacher_z = checks.number("teacher_z", teacher_z, above=0)
+  num_examples = checks.count("num_examples", num_examples)
   return _contrast(student, student_z, num_examples) + _contrast(
     teacher, teacher_z, num_examples
   )
@@ -277,7 +290,7 @@ def crd_update(
   embedding: jax.Array,
   index: jax.Array,
   *,
-  momentum: float,
+  momentum: float | jax.Array,
   first_row: jax.Array | int = 0,
 ) -> jax.Array:
   """Moves the bank's rows of a batch towards its embeddings.
@@ -302,8 +315,12 @@ def crd_update(
   embedding = checks.float_array("embedding", embedding, rank=2)
   index = checks.integer_array("index", index, rank=1)
   checks.same_batch("embedding", embedding, "index", index)
+  bank = checks.float_array("bank", bank, rank=2)
+  checks.same_width("embedding", embedding, "bank", bank)
+  momentum = checks.number("momentum", momentum, least=0, most=1)
+  first_row = checks.integer_array("first_row", first_row, rank=0)
   # Of several writes to one row, which remains would be the device's choice.
-  repeated = jnp.tril(index[:, None] == index, -1).any(axis=1)
+  repeated = jnp.tril(index[:, None] == index[None], -1).any(axis=1)
   index, _ = _within(bank, index - first_row)
   index = jnp.where(repeated, bank.shape[0], index)
   rows = bank.at[index].get(mode="clip")

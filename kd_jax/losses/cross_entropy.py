@@ -7,7 +7,10 @@ from kd_jax.losses import checks
 
 
 def cross_entropy_loss(
-  logits: jax.Array, labels: jax.Array, *, label_smoothing: float = 0.0
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  label_smoothing: float | jax.Array = 0.0,
 ) -> jax.Array:
   """Negative log-likelihood of the label of each example, in nats.
 
@@ -29,14 +32,13 @@ def cross_entropy_loss(
   >>> cross_entropy_loss(jnp.zeros((1, 2)), jnp.array([1])).tolist()
   [0.6931471824645996]
   """
-  if not 0.0 <= label_smoothing < 1.0:
-    raise ValueError(
-      f"label_smoothing: expected a number in [0, 1), got {label_smoothing}"
-    )
+  smoothing = checks.number(
+    "label_smoothing", label_smoothing, least=0.0, below=1.0
+  )
   logits = checks.float_array("logits", logits, rank=2)
   labels = checks.labels_of(labels, logits)
   log_p = jax.nn.log_softmax(logits)
   loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
-  if label_smoothing:
-    loss = (1 - label_smoothing) * loss - label_smoothing * jnp.mean(log_p, 1)
-  return loss
+  if isinstance(smoothing, int | float) and smoothing == 0:
+    return loss
+  return (1 - smoothing) * loss - smoothing * jnp.mean(log_p, 1)

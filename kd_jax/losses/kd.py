@@ -10,7 +10,7 @@ def kd_loss(
   student_logits: jax.Array,
   teacher_logits: jax.Array,
   *,
-  temperature: float,
+  temperature: float | jax.Array,
 ) -> jax.Array:
   """Divergence of the student's softened prediction from the teacher's.
 
@@ -21,7 +21,7 @@ def kd_loss(
   Args:
     student_logits: [B, C], floating-point.
     teacher_logits: [B, C], floating-point.
-    temperature: T, above 0.
+    temperature: T, above 0; a number, or one per example, [B] or [B, 1].
 
   Returns:
     [B] float32, in nats times T^2; 0 where the two agree.
@@ -37,11 +37,15 @@ def kd_loss(
   >>> kd_loss(z, z, temperature=4.0).tolist()
   [0.0]
   """
-  checks.positive("temperature", temperature)
   student = checks.float_array("student_logits", student_logits, rank=2)
   teacher = checks.float_array("teacher_logits", teacher_logits, rank=2)
   checks.same_shape("student_logits", student, "teacher_logits", teacher)
-  log_p = jax.nn.log_softmax(teacher / temperature)
-  log_q = jax.nn.log_softmax(student / temperature)
+  t = checks.number(
+    "temperature", temperature, above=0, examples=student.shape[0]
+  )
+  log_p = jax.nn.log_softmax(teacher / t)
+  log_q = jax.nn.log_softmax(student / t)
   divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1)
-  return temperature**2 * divergence
+  if isinstance(t, jax.Array) and t.ndim:
+    return t[:, 0] ** 2 * divergence
+  return t**2 * divergence

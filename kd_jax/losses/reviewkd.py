@@ -11,12 +11,6 @@ from kd_jax.losses import checks, spatial
 CONTEXT_SIZES = (4, 2, 1)
 
 
-def _as_maps(name: str, features: Sequence[jax.Array]) -> list[jax.Array]:
-  """Gives pooled vectors [B, C] two spatial axes of length 1."""
-  maps = [x[:, None, None] if x.ndim == 2 else x for x in features]
-  return checks.as_list(name, maps)
-
-
 def reviewkd_loss(
   student_maps: Sequence[jax.Array], teacher_maps: Sequence[jax.Array]
 ) -> jax.Array:
@@ -27,8 +21,8 @@ def reviewkd_loss(
   of the side lengths 4, 2, 1 that are below the map's height.
 
   Args:
-    student_maps: per level [B, H, W, C], or [B, C] for a pooled vector; after
-      the fusion modules.
+    student_maps: per level [B, H, W, C], after the fusion modules; a pooled
+      vector as [B, 1, 1, C].
     teacher_maps: the teacher's, of the same shapes.
 
   Returns:
@@ -45,8 +39,8 @@ def reviewkd_loss(
   >>> reviewkd_loss([a], [3 * a]).tolist()
   [4.0]
   """
-  students = _as_maps("student_maps", student_maps)
-  teachers = _as_maps("teacher_maps", teacher_maps)
+  students = checks.maps("student_maps", student_maps)
+  teachers = checks.maps("teacher_maps", teacher_maps)
   checks.same_number("student_maps", students, "teacher_maps", teachers)
   loss = jnp.zeros(students[0].shape[0], jnp.float32)
   for student, teacher in zip(students, teachers):

@@ -9,7 +9,7 @@ from kd_jax.losses import checks, spatial
 
 
 def semckd_attention(
-  queries: jax.Array, keys: jax.Array, *, soft: float
+  queries: jax.Array, keys: jax.Array, *, soft: float | jax.Array
 ) -> jax.Array:
   """How much each student layer learns from each teacher layer.
 
@@ -29,15 +29,11 @@ def semckd_attention(
   Source: Chen et al., "Cross-Layer Distillation with Semantic Calibration",
   AAAI 2021, equation 7.
   """
-  checks.positive("soft", soft)
+  soft = checks.number("soft", soft, above=0)
   queries = checks.float_array("queries", queries, rank=3)
   keys = checks.float_array("keys", keys, rank=3)
   checks.same_batch("queries", queries, "keys", keys)
-  if queries.shape[-1] != keys.shape[-1]:
-    raise ValueError(
-      "queries and keys: expected one width, got "
-      f"{queries.shape[-1]} and {keys.shape[-1]}"
-    )
+  checks.same_width("queries", queries, "keys", keys)
   energy = jnp.einsum("bsd,btd->bst", queries, keys, precision=spatial.HIGHEST)
   return jax.nn.softmax(energy / soft, axis=-1)
 
@@ -84,6 +80,7 @@ def semckd_loss(
   rows = []
   for row_p, row_t in zip(projections, targets):
     checks.same_number("projections", row_p, "targets", row_t)
+    checks.same_number("projections[0]", projections[0], "projections", row_p)
     errors = []
     for p, t in zip(row_p, row_t):
       p = checks.float_array("projections", p, rank=4)

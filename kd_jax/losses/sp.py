@@ -13,13 +13,15 @@ def similarity_matrix(
   """Inner products of the examples of a batch: rows local, columns global.
 
   Args:
-    x: [B, ...], floating-point; flattened to one vector per example.
+    x: [B, ...], floating-point; flattened to one vector per example, so any
+      rank of at least 2.
     axis_name: mapped axis whose devices' batches form the columns, or None.
 
   Returns:
     [B, B * devices] float32.
   """
-  rows = x.reshape(x.shape[0], -1).astype(jnp.float32)
+  rows = checks.float_array("x", x)
+  rows = rows.reshape(rows.shape[0], -1)
   columns = collectives.axis_gather(rows, axis_name)
   # Full precision: methods that normalise or attend to these products amplify
   # the rounding of a TF32 or bfloat16 product.
@@ -42,28 +44,26 @@ def sp_loss(
   its own rows' share, scaled so that the mean over the devices is the loss.
 
   Args:
-    student_map: [B, ...], floating-point.
-    teacher_map: [B, ...], floating-point; other axes may differ.
+    student_map: [B, H, W, C].
+    teacher_map: [B, H', W', C'].
     axis_name: mapped axis over which the batch is gathered, or None.
 
   Returns:
     Scalar float32, without a unit.
 
   Raises:
-    ValueError: for unequal batch sizes or integer maps.
+    ValueError: for other ranks, unequal batch sizes or integer maps.
 
   Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV
   2019, equations 1 to 4, one layer.
 
   >>> import jax.numpy as jnp
-  >>> a = jnp.array([[1.0, 0.0], [0.0, 2.0]])
-  >>> float(sp_loss(a, a))
+  >>> a = jnp.array([[1.0, 0.0], [0.0, 2.0]]).reshape(2, 1, 1, 2)
+  >>> float(sp_loss(a, 3 * a))
   0.0
-  >>> float(sp_loss(a, jnp.ones((2, 3)))) > 0
-  True
   """
-  student = checks.float_array("student_map", student_map)
-  teacher = checks.float_array("teacher_map", teacher_map)
+  student = checks.float_array("student_map", student_map, rank=4)
+  teacher = checks.float_array("teacher_map", teacher_map, rank=4)
   checks.same_batch("student_map", student, "teacher_map", teacher)
   rows_s = similarity_matrix(student, axis_name=axis_name)
   rows_t = similarity_matrix(teacher, axis_name=axis_name)

@@ -8,11 +8,14 @@ adaptive average pool and nearest resize; both rules differ from what
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
+
+from kd_jax.losses import checks
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def _pool_matrix(size: int, target: int) -> np.ndarray:
+def _pool_matrix(size: int, target: int) -> npt.NDArray[np.float32]:
   """[target, size]: row i averages the pixels that output pixel i sees."""
   matrix = np.zeros((target, size), np.float32)
   for i in range(target):
@@ -35,7 +38,8 @@ def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   Returns:
     [B, height, width, C] in float32.
   """
-  batch, height, width, channels = x.shape
+  batch, height, width, channels = checks.map_shape("x", x)
+  size = (checks.count("size", size[0]), checks.count("size", size[1]))
   x = x.astype(jnp.float32)
   if (height, width) == size:
     return x
@@ -58,8 +62,9 @@ def nearest_resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
   Returns:
     [B, height, width, C] in the dtype of `x`.
   """
+  checks.map_shape("x", x)
   for axis, target in ((1, size[0]), (2, size[1])):
-    current = x.shape[axis]
+    current, target = x.shape[axis], checks.count("size", target)
     if target == current:
       continue
     if target % current == 0:
@@ -74,7 +79,7 @@ def nearest_resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 def pool_to_smaller(
   student_map: jax.Array, teacher_map: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Average-pools the higher of two maps to the other's height and width.
+  """Average-pools two maps to the smaller height and width of both.
 
   Args:
     student_map: [B, H, W, C].
@@ -82,9 +87,20 @@ def pool_to_smaller(
 
   Returns:
     Both maps in float32, of one height and width.
+
+  Raises:
+    ValueError: for other ranks, unequal batches or aspect ratios.
   """
-  smaller = min(student_map, teacher_map, key=lambda x: x.shape[1])
-  target = (smaller.shape[1], smaller.shape[2])
+  _, height, width, _ = checks.map_shape("student_map", student_map)
+  _, height_t, width_t, _ = checks.map_shape("teacher_map", teacher_map)
+  checks.same_batch("student_map", student_map, "teacher_map", teacher_map)
+  # Maps of one image have one aspect ratio, but for the rounding of strides.
+  if not 0.5 <= (height * width_t) / (width * height_t) <= 2:
+    raise ValueError(
+      "student_map and teacher_map: expected maps [B, H, W, C] of one aspect "
+      f"ratio, got {student_map.shape} and {teacher_map.shape}"
+    )
+  target = (min(height, height_t), min(width, width_t))
   return (
     adaptive_average_pool(student_map, target),
     adaptive_average_pool(teacher_map, target),

@@ -10,7 +10,7 @@ MIN_VARIANCE = 1e-5
 
 
 def vid_variance(log_scale: jax.Array) -> jax.Array:
-  """softplus(log_scale) + 1e-5: the variance per channel, always above 0."""
+  """Variance per channel, always above 0: softplus(log_scale) + 1e-5."""
   return jax.nn.softplus(log_scale.astype(jnp.float32)) + MIN_VARIANCE
 
 
@@ -42,14 +42,11 @@ def vid_loss(
   [2.0]
   """
   mean = checks.float_array("student_mean", student_mean, rank=4)
-  variance = checks.float_array("variance", variance, rank=1)
+  variance = checks.positive_array("variance", variance, rank=1)
   teacher = checks.float_array("teacher_map", teacher_map, rank=4)
   mean, teacher = spatial.pool_to_smaller(mean, teacher)
   checks.same_shape("student_mean", mean, "teacher_map", teacher)
-  if variance.shape != mean.shape[-1:]:
-    raise ValueError(
-      f"variance: expected shape {mean.shape[-1:]}, one value per channel, "
-      f"got {variance.shape}"
-    )
+  checks.same_width("student_mean", mean, "variance", variance)
+  variance = variance.reshape(1, 1, 1, -1)
   terms = jnp.square(mean - teacher) / variance + jnp.log(variance)
   return 0.5 * jnp.mean(terms, axis=(1, 2, 3))

@@ -15,6 +15,11 @@ from kd_jax.distributed import collectives
 _MIN_ROWS = 1024
 
 
+def _like(v: jax.Array, x: jax.Array) -> jax.Array:
+  """[C] -> [1, .., 1, C], for arithmetic with x [..., C]."""
+  return jax.lax.expand_dims(v, range(x.ndim - 1))
+
+
 def channel_sums(*maps: jax.Array) -> jax.Array:
   """Sums n maps [..., C] float32 over all axes but the last: [n, C].
 
@@ -58,11 +63,11 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   def in_two_passes(x):
     axes = tuple(range(x.ndim - 1))
     mean = jnp.mean(x, axes)
-    return mean, jnp.mean(jnp.square(x - mean), axes)
+    return mean, jnp.mean(jnp.square(x - _like(mean, x)), axes)
 
   def in_one_pass(x):
     first = x[(0,) * (x.ndim - 1)]
-    x = x - first
+    x = x - _like(first, x)
     mean, square = channel_sums(x, jnp.square(x)) / count
     return mean + first, jnp.maximum(square - jnp.square(mean), 0)
 
@@ -100,20 +105,21 @@ def normalize_batch(
       *moments(x.astype(jnp.float32)), axis_name
     )
     inverse = jax.lax.rsqrt(var + epsilon)
-    y = (x.astype(jnp.float32) - mean) * (inverse * scale) + bias
+    y = (x.astype(jnp.float32) - _like(mean, x)) * _like(inverse * scale, x)
+    y += _like(bias, x)
     return (y, mean, var), (x, scale, mean, inverse)
 
   def backward(residuals, gradients):
     x, scale, mean, inverse = residuals
     g = gradients[0]
     count = x.size // x.shape[-1] * collectives.axis_size(axis_name)
-    distance = x.astype(jnp.float32) - mean
+    distance = x.astype(jnp.float32) - _like(mean, x)
     # The input's gradient needs the sums over all devices. The parameters'
     # gradients stay local, because the step averages them later.
     local = channel_sums(g, g * distance)
     of_bias, of_distance = collectives.axis_sum(local, axis_name) / count
-    slope = jnp.square(inverse) * of_distance
-    dx = inverse * scale * (g - of_bias - distance * slope)
+    slope = _like(jnp.square(inverse) * of_distance, x)
+    dx = _like(inverse * scale, x) * (g - _like(of_bias, x) - distance * slope)
     return dx.astype(x.dtype), local[1] * inverse, local[0]
 
   @jax.custom_vjp
@@ -162,7 +168,8 @@ class BatchNorm(nn.Module):
       bias = self.param("bias", nn.initializers.zeros, shape, f32)
     if not train:
       multiplier = jax.lax.rsqrt(ra_var.value + self.epsilon) * scale
-      y = (x.astype(f32) - ra_mean.value) * multiplier + bias
+      y = (x.astype(f32) - _like(ra_mean.value, x)) * _like(multiplier, x)
+      y += _like(bias, x)
       return y.astype(self.dtype)
     # No axis is bound while the variables are being made.
     axis_name = None if self.is_initializing() else self.axis_name
@@ -186,6 +193,7 @@ class BatchNorm(nn.Module):
     offset: jax.Array = self.get_variable("params", "offset")
     if not self.has_variable("params", "multiplier"):
       # In the convolution's dtype cuDNN can fuse the offset as its bias.
-      return (x + offset.astype(x.dtype)).astype(self.dtype)
+      return (x + _like(offset, x).astype(x.dtype)).astype(self.dtype)
     multiplier: jax.Array = self.get_variable("params", "multiplier")
-    return (x.astype(jnp.float32) * multiplier + offset).astype(self.dtype)
+    y = x.astype(jnp.float32) * _like(multiplier, x) + _like(offset, x)
+    return y.astype(self.dtype)
