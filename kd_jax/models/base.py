@@ -97,7 +97,8 @@ class Classifier(nn.Module, abc.ABC):
         f" of shape {pooled.shape}; project them to {kernel.shape[0]} channels"
         " first"
       )
-    return jnp.dot(pooled.astype(jnp.float32), kernel) + bias
+    logits = jnp.dot(pooled.astype(jnp.float32), kernel)
+    return logits + jnp.expand_dims(bias, range(pooled.ndim - 1))
 
   @nn.nowrap
   def make_conv(self, **defaults: Any) -> layers.Conv:
