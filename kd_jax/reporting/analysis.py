@@ -94,10 +94,11 @@ def correlation(logits: np.ndarray) -> np.ndarray:
   Returns:
     [K, K]; 0 for a class whose logit never varies.
   """
-  centred = logits - logits.mean(axis=0, dtype=np.float64)
-  norms = np.linalg.norm(centred, axis=0)
-  unit = centred / np.where(norms > 0, norms, 1.0)
-  return unit.T @ unit
+  with np.errstate(invalid="ignore", divide="ignore"):
+    found = np.corrcoef(logits, rowvar=False)
+  constant = np.ptp(logits, axis=0) == 0
+  found[constant] = found[:, constant] = 0.0
+  return found
 
 
 def shown(labels: np.ndarray) -> np.ndarray:
@@ -116,12 +117,15 @@ def embed(features: np.ndarray) -> np.ndarray:
     features: [M, C].
 
   Returns:
-    [M, 2]; all zeros if the features are the same for all images.
+    [M, 2]; all zeros if the features are the same for all images, NaN if one
+    is not finite.
   """
   import threadpoolctl
   from sklearn import manifold  # takes a second
 
   wide = np.asarray(features, np.float64)
+  if not np.isfinite(wide).all():
+    return np.full((len(wide), 2), np.nan)
   if not np.ptp(wide, axis=0).any():
     return np.zeros((len(wide), 2))
   tsne = manifold.TSNE(
