@@ -191,12 +191,11 @@ def _run() -> None:
 def _report(folder: pathlib.Path) -> None:
   """Writes and prints the report of the runs that have finished."""
   from kd_jax.distributed import processes
-  from kd_jax.reporting import report, runs, tables
+  from kd_jax.reporting import report, runs
 
   if processes.is_first() and runs.find_runs(folder):
-    print(f"\n{tables.table(runs.collect(folder))}", flush=True)
-    for path in report.write(folder, folder):
-      print(path, flush=True)
+    text, paths = report.write_report(folder)
+    print(f"\n{text}", *paths, sep="\n", flush=True)
 
 
 def _split_cpu(cells: Iterable[ConfigDict]) -> None:

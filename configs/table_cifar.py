@@ -10,7 +10,8 @@ SimKD's toolbox (cross-entropy, KD and the method's own term) or, after
 methods that RepDistiller has not are treated alike. Each cell is a run of
 `configs/METHOD_cifar.py`. The command may be given as often as there are
 machines: no cell is run twice, finished ones are skipped, failed ones tried
-again. The published values stand in `kd_jax/published.py`. Here: not run.
+again. The published values stand in `kd_jax/reporting/published.csv`.
+Here: not run.
 """
 
 import importlib

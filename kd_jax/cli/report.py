@@ -1,17 +1,13 @@
-"""Tables, figures and a page from finished runs.
+"""Tables, figures and a page of finished runs.
 
-    python -m kd_jax report RUNS
-    python -m kd_jax report RUNS --analysis
-
-Runs that differ in their seed alone are trials of one line. Accuracies are of
-the test set, in percent: after the last epoch, and at the best one, which was
-chosen on the test set.
+python -m kd_jax report RUNS
+python -m kd_jax report RUNS --analysis
 """
 
 import argparse
 import pathlib
 
-from kd_jax.reporting import report, runs
+from kd_jax.reporting import report
 
 
 def main() -> None:
@@ -34,16 +30,14 @@ def main() -> None:
   )
   parser.add_argument(
     "--data_dir",
-    help="of --analysis: folder of the data set (default: as the runs had it)",
+    help="folder of the data set for --analysis (default: as the runs had it)",
   )
   args = parser.parse_args()
   try:
-    groups = runs.group(runs.collect(args.runs))
-    pairs = {}
-    if args.analysis:
-      pairs = report.analyse(args.runs, groups, args.data_dir)
-    paths = report.write(args.runs, args.to or args.runs, pairs)
+    text, paths = report.write_report(
+      args.runs, args.to, analysed=args.analysis, data_dir=args.data_dir
+    )
   except (ValueError, ImportError) as error:
     parser.exit(2, f"{error}\n")
-  print(report.text(groups, pairs))
+  print(text)
   print(*paths, sep="\n")

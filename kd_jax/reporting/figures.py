@@ -1,6 +1,7 @@
 """Figures from finished runs."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,19 @@ _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X")
 
 
-# The most of small drawings beside each other.
+# Most small drawings beside each other.
 _ACROSS = 5
+# Inches of a character and of a line, at matplotlib's size 10.
+_CHARACTER, _LINE = 0.085, 0.17
+
+
+def _wrap(labels, inches):
+  """Labels in lines of that width, and the height that the longest one adds."""
+  wide = max(10, int(inches / _CHARACTER))
+  wrapped = [textwrap.fill(label, wide) for label in labels]
+  return wrapped, _LINE * max(
+    (label.count("\n") for label in wrapped), default=0
+  )
 
 
 def curves(
@@ -54,9 +66,12 @@ def curves(
       return f"{x:g}" if super().__call__(x, pos) else ""
 
   labels = list(dict.fromkeys(label for p in panels.values() for label in p))
-  legend_rows = -(-len(labels) // 3)
+  wrapped, extra = _wrap(labels, 9.0)
+  widest = max(len(line) for label in wrapped for line in label.splitlines())
+  columns = min(3, max(1, int(10 / ((widest + 6) * _CHARACTER))))
+  legend_height = -(-len(labels) // columns) * (0.22 + extra)
   figure = matplotlib.figure.Figure(
-    figsize=(10, 4 * len(panels) + 0.22 * legend_rows), layout="constrained"
+    figsize=(10, 4 * len(panels) + legend_height), layout="constrained"
   )
   rows = figure.subplots(len(panels), 2, squeeze=False)
   handles = {}
@@ -65,9 +80,10 @@ def curves(
       number = labels.index(label)
       for axes, value in ((left, "ce"), (right, "top1")):
         handles[label] = _line(axes, trials, value, number, label)
-    left.set_yscale("log")
-    left.yaxis.set_major_formatter(Plain())
-    left.yaxis.set_minor_formatter(Plain())
+    if any((line.get_ydata() > 0).any() for line in left.lines):  # not all NaN
+      left.set_yscale("log")
+      left.yaxis.set_major_formatter(Plain())
+      left.yaxis.set_minor_formatter(Plain())
     left.set_ylabel("test cross-entropy (nats)")
     right.set_ylabel("test top-1 (%)")
     for axes in (left, right):
@@ -77,9 +93,9 @@ def curves(
       axes.grid(alpha=0.3)
   figure.legend(
     [handles[label] for label in labels],
-    labels,
+    wrapped,
     loc="outside lower center",
-    ncols=3,
+    ncols=columns,
   )
   _save(figure, paths)
 
@@ -130,8 +146,10 @@ def agreement(pairs: Mapping[str, Pair], paths: Sequence[pathlib.Path]) -> None:
   import matplotlib.figure
 
   lengths = [len(pair.students) for pair in pairs.values()]
+  _, extra = _wrap([name for p in pairs.values() for name in p.students], 3.0)
   figure = matplotlib.figure.Figure(
-    figsize=(8, sum(0.3 * n + 1.1 for n in lengths)), layout="constrained"
+    figsize=(8, sum((0.3 + extra) * n + 1.1 for n in lengths)),
+    layout="constrained",
   )
   rows = figure.subplots(
     len(pairs), 1, squeeze=False, sharex=True, height_ratios=lengths
@@ -144,7 +162,7 @@ def agreement(pairs: Mapping[str, Pair], paths: Sequence[pathlib.Path]) -> None:
           trials, [place] * len(trials), "o", ms=4, mfc="none", color="#555555"
         )
       axes.plot(trials.mean(), place, "o", ms=8, color=_COLOURS[0])
-    axes.set_yticks(range(len(pair.students)), list(pair.students))
+    axes.set_yticks(range(len(pair.students)), _wrap(pair.students, 3.0)[0])
     axes.set_ylim(len(pair.students) - 0.5, -0.5)
     axes.set_title(title)
     axes.grid(alpha=0.3)
@@ -164,9 +182,10 @@ def correlations(
   """
   from matplotlib import ticker
 
-  def draw(part, pair, tiles):
-    largest = max(s.difference.max() for s in pair.students.values())
-    for (label, student), axes in zip(pair.students.items(), tiles):
+  def draw(part, pair, tiles, labels):
+    students = pair.students.values()
+    largest = np.nanmax([0.0, *(s.difference.max() for s in students)])
+    for label, student, axes in zip(labels, students, tiles):
       image = axes.imshow(
         student.difference, cmap="cividis", vmin=0, vmax=largest or 1.0
       )
@@ -176,7 +195,7 @@ def correlations(
         axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     part.colorbar(image, ax=tiles, label="|difference|", aspect=30)
 
-  _save(_tiled(pairs, lambda pair: len(pair.students), draw), paths)
+  _save(_tiled(pairs, lambda pair: list(pair.students), draw), paths)
 
 
 def embeddings(
@@ -189,10 +208,9 @@ def embeddings(
     paths: .png or .svg files to write.
   """
 
-  def draw(part, pair, tiles):
-    drawn = {f"teacher {pair.teacher}": pair.points}
-    drawn.update({label: s.points for label, s in pair.students.items()})
-    for (label, points), axes in zip(drawn.items(), tiles):
+  def draw(part, pair, tiles, labels):
+    drawn = [pair.points, *(s.points for s in pair.students.values())]
+    for label, points, axes in zip(labels, drawn, tiles):
       for number, k in enumerate(pair.class_names):
         axes.scatter(
           *points[pair.labels == k].T,
@@ -212,18 +230,23 @@ def embeddings(
       markerscale=2,
     )
 
-  _save(_tiled(pairs, lambda pair: len(pair.students) + 1, draw), paths)
+  def titles(pair):
+    return [f"teacher {pair.teacher}", *pair.students]
+
+  _save(_tiled(pairs, titles, draw), paths)
 
 
-def _tiled(pairs, count, draw):
-  """A figure with a part for each pair, of so many tiles beside each other."""
+def _tiled(pairs, titles, draw):
+  """A figure with a part for each pair, of a tile for each of its titles."""
   import matplotlib.figure
 
-  counts = [count(pair) for pair in pairs.values()]
+  counts = [len(titles(pair)) for pair in pairs.values()]
   deep = [-(-n // _ACROSS) for n in counts]
   across = max(3, *(-(-n // rows) for n, rows in zip(counts, deep)))
+  width = 9.5 / across
+  _, extra = _wrap([t for p in pairs.values() for t in titles(p)], width)
   figure = matplotlib.figure.Figure(
-    figsize=(11, sum((9.5 / across + 0.7) * n + 0.4 for n in deep)),
+    figsize=(11, sum((width + 0.7 + extra) * n + 0.4 for n in deep)),
     layout="constrained",
   )
   parts = figure.subfigures(len(pairs), 1, squeeze=False, height_ratios=deep)
@@ -234,5 +257,5 @@ def _tiled(pairs, count, draw):
     for axes in tiles[n:]:
       axes.remove()
     part.suptitle(title)
-    draw(part, pair, tiles[:n])
+    draw(part, pair, tiles[:n], _wrap(titles(pair), width)[0])
   return figure

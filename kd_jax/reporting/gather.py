@@ -17,8 +17,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
 from kd_jax import distillers, storage
-from kd_jax.reporting import html, published, runs
+from kd_jax.reporting import published, runs, statistics
 from kd_jax.reporting import tables as tables_lib
 
 BEGIN = "<!-- results: written by python -m kd_jax results -->"
@@ -34,26 +36,10 @@ _ENVIRONMENT = "environment.json"
 _PATH = re.compile(r"""(?:(?<=[='"(\[,])|^)/[^'",]+""")
 
 
-# The table of the README: whose it is, and its teacher.
-_SOURCE, _TEACHER = "SimKD", "resnet32x4"
+# The table of the README: its recipe, and the teacher.
+_RECIPE, _TEACHER = "SimKD", "resnet32x4"
 
-
-_TITLES = {
-  "none": "student alone",
-  "kd": "KD",
-  "fitnet": "FitNet",
-  "at": "AT",
-  "sp": "SP",
-  "vid": "VID",
-  "crd": "CRD",
-  "srrl": "SRRL",
-  "semckd": "SemCKD",
-  "simkd": "SimKD",
-  "reviewkd": "KR (ReviewKD)",
-}
-
-
-_CONFIGS = {"none": "teacher"}
+_NOT_RUN = "not run"
 
 
 def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
@@ -73,7 +59,7 @@ def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
       Nothing is written then.
   """
   folder = folder.absolute()
-  repository = pathlib.Path(__file__).resolve().parent.parent
+  repository = pathlib.Path(__file__).resolve().parents[2]
   copies = []
   for row in runs.collect(folder):
     run = folder / row["run"]
@@ -87,8 +73,10 @@ def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
         " it from the run, or remove this folder"
       )
     shown = _portable(contents, [repository, folder.parent])
-    lines = (run / runs.METRICS).read_bytes()
-    copies.append((to / row["run"], shown, gzip.compress(lines, mtime=0)))
+    lines = runs.metrics_file(run).read_bytes()
+    if not (run / runs.PACKED).exists():
+      lines = gzip.compress(lines, mtime=0)
+    copies.append((to / row["run"], shown, lines))
   for target, contents, lines in copies:
     target.mkdir(parents=True, exist_ok=True)
     (target / runs.PACKED).write_bytes(lines)
@@ -141,74 +129,64 @@ def tables(folder: pathlib.Path) -> str:
 
 
 def _published_table(groups):
-  """SimKD's table, and the groups that have no place in it."""
-  alone, *_ = published.rows(_SOURCE, "")
-  taught = published.rows(_SOURCE, _TEACHER)
-  students = list(taught[0].top1)
-  known = {row.method for row in (alone, *taught)}
-  taught += [
-    published.Row(_SOURCE, _TEACHER, name)
-    for name in distillers.names()
-    if name not in known
-  ]
+  """The published table beside the runs of its recipe, and the other groups."""
+  published_values = [v for v in published.values() if v.recipe == _RECIPE]
+  students = dict.fromkeys(
+    v.student for v in published_values if v.teacher == _TEACHER
+  )
   left = list(groups)
 
-  def cells(row, student):
+  def cells(method, recipe, student):
+    teacher = "" if method == "none" else _TEACHER
+    theirs = [
+      f"{v.top1:.2f}"
+      for v in published_values
+      if (v.teacher, v.student, v.config) == (teacher, student, recipe)
+    ]
     ours = [
       g
       for g in groups
-      if g.first["student"] == student and row.has(g.first["config"])
+      if g.first["student"] == student
+      and g.first["config"]["teacher"]["name"] == teacher
+      and published.follows(g.first["config"], recipe)
     ]
     left[:] = [g for g in left if not any(g is one for one in ours)]
-    theirs = row.top1.get(student)
-    return [
-      "-" if theirs is None else f"{theirs:.2f}",
-      "; ".join(
-        f"{runs.mean_std(g.values('best', 'top1'), 2)} ({len(g.rows)})"
-        for g in ours
-      )
-      or "not run",
+    scores = [
+      f"{statistics.mean_std(g.values('best', 'top1'), 2)} ({len(g.rows)})"
+      for g in ours
     ]
+    return "; ".join(theirs) or "-", "; ".join(scores) or _NOT_RUN
 
   lines = []
-  for row in (alone, *taught):
-    config = f"`{_CONFIGS.get(row.method, row.method)}_cifar.py`"
-    line = [_title(row), config]
-    for student in students:
-      line += cells(row, student)
-    lines.append(line)
+  for method, cls in distillers.DISTILLERS.items():
+    recipes = dict.fromkeys(
+      v.config for v in published_values if v.method == method
+    )
+    for recipe in recipes or [f"{method}_cifar"]:
+      file, *changes = recipe.split()
+      title = cls.__name__ if method != "none" else "student alone"
+      settings = [c.rpartition(".")[2].replace("=", " ") for c in changes]
+      line = [", ".join([title, *settings]), f"`{file}.py`"]
+      for student in students:
+        line += cells(method, recipe, student)
+      lines.append(line)
   header = ["method", "config"]
   for student in students:
     header += [f"`{student}`, published", "kd_jax"]
-  theirs, ours = cells(alone, _TEACHER)
-  numbers = set(range(2, len(header)))
-  text = html.Table(header, lines, numbers).markdown()
-  text += f"\nThe teacher, `{_TEACHER}`: published {theirs}, kd_jax {ours}.\n"
+  text = tables_lib.markdown(pd.DataFrame(lines, columns=header))
+  theirs, ours = cells("none", "teacher_cifar", _TEACHER)
+  text += (
+    f"\nPublished values: {_RECIPE}'s recipe, "
+    f"{published_values[0].source}.\n"
+    f"\nThe teacher, `{_TEACHER}`: published {theirs}, kd_jax {ours}.\n"
+  )
   return text, left
 
 
-def _title(row):
-  title = _TITLES.get(row.method, row.method)
-  if not row.settings:
-    return title
-  # What tells it from the table's other rows of the method.
-  alike = [
-    other.settings
-    for other in published.rows(row.source, row.teacher)
-    if other.method == row.method
-  ]
-  settings = [
-    f"{name} {value}"
-    for name, value in row.settings.items()
-    if any(other[name] != value for other in alike)
-  ]
-  return ", ".join([title, *settings])
-
-
-_COLUMNS = (
+_COLUMNS = [
   *("network", "teacher", "method", "n", "top-1, last epoch"),
   *("top-1, best epoch", "published", "difference"),
-)
+]
 
 
 def _own_table(folder, name, groups):
@@ -229,8 +207,9 @@ def _own_table(folder, name, groups):
     for word, found in (("", recipes), ("on ", hardware), ("by ", commands))
     if found
   ]
-  table = tables_lib.table_of(groups, _COLUMNS)
-  return f"`{name}`: {', '.join(about)}.\n\n{table}"
+  table = tables_lib.accuracy(groups)[_COLUMNS]
+  table = table.loc[:, (table != "-").any()]
+  return f"`{name}`: {', '.join(about)}.\n\n{tables_lib.markdown(table)}"
 
 
 def rewrite(text: str, content: str) -> str:

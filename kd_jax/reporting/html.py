@@ -1,53 +1,15 @@
-"""Tables as Markdown and HTML, and a page of them that needs no other file."""
+"""A page of tables and drawings that needs no other file."""
 
 import dataclasses
 import html
+import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import pandas as pd
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """A table of text.
-
-  Attributes:
-    header: names of the columns.
-    cells: the lines.
-    right: numbers of the columns that are aligned right.
-  """
-
-  header: Sequence[str]
-  cells: Sequence[Sequence[str]]
-  right: set[int]
-
-  def markdown(self) -> str:
-    """The table in Markdown."""
-    numbers = range(len(self.header))
-    rule = ["---:" if i in self.right else "---" for i in numbers]
-    lines = [f"| {' | '.join(line)} |" for line in (self.header, *self.cells)]
-    lines.insert(1, f"|{'|'.join(rule)}|")
-    return "\n".join(lines) + "\n"
-
-  def html(self) -> str:
-    """The table in HTML; one that is too wide scrolls by itself."""
-
-    kinds = [
-      ' class="number"' if i in self.right else ""
-      for i in range(len(self.header))
-    ]
-
-    def line(texts, tag):
-      inner = "".join(
-        f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-        for kind, cell in zip(kinds, texts)
-      )
-      return f"<tr>{inner}</tr>"
-
-    body = "\n".join(line(texts, "td") for texts in self.cells)
-    return (
-      '<div class="wide" tabindex="0"><table><thead>'
-      f"{line(self.header, 'th')}</thead>\n<tbody>{body}</tbody></table></div>"
-    )
+from kd_jax.reporting import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,60 +18,40 @@ class Section:
 
   Attributes:
     title: its heading.
-    content: a table, or the text of an SVG file.
+    content: a table of text, or the text of an SVG file.
     note: what the content means.
   """
 
   title: str
-  content: Table | str
+  content: pd.DataFrame | str
   note: str
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 90rem; padding: 0 1rem; color: #111; background: #fff; }
-p { max-width: 60rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; }
-th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #ccc;
-  text-align: left; }
-th { border-bottom: 2px solid #111; vertical-align: bottom; }
-td { white-space: nowrap; }
-th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
-td:first-child { white-space: normal; max-width: 11rem;
-  overflow-wrap: break-word; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-svg { width: 100%; min-width: 44rem; max-width: 66rem; height: auto; }
-"""
-
-
 def write(sections: Sequence[Section]) -> str:
-  """One file of XHTML's syntax that needs no other."""
-  parts = [
-    "<!DOCTYPE html>",
-    '<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head>',
-    '<meta charset="utf-8"/><title>kd_jax: results</title>',
-    '<meta name="viewport" content="width=device-width"/>',
-    f"<style>{_STYLE}</style></head><body>",
-    "<h1>Results</h1>",
-  ]
+  """Renders the page; it is well-formed XML too."""
+  import jinja2
+
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+  )
+  parts = []
   for number, section in enumerate(sections):
-    content = section.content
-    parts += [
-      f"<h2>{html.escape(section.title)}</h2>",
-      content.html()
-      if isinstance(content, Table)
-      else f'<div class="wide" tabindex="0">{_drawing(section, number)}</div>',
-      f"<p>{html.escape(section.note)}</p>",
-    ]
-  parts.append("</body></html>")
-  return "\n".join(parts) + "\n"
+    part: dict[str, Any] = {"title": section.title, "note": section.note}
+    if isinstance(section.content, str):
+      part["svg"] = _inline(section.content, section.title, number)
+    else:
+      part["table"] = section.content
+      part["alignments"] = tables.alignments(section.content)
+    parts.append(part)
+  return environment.get_template("report.html.jinja").render(parts=parts)
 
 
-def _drawing(section, number):
-  """An SVG as it stands in a page, without XML's declaration and type."""
-  svg = section.content[section.content.index("<svg") :]
-  # Names count for the whole page, and each drawing has a "figure_1".
+def _inline(svg: str, title: str, number: int) -> str:
+  """An SVG file for use inside a page, with ids of its own."""
+  svg = svg[svg.index("<svg") :]
+  # Ids count for the whole page, and each drawing has a "figure_1".
   svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>d{number}-", svg)
-  label = html.escape(section.title, quote=True)
-  return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+  label = f'<svg role="img" aria-label="{html.escape(title)}" '
+  return svg.replace("<svg ", label, 1)

@@ -1,247 +1,184 @@
-"""Published accuracies of CIFAR-100, to stand beside one's own.
+"""Published accuracies of CIFAR-100, shown beside runs of the same recipe.
 
-A value stands only beside a run of its own recipe: data and augmentation, pair,
-method and its settings, weights of the loss, optimiser, schedule, batch and
-arithmetic, which is float32 in all tables: a run in bfloat16 has none. Seeds,
-the pipeline and what a device does at once are free. A teacher that is named by
-its checkpoint is taken to be the table's.
+`published.csv` has a line for each value. `recipe` names the toolbox whose
+settings it was made with, `config` says them: a file of `configs/`, with the
+fields that differ. `epoch` is the epoch of a run to compare with: "best" (on
+the test set) or "final", the last. `n` is the number of runs; empty where the
+source does not say.
 """
 
+import csv
 import dataclasses
+import functools
+import importlib
+import json
+import logging
+import pathlib
+import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from kd_jax import models
+from kd_jax import distillers, models
 from kd_jax.runs import identity
+
+_log = logging.getLogger(__name__)
+
+# Fields that a run of the recipe may choose.
+_FREE = re.compile(
+  r"(.+\.)?seed|student\.name|teacher\.(name|checkpoint)|trials\w*"
+  r"|steps_per_dispatch|eval\.batch_size"
+  r"|data\.(pipeline|decoder|on_bad_image)"
+)
+# Sections of terms, of which a missing one is 0.
+_TERMS = ("loss_weights", "loss_ramp_epochs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """A value of a published table.
+  """A line of `published.csv`.
 
   Attributes:
+    source: where it was published.
+    teacher: network; "" for a student alone.
+    student: network.
+    method: name in `distillers`.
+    recipe: name of the recipe.
+    config: file of `configs/`, and FIELD=VALUE for what differs.
     top1: in percent.
-    source: short name of the table.
-    epoch: which of a run it is to be compared with: "final", the last, or
-      "best", chosen on the test set.
-  """
-
-  top1: float
-  source: str
-  epoch: str
-
-
-# Each table's sources are the READMEs of the toolboxes: SimKD's
-# (github.com/DefangChen/SimKD, whose code keeps the best epoch) and
-# RepDistiller's (github.com/HobbitLong/RepDistiller, which reports the last).
-_EPOCH = {"SimKD": "best", "RepDistiller": "final"}
-
-
-# What the runs of all tables have alike, by the names of `record.identity`; the
-# learning rate is the network's default.
-_RECIPE: dict[str, Any] = {
-  "epochs": 240,
-  "batch_size": 64,
-  "accumulate_steps": 1,
-  "dtype": "float32",
-  "sync_batch_stats": True,  # as on one device
-  "label_smoothing": 0.0,
-  "optim.reference_batch_size": 0,
-  "optim.schedule": "step",
-  "optim.milestones": [150, 180, 210],
-  "optim.decay_rate": 0.1,
-  "optim.warmup_epochs": 0.0,
-  "optim.momentum": 0.9,
-  "optim.nesterov": False,
-  "optim.weight_decay": 5e-4,
-  "optim.gradient_clip": 0.0,
-  "data.crop_padding": 4,
-  "data.flip": True,
-  "data.mixup": 0.0,
-  "data.cutmix": 0.0,
-  "eval.every_epochs": 1,  # among which the best was chosen
-}
-
-
-# Settings of the methods where a row has no others.
-_TEMPERATURE = 4.0
-
-
-_SETTINGS: dict[str, dict[str, Any]] = {
-  "vid": {"initial_variance": 5.0},
-  "crd": {
-    "k": 16384,
-    "nce_temperature": 0.07,
-    "momentum": 0.5,
-    "feat_dim": 128,
-    "mode": "exact",
-  },
-  "semckd": {"soft": 1.0},
-  "reviewkd": {"max_mid": 512},
-}
-
-
-_RAMPS = {"reviewkd": {"reviewkd": 20.0}}
-
-
-# Weights of the terms of each method's loss.
-WEIGHTS: dict[str, dict[str, dict[str, float]]] = {
-  "SimKD": {
-    "none": {"ce": 1.0},
-    "kd": {"ce": 1.0, "kd": 1.0},
-    "fitnet": {"ce": 1.0, "kd": 1.0, "fitnet": 100.0},
-    "at": {"ce": 1.0, "kd": 1.0, "at": 1000.0},
-    "sp": {"ce": 1.0, "kd": 1.0, "sp": 3000.0},
-    "vid": {"ce": 1.0, "kd": 1.0, "vid": 1.0},
-    "crd": {"ce": 1.0, "kd": 1.0, "crd": 0.8},
-    "srrl": {"ce": 1.0, "kd": 1.0, "srrl": 1.0},
-    "semckd": {"ce": 1.0, "kd": 1.0, "semckd": 400.0},
-    "simkd": {"simkd": 1.0},
-    # Without values: that of its paper (75.63 for resnet8x4) is of batch 128,
-    # rate 0.1 and Nesterov's momentum.
-    "reviewkd": {"ce": 1.0, "reviewkd": 5.0},
-  },
-  "RepDistiller": {
-    "none": {"ce": 1.0},
-    "kd": {"ce": 0.1, "kd": 0.9},
-    "fitnet": {"ce": 1.0, "fitnet": 100.0},
-    "at": {"ce": 1.0, "at": 1000.0},
-    "sp": {"ce": 1.0, "sp": 3000.0},
-    "vid": {"ce": 1.0, "vid": 1.0},
-    "crd": {"ce": 1.0, "crd": 0.8},
-  },
-}
-
-
-# (source, teacher) -> students, and rows of method, settings and values.
-_TABLES: dict[tuple[str, str], tuple[tuple[str, ...], list[tuple]]] = {
-  ("SimKD", ""): (
-    ("resnet32x4", "resnet8x4", "vgg8", "ShuffleV2_1_5"),
-    [("none", {}, 79.42, 73.09, 70.46, 74.15)],
-  ),
-  ("SimKD", "resnet32x4"): (
-    ("resnet8x4", "vgg8", "ShuffleV2_1_5"),
-    [
-      ("kd", {}, 74.42, 72.73, 76.82),
-      ("fitnet", {"hint_layer": "stage1"}, 74.32, 72.91, 77.12),
-      ("at", {}, 75.07, 71.90, 77.51),
-      ("sp", {}, 74.29, 73.12, 77.18),
-      ("vid", {}, 74.55, 73.19, 77.11),
-      ("crd", {}, 75.59, 73.54, 77.66),
-      ("srrl", {}, 75.39, 73.23, 77.55),
-      ("semckd", {}, 76.23, 75.27, 79.13),
-      ("simkd", {"factor": 8}, 76.73, 74.74, 78.96),
-      ("simkd", {"factor": 4}, 77.88, 75.62, 79.48),
-      ("simkd", {"factor": 2}, 78.08, 75.76, 79.54),
-    ],
-  ),
-  ("RepDistiller", ""): (
-    ("resnet32x4", "resnet8x4", "vgg8", "ShuffleV1", "ShuffleV2"),
-    [("none", {}, 79.42, 72.50, 70.36, 70.50, 71.82)],
-  ),
-  ("RepDistiller", "resnet32x4"): (
-    ("resnet8x4", "ShuffleV1", "ShuffleV2"),
-    [
-      ("kd", {}, 73.33, 74.07, 74.45),
-      ("fitnet", {"hint_layer": "stage2"}, 73.50, 73.59, 73.54),
-      ("at", {}, 73.44, 71.73, 72.73),
-      ("sp", {}, 72.94, 73.48, 74.56),
-      ("vid", {}, 73.09, 73.38, 73.40),
-      ("crd", {}, 75.51, 75.11, 75.65),
-    ],
-  ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A method, as a table has it.
-
-  Attributes:
-    source: short name of the table.
-    teacher: network; "" for networks alone.
-    method: its word.
-    settings: fields of the method that other rows of it have otherwise.
-    top1: student -> percent.
+    epoch: which epoch of a run compares with it, "final" or "best".
+    n: number of runs; "" if not stated.
   """
 
   source: str
   teacher: str
+  student: str
   method: str
-  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  top1: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  recipe: str
+  config: str
+  top1: float
+  epoch: str
+  n: str
 
-  def has(self, config: Mapping[str, Any]) -> bool:
-    """Whether a run is of this row, whichever its student is.
-
-    Args:
-      config: the content of its `config.json`.
-    """
-    student = models.MODELS.get(config["student"]["name"])
-    if student is None:  # a user's own
-      return False
-    recipe = {**_RECIPE, "optim.learning_rate": student.learning_rate}
-    if self.teacher:  # it may have to be trained
-      recipe |= {
-        "teacher.epochs": _RECIPE["epochs"],
-        "teacher.milestones": _RECIPE["optim.milestones"],
-        "teacher.learning_rate": models.MODELS[self.teacher].learning_rate,
-      }
-    given = identity.config_fingerprint(config)
-    return (
-      config["data"]["name"].rpartition(":")[2] == "cifar100"
-      and config["teacher"]["name"] == self.teacher
-      # What is open will be settled so.
-      and all(given.get(k) in (None, value) for k, value in recipe.items())
-      and self._has_method(config)
-    )
-
-  def _has_method(self, config):
-    settings = dict(config["distiller"])
-    if settings.pop("name") != self.method:
-      return False
-    weights = WEIGHTS[self.source]
-    if self.method not in weights:  # a method that no table has: any is as good
-      return True
-    # What a run leaves out has its default, which is the tables' value.
-    expected = {
-      "temperature": _TEMPERATURE,
-      **_SETTINGS.get(self.method, {}),
-      **self.settings,
-    }
-    return (
-      {**expected, **settings} == expected
-      and _present(config["loss_weights"]) == weights[self.method]
-      and _present(config["loss_ramp_epochs"]) == _RAMPS.get(self.method, {})
-    )
+  @property
+  def name(self) -> str:
+    """The recipe and the epoch, to show beside the value."""
+    return f"{self.recipe}, {'last' if self.epoch == 'final' else self.epoch}"
 
 
-def _present(terms):
-  return {name: value for name, value in terms.items() if value}
-
-
-def rows(source: str, teacher: str) -> list[Row]:
-  """The rows of a table for one teacher, or for networks alone ("")."""
-  students, lines = _TABLES[source, teacher]
-  return [
-    Row(source, teacher, method, settings, dict(zip(students, values)))
-    for method, settings, *values in lines
-  ]
+@functools.cache
+def values() -> tuple[Published, ...]:
+  """All lines of `published.csv`."""
+  path = pathlib.Path(__file__).with_name("published.csv")
+  with path.open(encoding="utf-8", newline="") as file:
+    lines: list[dict[str, Any]] = list(csv.DictReader(file))
+  return tuple(
+    Published(**{**line, "top1": float(line["top1"])}) for line in lines
+  )
 
 
 def find(config: Mapping[str, Any]) -> list[Published]:
   """The published values of a run.
 
   Args:
-    config: the content of its `config.json`.
+    config: the content of its `config.json`. A teacher that is named by its
+      checkpoint is taken to be the published one.
 
   Returns:
-    One for each table that has it; none if its recipe is no table's.
+    One for each recipe that has the run's pair and method and that the run
+    follows.
   """
-  student = config["student"]["name"]
+  run = (
+    *(config["teacher"]["name"], config["student"]["name"]),
+    config["distiller"]["name"],
+  )
   return [
-    Published(row.top1[student], row.source, _EPOCH[row.source])
-    for table in _TABLES
-    for row in rows(*table)
-    if student in row.top1 and row.has(config)
+    value
+    for value in values()
+    if (value.teacher, value.student, value.method) == run
+    and follows(config, value.config)
   ]
+
+
+def follows(config: Mapping[str, Any], recipe: str) -> bool:
+  """Whether a run has the settings of a recipe, for any pair of networks.
+
+  Seeds, the input pipeline and the size of a dispatch are free. A field that
+  the run's config does not have yet has the recipe's value.
+
+  Args:
+    config: the content of its `config.json`.
+    recipe: as `Published.config`.
+  """
+  found = _load(recipe)
+  if found is None:
+    return False
+  pair = {name: config[name]["name"] for name in ("student", "teacher")}
+  theirs = _settings(found, **pair)
+  ours = _settings(config, **pair)
+  return theirs == {
+    **theirs,
+    **{name: x for name, x in ours.items() if x or name in theirs},
+  }
+
+
+@functools.cache
+def _load(recipe: str) -> dict[str, Any] | None:
+  """A recipe as the content of a `config.json`; None without its file."""
+  name, *changes = recipe.split()
+  root = str(pathlib.Path(__file__).resolve().parents[2])
+  if root not in sys.path:
+    sys.path.append(root)  # configs/ is not part of the package
+  try:
+    config = importlib.import_module(f"configs.{name}").get_config()
+  except ModuleNotFoundError:
+    _log.warning("configs/%s.py not found: its published values left out", name)
+    return None
+  fields = (change.split("=") for change in changes)
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {field: _parse(value) for field, value in fields}
+    )
+  return identity.as_json(config)
+
+
+def _parse(value):
+  try:
+    return json.loads(value)
+  except json.JSONDecodeError:
+    return value
+
+
+def _settings(config, *, student, teacher):
+  """The settings that a recipe prescribes, flat, with defaults filled in."""
+  flat = {
+    name: value
+    for name, value in identity.config_fingerprint(dict(config)).items()
+    if not _FREE.fullmatch(name) and name.partition(".")[0] not in _TERMS
+  }
+  for section in _TERMS:
+    terms = config[section].items()
+    flat[section] = {name: value for name, value in terms if value}
+  flat["data.name"] = flat["data.name"].rpartition(":")[2]  # also from TFDS
+  defaults: dict[str, Any] = {"optim.learning_rate": _rate(student)}
+  if teacher:
+    defaults |= {
+      "teacher.epochs": flat["epochs"],
+      "teacher.milestones": flat["optim.milestones"],
+      "teacher.learning_rate": _rate(teacher),
+    }
+  if method := distillers.DISTILLERS.get(config["distiller"]["name"]):
+    defaults |= {
+      f"distiller.{field.name}": field.default
+      for field in dataclasses.fields(method)
+      if field.init and field.name not in ("parent", "name")
+    }
+  for name, value in defaults.items():
+    if flat.get(name) is None:
+      flat[name] = value
+  return flat
+
+
+def _rate(network):
+  found = models.MODELS.get(network)  # no published network is a user's own
+  return found.learning_rate if found else None

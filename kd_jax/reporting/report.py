@@ -1,16 +1,14 @@
-"""Tables, figures and a page from finished runs.
+"""Tables, figures and a page of finished runs.
 
-    python -m kd_jax report RUNS
-    python -m kd_jax report RUNS --analysis
-
-Runs that differ in their seed alone are trials of one line. Accuracies are of
+Runs that differ only in their seed are trials of one line. Accuracies are of
 the test set, in percent: after the last epoch, and at the best one, which was
 chosen on the test set.
 """
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import pandas as pd
 
 from kd_jax import data, storage
 from kd_jax.interop import card
@@ -20,28 +18,33 @@ from kd_jax.reporting import analysis, figures, hparams, html, runs, tables
 def panels(
   groups: Sequence[runs.Group],
 ) -> dict[str, dict[str, list[list[dict]]]]:
-  """What `figures.curves` draws: a panel for each student and data set.
+  """The lines of `figures.curves`: a panel for each student and data set.
 
-  A teacher is a line of its students' panels; one without any has its own.
+  A teacher is a line of its students' panels; without students it has its own.
+
+  Args:
+    groups: of `runs.group`.
+
+  Returns:
+    Title of the panel -> label of the line -> evaluations of each trial.
   """
   students = [g for g in groups if not g.is_teacher] or list(groups)
   made: dict[str, dict[str, list[list[dict]]]] = {}
-  for task in dict.fromkeys(g.task for g in students):
-    members = [g for g in students if g.task == task]
-    names = {g.teacher for g in members}
+  for data_name, student in dict.fromkeys(g.task for g in students):
+    members = [g for g in students if g.task == (data_name, student)]
+    used = {entry["name"] for g in members for entry in g.first["teachers"]}
     teachers = [
       g
       for g in groups
-      if g.is_teacher and g not in members and g.task[0] == task[0]
+      if g.is_teacher and g.task[0] == data_name and g.first["student"] in used
     ]
     networks = [g.first["student"] for g in teachers]
     lines = {}
-    for g, network in zip(teachers, networks, strict=True):
-      if network in names:
-        more = f", {g.label}" if networks.count(network) > 1 else ""
-        lines[f"teacher {network}{more}"] = [row["evals"] for row in g.rows]
-    lines.update({g.label: [row["evals"] for row in g.rows] for g in members})
-    made[f"{task[1]}, {task[0]}"] = lines
+    for g, network in zip(teachers, networks):
+      several = f", {g.label}" if networks.count(network) > 1 else ""
+      lines[f"teacher {network}{several}"] = [row["evals"] for row in g.rows]
+    lines |= {g.label: [row["evals"] for row in g.rows] for g in members}
+    made[f"{student}, {data_name}"] = lines
   return made
 
 
@@ -50,12 +53,12 @@ def analyse(
   groups: Sequence[runs.Group],
   data_dir: str | None = None,
 ) -> dict[tuple[str, str, str], analysis.Pair]:
-  """Compares students with the teacher that they, or others like them, had.
+  """Compares students with their teacher; those without one with every teacher.
 
   Args:
     folder: that the groups were collected from.
-    groups: of `group`.
-    data_dir: folder of the data set; None: the one that the runs had.
+    groups: of `runs.group`.
+    data_dir: folder of the data set; None: as the runs had it.
 
   Returns:
     (data, network, teacher) -> the comparison. Students of several teachers at
@@ -64,23 +67,29 @@ def analyse(
   Raises:
     ValueError: if no student has a teacher, or if a model or the data cannot be
       read.
-    ImportError: if a teacher takes PyTorch and there is none.
+    ImportError: if a teacher needs PyTorch and it is not installed.
   """
   students = [g for g in groups if not g.is_teacher]
   made = {}
   for task in dict.fromkeys(g.task for g in students):
     members = [g for g in students if g.task == task]
-    teachers: dict[str, dict[str, Any]] = {}
+    taught: dict[str, runs.Group] = {}
     for g in members:
-      if g.teacher and isinstance(g.first["teacher"], dict):
-        teachers.setdefault(runs._names(g.first, precise=True), g.first)
-    networks = [runs._names(row) for row in teachers.values()]
-    for row in teachers.values():
-      name = runs._names(row, precise=networks.count(runs._names(row)) > 1)
-      source = _test_set(row["config"]["data"], data_dir)
+      if len(g.first["teachers"]) == 1:
+        taught.setdefault(g.teacher_weights, g)
+    networks = [g.teacher for g in taught.values()]
+    for weights, g in taught.items():
+      name = weights if networks.count(g.teacher) > 1 else g.teacher
+      source = _test_set(g.first["config"]["data"], data_dir)
       made[*task, name] = analysis.compare(
-        analysis.open_teacher(folder / row["run"], row["teacher"], source),
-        _trials(folder, members, row),
+        analysis.open_teacher(
+          folder / g.first["run"], g.first["teachers"][0], source
+        ),
+        {
+          member.label: [folder / row["run"] for row in member.rows]
+          for member in members
+          if member.teacher_weights in ("", weights)
+        },
         source,
       )
   if not made:
@@ -91,16 +100,6 @@ def analyse(
   return made
 
 
-def _trials(folder, groups, taught):
-  """label -> the runs that had the teacher of a row, or none at all."""
-  ours = ("", runs._names(taught, precise=True))
-  return {
-    g.label: [folder / row["run"] for row in g.rows]
-    for g in groups
-    if runs._names(g.first, precise=True) in ours
-  }
-
-
 def _test_set(config, data_dir):
   options = {
     name: config[name] for name in (*card.DATA_OPTIONS, "on_bad_image")
@@ -109,44 +108,38 @@ def _test_set(config, data_dir):
   return data.load(config["name"], split="test", dir=folder, **options)
 
 
-def _tables(groups, pairs) -> list[tuple[str, html.Table, str]]:
+def _tables(groups, pairs) -> list[tuple[str, pd.DataFrame, str]]:
   """Title, table and note of each part of the report."""
-  made = [("Accuracy", tables._table(groups), tables._NOTE)]
-  if compared := tables._comparisons(groups):
-    table = html.Table(tables._COMPARED, compared, tables._COMPARED_RIGHT)
-    made.append(("Comparison", table, tables._COMPARED_NOTE))
-  if pairs:
-    table = html.Table(
-      tables._ANALYSED, tables._analysed(pairs), tables._ANALYSED_RIGHT
-    )
-    made.append(("Student and teacher", table, tables._ANALYSED_NOTE))
-  return made
+  made = [
+    ("Accuracy", tables.accuracy(groups), tables.ACCURACY_NOTE),
+    ("Comparison", tables.comparisons(groups), tables.COMPARISONS_NOTE),
+    ("Student and teacher", tables.analysed(pairs), tables.ANALYSIS_NOTE),
+  ]
+  return [part for part in made if len(part[1])]
 
 
 def text(
   groups: Sequence[runs.Group], pairs: tables.Pairs | None = None
 ) -> str:
-  """The whole report in Markdown: tables, and what they mean.
+  """The tables of the report and their notes in Markdown.
 
   Args:
-    groups: of `group`.
-    pairs: of `analyse`, if they are to be in it.
+    groups: of `runs.group`.
+    pairs: of `analyse`, to include the comparison with teachers.
   """
   return "\n".join(
-    f"{table.markdown()}\n{note}\n"
+    f"{tables.markdown(table)}\n{note}\n"
     for _, table, note in _tables(groups, pairs or {})
   )
 
 
-# File, title and note of each figure, and what draws it.
+# File, title and note of each figure, and its function.
 _CURVES: tuple[str, str, str, Callable] = (
   "curves",
   "Curves",
   "Mean over trials; the band is one sample standard deviation to each side.",
   figures.curves,
 )
-
-
 _ANALYSES: tuple[tuple[str, str, str, Callable], ...] = (
   (
     "agreement",
@@ -157,50 +150,78 @@ _ANALYSES: tuple[tuple[str, str, str, Callable], ...] = (
   (
     "correlations",
     "Correlation of logits: difference from the teacher",
-    "Of the first trial, for each two classes; dark is like the teacher.",
+    "The first trial, for each two classes; dark means like the teacher.",
     figures.correlations,
   ),
   (
     "features",
     "Features before the classifier (t-SNE)",
-    f"Of the first trial: the first {analysis.SHOWN_EACH} test images of each"
-    f" of the first {analysis.SHOWN_CLASSES} classes. Neighbours have similar"
+    f"The first trial: the first {analysis.SHOWN_EACH} test images of each of"
+    f" the first {analysis.SHOWN_CLASSES} classes. Neighbours have similar"
     " features; sizes of groups and distances between them mean little.",
     figures.embeddings,
   ),
 )
 
 
-def write(
-  folder: pathlib.Path, to: pathlib.Path, pairs: tables.Pairs | None = None
-) -> list[pathlib.Path]:
+def write_report(
+  folder: pathlib.Path,
+  to: pathlib.Path | None = None,
+  *,
+  analysed: bool = False,
+  data_dir: str | None = None,
+) -> tuple[str, list[pathlib.Path]]:
   """Writes the whole report of the finished runs at or below a folder.
 
   Args:
     folder: of a run or of many.
-    to: folder to write into; it is made.
-    pairs: of `analyse`, if they are to be in it.
+    to: folder to write into, made if need be; None: `folder`.
+    analysed: whether to compare students with their teachers, see `analyse`.
+    data_dir: folder of the data set for that; None: as the runs had it.
 
   Returns:
-    `table.md`, `table.csv`, `curves.png` and `curves.svg`, of pairs the same of
-    `agreement`, `correlations` and `features`, `report.html` and `hparams`
-    there.
+    The tables in Markdown, and the paths: `table.md`, `table.csv`, `curves`,
+    with an analysis `agreement`, `correlations` and `features` (all as .png
+    and .svg), `report.html` and the folder `hparams`.
 
   Raises:
-    ValueError: as `collect`.
+    ValueError: see `runs.collect` and `analyse`. Nothing is written then.
+    ImportError: see `analyse`.
   """
-  rows, pairs = runs.collect(folder), pairs or {}
+  rows, to = runs.collect(folder), to or folder
+  groups = runs.group(rows)
+  pairs = analyse(folder, groups, data_dir) if analysed else {}
+  return text(groups, pairs), write(rows, to, pairs)
+
+
+def write(
+  rows: Sequence[dict], to: pathlib.Path, pairs: tables.Pairs
+) -> list[pathlib.Path]:
+  """Writes the files of `write_report`.
+
+  Args:
+    rows: of `runs.collect`.
+    to: folder to write into, made if need be.
+    pairs: of `analyse`; empty to leave out the comparison with teachers.
+
+  Returns:
+    Their paths.
+
+  Raises:
+    ValueError: if the folder `hparams` holds other files.
+  """
   groups = runs.group(rows)
   to.mkdir(parents=True, exist_ok=True)
+  hparams.write(rows, to / "hparams")
   drafts: dict[pathlib.Path, pathlib.Path] = {}
 
   def draft(name):
-    # Several processes of a grid may write at once: each file is one's whole.
+    # Several processes may write at once: no file is of two of them.
     drafts[to / name] = storage.draft(to / name)
     return drafts[to / name]
 
   draft("table.md").write_text(text(groups, pairs), encoding="utf-8")
-  draft("table.csv").write_text(tables._csv(groups), encoding="utf-8")
+  tables.numbers(groups).to_csv(draft("table.csv"), index=False)
   sections = [html.Section(*part) for part in _tables(groups, pairs)]
   titled = {f"{n}, {d}, teacher {t}": p for (d, n, t), p in pairs.items()}
   for (name, title, note, draw), content in [
@@ -212,7 +233,6 @@ def write(
     svg = paths[1].read_text(encoding="utf-8")
     sections.append(html.Section(title, svg, note))
   draft("report.html").write_text(html.write(sections), encoding="utf-8")
-  hparams.write(rows, to / "hparams")
   for path, written in drafts.items():
     written.replace(path)
   return [*drafts, to / "hparams"]

@@ -1,32 +1,29 @@
-"""Collects runs and groups their trials."""
+"""Collects finished runs and groups their trials."""
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from kd_jax import storage
-from kd_jax.runs import identity, workdir
+from kd_jax.runs import identity
 
-# What a run writes line by line, and the same as `kd_jax.results` keeps it.
+# Metrics of a run, and the same as `gather` keeps them.
 METRICS = "metrics.jsonl"
-
-
 PACKED = "metrics.jsonl.gz"
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Trials: runs that differ in their seed alone.
+  """Trials: runs that differ only in their seed.
 
   Attributes:
     rows: of `collect`, by seed.
-    label: the method, its teacher if those of the task have several, and the
-      settings by which it differs from other groups of the same method. No
-      other group of the task has the same.
+    label: the method, and in brackets its teacher if the task has several and
+      the settings that vary between groups of the method. Unique in the task.
   """
 
   rows: list[dict[str, Any]]
@@ -39,17 +36,27 @@ class Group:
 
   @property
   def teacher(self) -> str:
-    """The teacher's network, or those of several; "" if there is none."""
-    return _names(self.first)
+    """Networks of the teachers; "" without a teacher."""
+    return " + ".join(entry["name"] for entry in self.first["teachers"])
+
+  @property
+  def teacher_weights(self) -> str:
+    """Networks of the teachers, each with its weights' fingerprint."""
+    return " + ".join(
+      f"{entry['name']} {entry['fingerprint']:08x}"
+      if entry.get("fingerprint") is not None
+      else entry["name"]
+      for entry in self.first["teachers"]
+    )
 
   @property
   def task(self) -> tuple[str, str]:
-    """Data set and student: what methods are compared on."""
+    """Data set and student; methods of one task are compared."""
     return self.first["config"]["data"]["name"], self.first["student"]
 
   @property
   def is_teacher(self) -> bool:
-    """Whether it was trained because others needed it."""
+    """Whether the runs were trained to teach others."""
     return "teachers" in pathlib.Path(self.first["run"]).parts
 
   def values(self, epoch: str, name: str) -> np.ndarray:
@@ -58,10 +65,9 @@ class Group:
 
 
 def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The finished runs at or below a folder: teachers first, then by age.
+  """Finished runs at or below a folder: teachers first, then by age.
 
-  What `kd_jax.results` has gathered is in the order of its names: files that
-  were committed are as old as their checkout.
+  Gathered runs are sorted by name: a checkout changes the age of its files.
   """
 
   def order(run):
@@ -72,37 +78,45 @@ def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted((p.parent for p in folder.rglob("result.json")), key=order)
 
 
+def metrics_file(run: pathlib.Path) -> pathlib.Path:
+  """The metrics of a run, packed if it has been gathered."""
+  packed = run / PACKED
+  return packed if packed.exists() else run / METRICS
+
+
 def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """One row for each finished run at or below a folder.
+  """Reads every finished run at or below a folder.
 
   Args:
     folder: of a run or of many.
 
   Returns:
-    The content of each `result.json`, with `run` (its path below `folder`),
-    `config` (the content of its `config.json`) and `evals` (its evaluations,
-    in order).
+    For each run the content of its `result.json`, with `run` (path below
+    `folder`), `config`, `teachers` (a list, empty without a teacher) and
+    `evals` (its evaluations, in order).
 
   Raises:
-    ValueError: if there is no finished run, or one without its config or its
+    ValueError: if there is no finished run, or one lacks its config or its
       metrics.
   """
   rows = []
   for run in find_runs(folder):
-    lines = run / (PACKED if (run / PACKED).exists() else METRICS)
+    lines = metrics_file(run)
     for path in (run / "config.json", lines):
       if not path.exists():
         raise ValueError(
           f"{run}: expected {path.name} beside result.json, found none. Copy it"
           " from the run, or remove this folder"
         )
-    config = storage.read_json(run / "config.json")
+    result = storage.read_json(run / "result.json")
     records = storage.read_metrics(lines)
+    teachers = result["teacher"] or []
     rows.append(
       {
         "run": str(run.relative_to(folder)),
-        **(workdir.result(run) or {}),
-        "config": config,
+        **result,
+        "teachers": [teachers] if isinstance(teachers, dict) else teachers,
+        "config": storage.read_json(run / "config.json"),
         "evals": [r for r in records if r["kind"] == "eval"],
       }
     )
@@ -115,9 +129,9 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def group(rows: Iterable[dict[str, Any]]) -> list[Group]:
-  """Puts trials together; a seed that was run twice counts once.
+  """Groups trials; a seed that was run twice counts once.
 
-  Trials of one line have had the same teacher's weights.
+  All trials of a group had teachers of the same weights.
 
   Args:
     rows: of `collect`.
@@ -127,10 +141,9 @@ def group(rows: Iterable[dict[str, Any]]) -> list[Group]:
   """
   found: dict[str, dict[int, dict[str, Any]]] = {}
   for row in rows:
-    same = {**identity.config_fingerprint(row["config"]), "seed": None}
-    key = json.dumps([same, _fingerprints(row)], sort_keys=True)
-    trials = found.setdefault(key, {})
-    trials.setdefault(row["seed"], row)
+    weights = [entry.get("fingerprint") for entry in row["teachers"]]
+    key = json.dumps([_settings(row), weights], sort_keys=True)
+    found.setdefault(key, {}).setdefault(row["seed"], row)
   groups = [
     Group([trials[seed] for seed in sorted(trials)])
     for trials in found.values()
@@ -140,52 +153,26 @@ def group(rows: Iterable[dict[str, Any]]) -> list[Group]:
   return [dataclasses.replace(g, label=_label(g, groups)) for g in groups]
 
 
-def _teachers(row):
-  """What a row says of its teachers: a list of dicts."""
-  teacher = row["teacher"] or []
-  return teacher if isinstance(teacher, list) else [teacher]
+def _settings(row):
+  settings = identity.config_fingerprint(row["config"])
+  return {name: value for name, value in settings.items() if name != "seed"}
 
 
-def _fingerprints(row):
-  """Those of its teachers' weights; None of one that was noted without."""
-  return [entry.get("fingerprint") for entry in _teachers(row)]
-
-
-def _names(row, *, precise=False):
-  """The networks of its teachers; if precise, with their fingerprints."""
-  return " + ".join(
-    f"{entry['name']} {entry['fingerprint']:08x}"
-    if precise and entry.get("fingerprint") is not None
-    else entry["name"]
-    for entry in _teachers(row)
-  )
-
-
-def _label(one, groups):
-  """The method, and what tells it from the task's other groups."""
-  settings = identity.config_fingerprint(one.first["config"])
-  differ: dict[str, str] = {}
-  taught = [g.first for g in groups if g.task == one.task and g.teacher]
-  if one.teacher and len({_names(row, precise=True) for row in taught}) > 1:
-    same = [row for row in taught if _names(row) == one.teacher]
-    precise = len({_names(row, precise=True) for row in same}) > 1
-    differ["teacher"] = f"teacher={_names(one.first, precise=precise)}"
-  for other in groups:
-    alike = (other.task, other.first["method"], other.teacher)
-    if alike != (one.task, one.first["method"], one.teacher):
-      continue
-    theirs = identity.config_fingerprint(other.first["config"])
-    for name in sorted(settings.keys() | theirs.keys()):
-      if name != "seed" and settings.get(name) != theirs.get(name):
-        short = name.removeprefix("distiller.")
-        differ[short] = f"{short}={settings.get(name)}"
-  method = one.first["method"]
-  return f"{method} ({', '.join(differ.values())})" if differ else method
-
-
-def mean_std(values: np.ndarray, digits: int) -> str:
-  """The mean of trials in words, ± their sample standard deviation."""
-  text = f"{values.mean():.{digits}f}"
-  if len(values) > 1:
-    text += f" ± {values.std(ddof=1):.{digits}f}"
-  return text
+def _label(one: Group, groups: Sequence[Group]) -> str:
+  method, differ = one.first["method"], []
+  members = [g for g in groups if g.task == one.task]
+  if one.teacher and len({g.teacher_weights for g in members if g.teacher}) > 1:
+    alike = {g.teacher_weights for g in members if g.teacher == one.teacher}
+    name = one.teacher_weights if len(alike) > 1 else one.teacher
+    differ.append(f"teacher={name}")
+  rivals = [
+    _settings(g.first)
+    for g in members
+    if (g.first["method"], g.teacher) == (method, one.teacher)
+  ]
+  mine = _settings(one.first)
+  for name in sorted(set().union(*rivals)):
+    if any(theirs.get(name) != mine.get(name) for theirs in rivals):
+      short = name.removeprefix("distiller.")
+      differ.append(f"{short}={mine.get(name)}")
+  return f"{method} ({', '.join(differ)})" if differ else method

@@ -1,33 +1,43 @@
 """Statistics over trials."""
 
-import dataclasses
-
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Welch:
-  """Welch's test of two means that need not have the same variance."""
-
-  t: float
-  degrees: float
-  p: float
+# Below this p, one mean counts as better than another.
+LEVEL = 0.05
 
 
-def welch(a: np.ndarray, b: np.ndarray) -> Welch | None:
-  """Welch's two-sided t-test (Biometrika, 1947) of two means.
+def mean_std(values: np.ndarray, digits: int) -> str:
+  """Mean ± sample standard deviation; one value stands alone."""
+  text = f"{values.mean():.{digits}f}"
+  if len(values) > 1:
+    text += f" ± {values.std(ddof=1):.{digits}f}"
+  return text
+
+
+def welch(a: np.ndarray, b: np.ndarray) -> dict[str, str]:
+  """Compares two means by Welch's two-sided t-test (Biometrika, 1947).
 
   Args:
-    a: [n] values.
+    a: [n] values, of the higher mean.
     b: [m] values.
 
   Returns:
-    t (above 0 if a's mean is higher), the degrees of freedom of Welch and
-    Satterthwaite, and p; None if a sample has one value, or neither varies.
+    Cells of a table: t, degrees of freedom, p and the verdict. Without a test
+    (one trial, no spread, a value that is not finite) numbers are "-".
   """
   from scipy import stats  # takes half a second
 
-  if min(len(a), len(b)) < 2 or not (np.ptp(a) or np.ptp(b)):
-    return None
+  numbers = dict.fromkeys(("t", "degrees of freedom", "p"), "-")
+  if not np.isfinite([*a, *b]).all():
+    return {**numbers, "verdict": "no test: not finite"}
+  if min(len(a), len(b)) < 2:
+    return {**numbers, "verdict": "no test: one trial"}
+  if not np.ptp(a) and not np.ptp(b):
+    return {**numbers, "verdict": "no test: no spread"}
   test = stats.ttest_ind(a, b, equal_var=False)
-  return Welch(float(test.statistic), float(test.df), float(test.pvalue))
+  return {
+    "t": f"{test.statistic:.2f}",
+    "degrees of freedom": f"{test.df:.1f}",
+    "p": f"{test.pvalue:.2g}",
+    "verdict": "better" if test.pvalue < LEVEL else "not told apart",
+  }

@@ -1,221 +1,185 @@
-"""Tables of runs as Markdown and CSV."""
+"""Tables of runs: data frames of numbers and of text, Markdown of them."""
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 
-from kd_jax.reporting import analysis, html, published, runs, statistics
+from kd_jax.reporting import analysis, published, runs, statistics
 
-# The p below which one mean is called better than another.
-_LEVEL = 0.05
+# Columns of words; all others hold numbers and are aligned right.
+_WORDS = {
+  *("run", "teacher", "network", "method", "hardware", "config"),
+  *("data", "best", "against", "verdict"),
+}
 
-
-_HEADER = (
-  *("run", "teacher", "network", "method", "n"),
-  *("top-1, last epoch", "top-1, best epoch", "published", "difference"),
-  *("cross-entropy, last epoch", "parameters", "seconds", "hardware"),
+ACCURACY_NOTE = (
+  "Mean ± sample standard deviation over n trials, which differ only in their"
+  " seed. Top-1 in percent of the test set; the best epoch (its number in"
+  " brackets) was chosen on the test set. A published value stands beside runs"
+  " of its recipe, which is named with it, and is compared with the epoch named"
+  " there. Cross-entropy in nats. Parameters of the network, + those that the"
+  " method adds during training. Seconds: mean time of a run."
+)
+COMPARISONS_NOTE = (
+  "The method of the highest top-1 after the last epoch against every other of"
+  " the same network. Welch's t-test, two-sided: better means p <"
+  f" {statistics.LEVEL}, not corrected for the number of comparisons."
+)
+ANALYSIS_NOTE = (
+  "Exported weights (the best epoch's) on the test set. Agreement: percentage"
+  " of images for which student and teacher predict the same class. Difference"
+  " of correlations: the logits of each two classes have a correlation over the"
+  " images; the absolute difference of student and teacher, mean over all"
+  " pairs. A student alone (none) is compared with the teacher of the others."
 )
 
 
-# Those that hold numbers.
-_RIGHT = {4, 5, 6, 7, 8, 9, 10, 11}
-
-
-_NOTE = (
-  "Mean ± sample standard deviation over n trials, which differ in their seed"
-  " alone. Top-1 in percent of the test set; the best epoch (its number in"
-  " brackets) was chosen on the test set. A published value is compared with"
-  " the epoch that is named with it. Cross-entropy in nats. Parameters of the"
-  " network, + those that the method adds while it trains. Seconds are the mean"
-  " of a run's."
-)
-
-
-def _cells(groups: Sequence[runs.Group]) -> list[list[str]]:
-  cells = []
-  for g in groups:
-    epochs = sorted({row["best"]["epoch"] for row in g.rows})
-    span = f"{epochs[0]}-{epochs[-1]}" if len(epochs) > 1 else f"{epochs[0]}"
-    extra = g.first["distiller_parameters"]
-    values = published.find(g.first["config"])
-    cells.append(
-      [
-        g.first["run"],
-        g.teacher or "-",
-        g.first["student"],
-        g.label,
-        str(len(g.rows)),
-        runs.mean_std(g.values("final", "top1"), 2),
-        f"{runs.mean_std(g.values('best', 'top1'), 2)} ({span})",
-        "; ".join(f"{v.top1:.2f} ({_words(v)})" for v in values) or "-",
-        "; ".join(f"{_difference(g, v):+.2f}" for v in values) or "-",
-        runs.mean_std(g.values("final", "ce"), 4),
-        f"{g.first['parameters']:,}" + (f" + {extra:,}" if extra else ""),
-        f"{np.mean([row['seconds'] for row in g.rows]):.1f}",
-        _hardware(g),
-      ]
-    )
-  return cells
-
-
-def _words(value):
-  return f"{value.source}, {'last' if value.epoch == 'final' else value.epoch}"
-
-
-def _difference(g, value):
-  return g.values(value.epoch, "top1").mean() - value.top1
-
-
-def _hardware(g):
-  return "; ".join(dict.fromkeys(row["hardware"] for row in g.rows))
-
-
-def table(rows: Iterable[dict[str, Any]]) -> str:
-  """The Markdown table of rows that `collect` made, a line for each group."""
-  return _table(runs.group(rows)).markdown()
-
-
-def _table(groups):
-  return html.Table(_HEADER, _cells(groups), _RIGHT)
-
-
-def table_of(groups: Sequence[runs.Group], columns: Sequence[str]) -> str:
-  """A Markdown table of some columns, without those that nothing is in.
+def numbers(groups: Sequence[runs.Group]) -> pd.DataFrame:
+  """Every number of the accuracy table, unrounded: a line for each group.
 
   Args:
-    groups: a line for each.
-    columns: of the full table's header, in the order to write them.
+    groups: of `runs.group`.
   """
-  cells = _cells(groups)
-  places = [
-    place
-    for place in map(_HEADER.index, columns)
-    if any(line[place] != "-" for line in cells)
-  ]
-  return html.Table(
-    [_HEADER[place] for place in places],
-    [[line[place] for place in places] for line in cells],
-    {i for i, place in enumerate(places) if place in _RIGHT},
-  ).markdown()
-
-
-_COMPARED = (
-  *("data", "network", "best", "against", "difference", "t"),
-  *("degrees of freedom", "p", "verdict"),
-)
-
-
-_COMPARED_RIGHT = {4, 5, 6, 7}
-
-
-_COMPARED_NOTE = (
-  "The method of the highest top-1 after the last epoch against every other of"
-  f" the same network: Welch's t-test, two-sided; better means p < {_LEVEL},"
-  " which is not corrected for the number of comparisons."
-)
-
-
-def _comparisons(groups: Sequence[runs.Group]) -> list[list[str]]:
-  students = [g for g in groups if not g.is_teacher]
-  lines = []
-  for task in dict.fromkeys(g.task for g in students):
-    rivals = [g for g in students if g.task == task]
-    best = max(rivals, key=lambda g: g.values("final", "top1").mean())
-    ours = best.values("final", "top1")
-    for other in rivals:
-      if other is best:
-        continue
-      theirs = other.values("final", "top1")
-      test, numbers = statistics.welch(ours, theirs), ["-"] * 3
-      if test is not None:
-        numbers = [f"{test.t:.2f}", f"{test.degrees:.1f}", f"{test.p:.2g}"]
-        verdict = "better" if test.p < _LEVEL else "not told apart"
-      elif min(len(ours), len(theirs)) < 2:
-        verdict = "no test: one trial"
-      else:
-        verdict = "no test: no spread"
-      lines.append(
-        [
-          *task,
-          best.label,
-          other.label,
-          f"{ours.mean() - theirs.mean():+.2f}",
-          *numbers,
-          verdict,
-        ]
-      )
-  return lines
-
-
-def _csv(groups: Sequence[runs.Group]) -> str:
   lines = []
   for g in groups:
-    line: dict[str, Any] = {
+    line = {
       "run": g.first["run"],
       "data": g.task[0],
       "teacher": g.teacher,
       "student": g.first["student"],
       "method": g.label,
       "n": len(g.rows),
-      "seeds": " ".join(str(row["seed"]) for row in g.rows),
+      "seeds": _join([row["seed"] for row in g.rows], " "),
     }
     for epoch, word in (("final", "last"), ("best", "best")):
       for name in ("top1", "top5", "ce"):
-        values = g.values(epoch, name)
-        line[f"{name}_{word}_mean"] = values.mean()
-        std = values.std(ddof=1) if len(values) > 1 else ""
-        line[f"{name}_{word}_std"] = std
-    line["best_epochs"] = " ".join(str(row["best"]["epoch"]) for row in g.rows)
+        values = pd.Series(g.values(epoch, name))
+        line[f"{name}_{word}_mean"] = values.mean(skipna=False)
+        line[f"{name}_{word}_std"] = values.std(skipna=False)
     found = published.find(g.first["config"])
-    line["published"] = "; ".join(f"{v.top1}" for v in found)
-    line["published_by"] = "; ".join(_words(v) for v in found)
-    line["difference"] = "; ".join(f"{_difference(g, v)}" for v in found)
-    line["parameters"] = g.first["parameters"]
-    line["distiller_parameters"] = g.first["distiller_parameters"]
-    line["seconds_mean"] = float(np.mean([row["seconds"] for row in g.rows]))
-    line["hardware"] = _hardware(g)
+    line |= {
+      "best_epochs": _join([row["best"]["epoch"] for row in g.rows], " "),
+      "published": _join(value.top1 for value in found),
+      "published_by": _join(value.name for value in found),
+      "difference": _join(_difference(g, value) for value in found),
+      "parameters": g.first["parameters"],
+      "distiller_parameters": g.first["distiller_parameters"],
+      "seconds_mean": np.mean([row["seconds"] for row in g.rows]),
+      "hardware": _join(dict.fromkeys(row["hardware"] for row in g.rows)),
+    }
     lines.append(line)
-  file = io.StringIO()
-  writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(lines)
-  return file.getvalue()
+  return pd.DataFrame(lines)
 
 
+def accuracy(groups: Sequence[runs.Group]) -> pd.DataFrame:
+  """The accuracy table, as text: a line for each group.
+
+  Args:
+    groups: of `runs.group`.
+  """
+  lines = []
+  for g in groups:
+    epochs = sorted({row["best"]["epoch"] for row in g.rows})
+    extra = g.first["distiller_parameters"]
+    found = published.find(g.first["config"])
+    best = statistics.mean_std(g.values("best", "top1"), 2)
+    lines.append(
+      {
+        "run": g.first["run"],
+        "teacher": g.teacher or "-",
+        "network": g.first["student"],
+        "method": g.label,
+        "n": str(len(g.rows)),
+        "top-1, last epoch": statistics.mean_std(g.values("final", "top1"), 2),
+        "top-1, best epoch": f"{best} ({_join(_ends(epochs), '-')})",
+        "published": _join(f"{v.top1:.2f} ({v.name})" for v in found) or "-",
+        "difference": _join(f"{_difference(g, v):+.2f}" for v in found) or "-",
+        "cross-entropy, last epoch": statistics.mean_std(
+          g.values("final", "ce"), 4
+        ),
+        "parameters": f"{g.first['parameters']:,}"
+        + (f" + {extra:,}" if extra else ""),
+        "seconds": f"{np.mean([row['seconds'] for row in g.rows]):.1f}",
+        "hardware": _join(dict.fromkeys(row["hardware"] for row in g.rows)),
+      }
+    )
+  return pd.DataFrame(lines)
+
+
+def _join(parts, between="; "):
+  return between.join(str(part) for part in parts)
+
+
+def _ends(values):
+  return dict.fromkeys((values[0], values[-1]))
+
+
+def _difference(g, value):
+  return g.values(value.epoch, "top1").mean() - value.top1
+
+
+def comparisons(groups: Sequence[runs.Group]) -> pd.DataFrame:
+  """The best method of each task against every other one, as text.
+
+  Args:
+    groups: of `runs.group`; teachers are left out.
+  """
+  students = [g for g in groups if not g.is_teacher]
+  lines = []
+  for task in dict.fromkeys(g.task for g in students):
+    top1 = {
+      g.label: g.values("final", "top1") for g in students if g.task == task
+    }
+    means = pd.Series({label: x.mean() for label, x in top1.items()})
+    best = means.fillna(-np.inf).idxmax()
+    for label in means.index.drop(best):
+      lines.append(
+        {
+          "data": task[0],
+          "network": task[1],
+          "best": best,
+          "against": label,
+          "difference": f"{means[best] - means[label]:+.2f}",
+          **statistics.welch(top1[best], top1[label]),
+        }
+      )
+  return pd.DataFrame(lines)
+
+
+# (data, network, teacher) -> the students and their teacher.
 Pairs = Mapping[tuple[str, str, str], analysis.Pair]
 
 
-_ANALYSED = (
-  *("data", "network", "teacher", "method", "n", "agreement"),
-  "difference of correlations",
-)
+def analysed(pairs: Pairs) -> pd.DataFrame:
+  """Students beside their teachers, as text.
 
-
-_ANALYSED_RIGHT = {4, 5, 6}
-
-
-_ANALYSED_NOTE = (
-  "Of the weights that a run exports, those of its best epoch, on the test set."
-  " Agreement: the share of images, in percent, for which student and teacher"
-  " name the same class. Difference of correlations: each two classes' logits"
-  " have a correlation over the images; the student's less the teacher's, its"
-  " absolute value, mean over all pairs. A student alone (none) is compared"
-  " with the teacher of the others."
-)
-
-
-def _analysed(pairs: Pairs) -> list[list[str]]:
-  return [
-    [
-      *task,
-      label,
-      str(len(student.agreement)),
-      runs.mean_std(student.agreement, 2),
-      runs.mean_std(student.distances, 4),
-    ]
+  Args:
+    pairs: of `report.analyse`.
+  """
+  return pd.DataFrame(
+    {
+      **dict(zip(("data", "network", "teacher"), task)),
+      "method": label,
+      "n": str(len(student.agreement)),
+      "agreement": statistics.mean_std(student.agreement, 2),
+      "difference of correlations": statistics.mean_std(student.distances, 4),
+    }
     for task, pair in pairs.items()
     for label, student in pair.students.items()
-  ]
+  )
+
+
+def alignments(table: pd.DataFrame) -> list[str]:
+  """ "left" or "right" for each column."""
+  return ["left" if name in _WORDS else "right" for name in table.columns]
+
+
+def markdown(table: pd.DataFrame) -> str:
+  """A table of text in Markdown."""
+  return (
+    table.to_markdown(
+      index=False, colalign=alignments(table), disable_numparse=True
+    )
+    + "\n"
+  )

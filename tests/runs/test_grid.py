@@ -254,6 +254,6 @@ def test_a_killed_grid_ends_as_one_that_was_not(tmp_path, repo):
   for name in ("whole", "killed"):
     rows = runs.collect(tmp_path / name)
     text = (tmp_path / name / "table.md").read_text()
-    assert text.startswith(tables.table(rows))
+    assert text.startswith(tables.markdown(tables.accuracy(runs.group(rows))))
     found.append({row["run"]: row["evals"] for row in rows})
   assert found[0] == found[1] and len(found[0]) == 5
