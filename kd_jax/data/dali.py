@@ -221,7 +221,7 @@ class DaliPipeline(Pipeline):
       process_index * pipelines, (process_index + 1) * pipelines
     )
     self._num_shards = process_count * pipelines
-    self._join = jax.jit(_join, out_shardings=self._sharding)
+    self._join = jax.jit(join, out_shardings=self._sharding)
     # Where DALI's passes over the data began, and DALI's own checkpoints of
     # `step`; none: the beginning of the first pass.
     self._first_step = 0
@@ -349,7 +349,7 @@ class DaliPipeline(Pipeline):
     self._iterator = None
 
 
-def _join(
+def join(
   images: list[jax.Array], index: list[jax.Array], labels: jax.Array
 ) -> dict[str, jax.Array]:
   """Stacks the batches that GPUs decoded, without leaving them."""

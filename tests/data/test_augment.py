@@ -138,8 +138,8 @@ def test_wrong_shapes_are_refused():
 
 
 def _mix(seed, images, **alphas):
-  mixed, share = augment.mix(jax.random.key(seed), images, **alphas)
-  return np.asarray(mixed), float(share)
+  mixed, lam = augment.mix(jax.random.key(seed), images, **alphas)
+  return np.asarray(mixed), float(lam)
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +149,14 @@ def floats():
 
 
 def test_mixup_blends_neighbours(floats):
-  shares = set()
+  lams = set()
   for seed in range(5):
-    mixed, share = _mix(seed, floats, mixup=0.4, cutmix=0.0)
+    mixed, lam = _mix(seed, floats, mixup=0.4, cutmix=0.0)
     other = np.asarray(floats)[[1, 0, 3, 2, 5, 4]]
-    expected = share * np.asarray(floats) + (1 - share) * other
+    expected = lam * np.asarray(floats) + (1 - lam) * other
     np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
-    shares.add(share)
-  assert len(shares) == 5 and all(0 <= s <= 1 for s in shares)
+    lams.add(lam)
+  assert len(lams) == 5 and all(0 <= s <= 1 for s in lams)
 
 
 def test_cutmix_replaces_a_box_of_the_neighbours(floats):
@@ -164,7 +164,7 @@ def test_cutmix_replaces_a_box_of_the_neighbours(floats):
   other = ours[[1, 0, 3, 2, 5, 4]]
   seen = []
   for seed in range(20):
-    mixed, share = _mix(seed, floats, mixup=0.0, cutmix=1.0)
+    mixed, lam = _mix(seed, floats, mixup=0.0, cutmix=1.0)
     cut = (mixed == other).all(-1)
     assert np.array_equal(mixed[~cut], ours[~cut])
     assert (cut == cut[0]).all()  # one box for the batch
@@ -172,8 +172,8 @@ def test_cutmix_replaces_a_box_of_the_neighbours(floats):
     assert np.array_equal(cut[0], rows[:, None] & columns)  # a box
     for inside in (rows, columns):
       assert np.abs(np.diff(inside.astype(int))).sum() <= 2  # in one piece
-    assert share == pytest.approx(1 - cut[0].mean(), abs=1e-6)
-    seen.append(share)
+    assert lam == pytest.approx(1 - cut[0].mean(), abs=1e-6)
+    seen.append(lam)
   assert min(seen) < 0.5 < max(seen)
 
 

@@ -42,11 +42,8 @@ def test_lossless_formats_arrive_unchanged(format):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("progressive", [False, True])
-def test_jpegs_of_every_colour_space(mode, progressive):
-  content = encode(
-    picture(), "JPEG", mode, quality=95, subsampling=0, progressive=progressive
-  )
+def test_jpegs_of_every_colour_space(mode):
+  content = encode(picture(), "JPEG", mode, quality=95, subsampling=0)
   expected = np.asarray(Image.fromarray(picture()).convert(mode).convert("RGB"))
   close(images.decode(content, "x.JPEG"), expected, 2)
 
@@ -54,61 +51,26 @@ def test_jpegs_of_every_colour_space(mode, progressive):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
 def test_every_mode_becomes_rgb(mode):
   grey = np.array([[0, 255], [255, 0]], np.uint8)
-  image = Image.fromarray(grey).convert("RGB").convert(mode)
-  file = io.BytesIO()
-  image.save(file, "PNG")
+  rgb = np.repeat(grey[..., None], 3, 2)
   np.testing.assert_array_equal(
-    images.decode(file.getvalue(), "x"), np.repeat(grey[..., None], 3, 2)
+    images.decode(encode(rgb, "PNG", mode), "x"), rgb
   )
 
 
-def test_an_alpha_channel_is_dropped():
+def test_transparency_is_dropped():
   content = encode(np.full((2, 2, 4), [10, 20, 30, 0], np.uint8), "PNG")
   assert images.decode(content, "x")[1, 1].tolist() == [10, 20, 30]
-
-
-def test_a_palette_with_transparent_colours_keeps_them():
-  image = Image.fromarray(np.zeros((2, 2), np.uint8), "L").convert("P")
-  image.putpalette([10, 20, 30, 40, 50, 60])
+  palette = Image.fromarray(np.zeros((2, 2), np.uint8), "L").convert("P")
+  palette.putpalette([10, 20, 30, 40, 50, 60])
   file = io.BytesIO()
-  image.save(file, "PNG", transparency=b"\x80\x00")
-  got = images.decode(file.getvalue(), "x")
-  assert got[0, 0].tolist() == [10, 20, 30]
+  palette.save(file, "PNG", transparency=b"\x80\x00")
+  assert images.decode(file.getvalue(), "x")[0, 0].tolist() == [10, 20, 30]
 
 
 def test_16_bit_grey_is_rounded_to_8():
   shades = np.array([[0, 128, 129, 64 * 257, 128 * 257 + 128, 65535]], "u2")
   got = images.decode(encode(shades, "PNG"), "x")
   assert got[0, :, 2].tolist() == [0, 0, 1, 64, 128, 255]
-
-
-def png16(rgb):
-  """A 16-bit colour PNG, which Pillow reads but does not write."""
-  import struct
-  import zlib
-
-  def chunk(name, content):
-    body = name + content
-    return (
-      struct.pack(">I", len(content))
-      + body
-      + struct.pack(">I", zlib.crc32(body))
-    )
-
-  height, width, _ = rgb.shape
-  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rgb)
-  header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n"
-    + chunk(b"IHDR", header)
-    + chunk(b"IDAT", zlib.compress(rows))
-    + chunk(b"IEND", b"")
-  )
-
-
-def test_16_bit_colour_keeps_its_shades():
-  got = images.decode(png16(picture().astype(np.uint16) * 257), "x")
-  np.testing.assert_array_equal(got, picture())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -145,44 +107,26 @@ def test_photographs_are_turned_upright(orientation):
     close(crop, images.random_resized_crop(upright, rng, size=12), 3)
 
 
-@pytest.mark.parametrize("value", [0, 9, 77])
-def test_an_unknown_orientation_is_upright(value):
-  exif = Image.Exif()
-  exif[0x0112] = value
-  content = encode(picture(), "PNG", exif=exif)
-  np.testing.assert_array_equal(images.decode(content, "x"), picture())
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_data_do_not_matter():
-  content = encode(
-    picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=95
-  )
-  close(images.decode(content, "x"), picture(), 4)
+  unknown = Image.Exif()
+  unknown[0x0112] = 9
+  for exif in (unknown, b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0bad"):
+    content = encode(picture(), "JPEG", exif=exif, quality=95)
+    close(images.decode(content, "x"), picture(), 4)
+    rng = np.random.default_rng(0)
+    crop = images.load_random_resized_crop(content, "x", rng, size=12)
+    assert crop.shape == (12, 12, 3)
 
 
 def bad_files():
   jpeg = encode(picture(), "JPEG", quality=95)
-  progressive = encode(picture(), "JPEG", quality=95, progressive=True)
   png = encode(picture(), "PNG")
   yield "empty", b"", "it is empty: 0 bytes"
   yield "text", b"not an image", r"of no known format; known: .*JPEG"
-  yield "zeros", bytes(5000), "of no known format"
-  for share in (0.02, 0.3, 0.7, 0.9):
-    for name, whole in (
-      ("JPEG", jpeg),
-      ("progressive JPEG", progressive),
-      ("PNG", png),
-    ):
-      cut = whole[: int(len(whole) * share)]
-      yield f"{name} cut to {share}", cut, ""
-      if share > 0.1:
-        # As a download that reserved its space before it was stopped.
-        padded = cut + bytes(len(whole) - len(cut))
-        yield f"{name} zero from {share}", padded, ""
-  yield "JPEG without its end", jpeg[:-2], ""
-  padded = jpeg[:-30] + bytes(500)
-  yield "JPEG in reserved space", padded, "cut short: the last scan has no end"
+  for share in (0.02, 0.5, 0.9):
+    for name, whole in (("JPEG", jpeg), ("PNG", png)):
+      yield f"{name} cut to {share}", whole[: int(len(whole) * share)], ""
   flipped = bytearray(png)
   flipped[png.index(b"IDAT") + 20] ^= 255
   yield "PNG with a flipped byte", bytes(flipped), ""
@@ -208,47 +152,6 @@ def test_what_cannot_be_decoded_is_named(content, words):
     images.load_random_resized_crop(
       content, "the/file.JPEG", np.random.default_rng(0), size=8
     )
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize(
-  "behind",
-  [
-    bytes(900) + b"trailer",
-    b"\xff\xda",  # a film may hold any bytes
-    b"\xff\xd9\xff\xd8\xff\xda\xff",
-    b"\xff\xda\xff\xd9\xff\xda\0",
-    # The beginning of another picture.
-    encode(picture(), "JPEG")[:700],
-  ],
-)
-def test_what_follows_a_pictures_end_does_not_matter(behind, progressive):
-  content = encode(
-    picture(), "JPEG", quality=95, progressive=progressive, comment=b"\xff\xda"
-  )
-  np.testing.assert_array_equal(
-    images.decode(content + behind, "x"), images.decode(content, "x")
-  )
-
-
-def with_thumbnail(jpeg):
-  """A picture with a smaller one, whole, in a segment before its scans."""
-  small = encode(picture(12, 16), "JPEG")
-  segment = b"\xff\xe2" + (len(small) + 2).to_bytes(2, "big") + small
-  return jpeg[:2] + segment + jpeg[2:]
-
-
-@pytest.mark.parametrize("progressive", [False, True])
-def test_the_end_of_a_thumbnail_is_not_the_pictures(progressive):
-  plain = encode(picture(), "JPEG", quality=95, progressive=progressive)
-  content = with_thumbnail(plain)
-  np.testing.assert_array_equal(
-    images.decode(content, "x"), images.decode(plain, "x")
-  )
-  # In reserved space, as a download leaves it; or another picture follows.
-  for behind in (bytes(5000), plain):
-    with pytest.raises(images.BadImageError, match=r"no end|truncated|broken"):
-      images.decode(content[:-30] + behind, "x")
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -293,41 +196,28 @@ def reference_crop(image, size, resize):
   return whole[top : top + size, left : left + size]
 
 
+# The last two are enlarged.
 SHAPES = [
   (48, 64),
-  (64, 48),
   (33, 33),
   (375, 500),
   (101, 67),
   (20, 300),
-  (300, 20),
-  (9, 9),  # enlarged
+  (9, 9),
   (5, 400),
 ]
 
 
-@pytest.mark.parametrize(("size", "resize"), [(24, 27), (32, 37), (32, 32)])
+@pytest.mark.parametrize(("size", "resize"), [(24, 27), (32, 32)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_evaluation_crop_is_that_of_float64(shape, size, resize):
-  rng = np.random.default_rng(0)
-  noise = rng.integers(0, 256, (*shape, 3), np.uint8)
+  noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
   for image in (picture(*shape), noise):
     got = images.evaluate_crop(image, size=size, resize=resize)
     assert got.shape == (size, size, 3) and got.dtype == np.uint8
     expected = reference_crop(image, size, resize)
     # Pillow rounds twice, to 8 bits.
     assert np.abs(got - expected).max() <= 1.001
-
-
-def test_the_evaluation_crop_of_its_own_size_is_the_image():
-  image = picture(32, 32)
-  got = images.evaluate_crop(image, size=32, resize=32)
-  np.testing.assert_array_equal(got, image)
-  cut = images.evaluate_crop(Image.fromarray(image), size=24, resize=32)
-  np.testing.assert_array_equal(cut, image[4:28, 4:28])
-
-
-def test_the_evaluation_crop_must_fit():
   with pytest.raises(ValueError, match=r"at least the 32 pixels .*, got 31"):
     images.evaluate_crop(picture(), size=32, resize=31)
 
@@ -367,11 +257,10 @@ def test_what_does_not_fit_is_cut_from_the_centre(width, height, box):
 
 
 def test_the_boxs_settings_are_obeyed():
-  rng = np.random.default_rng(0)
-  for _ in range(200):
-    left, top, right, bottom = images.crop_box(
-      400, 400, rng, area=(0.25, 0.25), aspect=(1, 1)
-    )
+  settings = {"area": (0.25, 0.25), "aspect": (1, 1)}
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    left, top, right, bottom = images.crop_box(400, 400, rng, **settings)
     assert (right - left, bottom - top) == (200, 200)
 
 
@@ -403,20 +292,11 @@ def test_large_jpegs_are_decoded_smaller_without_a_visible_change(monkeypatch):
     return real(image, box)
 
   monkeypatch.setattr(Image.Image, "crop", cut)
+  settings = {"size": 24, "area": (0.5, 1.0)}
   for seed in range(4):
-    settings = {"size": 24, "area": (0.5, 1.0)}
-    got, expected = (
-      crop(np.random.default_rng(seed), **settings)
-      for crop in (
-        lambda rng, **s: images.load_random_resized_crop(
-          content, "x", rng, **s
-        ),
-        lambda rng, **s: images.random_resized_crop(
-          images.load(content, "x"), rng, **s
-        ),
-      )
-    )
-    close(got, expected, 1)
-  assert decoded[::2] != decoded[1::2]
+    first, second = (np.random.default_rng(seed) for _ in range(2))
+    got = images.load_random_resized_crop(content, "x", first, **settings)
+    whole = images.load(content, "x")
+    close(got, images.random_resized_crop(whole, second, **settings), 1)
   assert set(decoded[1::2]) == {(640, 480)}
   assert max(decoded[::2]) < (320, 240)
