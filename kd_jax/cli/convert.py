@@ -1,15 +1,14 @@
-"""Makes weights of other toolboxes this package's own, and back.
+"""Converts weights from other toolboxes, and to them.
 
-    python -m kd_jax convert --from weights.pth --model resnet32x4 --to DIR
+    python -m kd_jax convert --from weights.pth --to DIR
 
-writes an export, which evaluates, predicts and teaches like any other; a
-`--to` that ends in .pth, .safetensors or .npz gets state dicts under the
-reference toolboxes' names instead, and one in .stablehlo a program; see
-`kd_jax.export`. `--from` may be an export or a finished run as well. A student
-of SimKD's own training loop comes without its teacher's classifier:
+writes an export, which evaluates, predicts and teaches like any other. The
+ending of --to names other forms, see `kd_jax.interop.formats.save`. --from may
+be an export or a finished run as well. A student of SimKD's own training loop
+comes without its teacher's classifier:
 
-    python -m kd_jax convert --simkd_student student.pth --model resnet8x4 \\
-        --teacher teacher.pth --teacher_model resnet32x4 --to DIR
+    python -m kd_jax convert --simkd_student student.pth \\
+        --teacher teacher.pth --to DIR
 
 makes one model of both files.
 """
@@ -17,25 +16,12 @@ makes one model of both files.
 import argparse
 import pathlib
 
+from kd_jax.cli import arguments
 from kd_jax.interop import conversion, opening
-from kd_jax.runs import logs
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-  """Adds --model and --model_name, which say what to open."""
-  parser.add_argument(
-    "--model",
-    required=True,
-    type=pathlib.Path,
-    help="an export, a finished run's workdir, or a file of weights",
-  )
-  parser.add_argument(
-    "--model_name", help="of a file of weights (default: the one that fits)"
-  )
 
 
 def main() -> None:
-  """The command line."""
+  """Run the command line."""
   parser = argparse.ArgumentParser(
     prog="kd_jax convert",
     description="Converts weights from other toolboxes, and to them.",
@@ -52,26 +38,13 @@ def main() -> None:
     type=pathlib.Path,
     help="student file of SimKD's training loop (needs --teacher)",
   )
+  arguments.add_target_argument(parser)
+  arguments.add_origin_arguments(parser)
   parser.add_argument(
-    "--to",
-    required=True,
-    type=pathlib.Path,
-    help="folder for an export, or new file: .pth, .safetensors, .npz (state"
-    " dicts) or .stablehlo (a program)",
-  )
-  parser.add_argument(
-    "--model", help="name of the network (default: the one that fits)"
+    "--model_name", help="name of the network (default: the one that fits)"
   )
   parser.add_argument(
     "--num_classes", type=int, help="its classes (default: as the file has)"
-  )
-  parser.add_argument(
-    "--data",
-    help="what it was trained on: cifar10, cifar100, imagenet, ... (default:"
-    " as its classes suggest)",
-  )
-  parser.add_argument(
-    "--image_size", type=int, help="pixels (default: those of the data)"
   )
   parser.add_argument(
     "--teacher",
@@ -79,40 +52,37 @@ def main() -> None:
     help="of the SimKD student: file of weights, export or run",
   )
   parser.add_argument(
-    "--teacher_model", help="its name (default: the one that fits)"
+    "--teacher_name", help="name of its network (default: the one that fits)"
   )
   parser.add_argument(
-    "--factor", type=int, help="of the projector (default: as it has)"
+    "--factor", type=int, help="of the projector (default: as the file has)"
   )
   args = parser.parse_args()
-  logs.configure_logging()
+  if args.source is None and args.teacher is None:
+    parser.error(
+      "--simkd_student needs --teacher: the student predicts with its"
+      " classifier"
+    )
+  for name in ("teacher", "teacher_name", "factor"):
+    if args.source is not None and getattr(args, name) is not None:
+      parser.error(f"--{name} goes with --simkd_student, not --from")
   options = {
     "num_classes": args.num_classes,
     "origin": opening.Origin(args.data, args.image_size),
   }
-  try:
+  with arguments.exit_on_error(parser):
     if args.source is not None:
-      for name in ("teacher", "teacher_model", "factor"):
-        if getattr(args, name) is not None:
-          raise ValueError(f"--{name} goes with --simkd_student, not --from")
       words = conversion.convert(
-        args.source, args.to, model_name=args.model, **options
+        args.source, args.to, model_name=args.model_name, **options
       )
     else:
-      if args.teacher is None:
-        raise ValueError(
-          "--simkd_student needs --teacher: through its classifier the student"
-          " predicts"
-        )
       words = conversion.convert_simkd(
         args.simkd_student,
         args.teacher,
         args.to,
-        student_model=args.model,
-        teacher_model=args.teacher_model,
+        model_name=args.model_name,
+        teacher_name=args.teacher_name,
         factor=args.factor,
         **options,
       )
-  except (ValueError, ImportError) as error:
-    parser.exit(2, f"{error}\n")
   print(f"{args.to}: {words}")

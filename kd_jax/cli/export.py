@@ -1,28 +1,21 @@
-"""Students that stand alone, in the forms that other tools read.
+"""Writes a student as a model that stands alone.
 
     python -m kd_jax export --workdir RUN --to DIR
     python -m kd_jax export --model DIR --to student.stablehlo --fold_batch_norm
 
-A folder holds `checkpoint/` (a nested dict of arrays, `params` and
-`batch_stats`, which plain Orbax restores) and `model.json`, its card
-(architecture, classes, normalisation, accuracy). A SimKD student's arrays are
-those of its network, of its projector and of its teacher's classifier: it
-needs no other file.
-
-A --to that ends in .pth, .safetensors or .npz gets state dicts under the
-reference toolboxes' names; one that ends in .stablehlo a program that any JAX
-runs, with the weights inside or beside.
+The ending of --to names the form, see `kd_jax.interop.formats.save`.
 """
 
 import argparse
 import pathlib
 
+from kd_jax.cli import arguments
 from kd_jax.interop import formats, store
-from kd_jax.runs import finished, logs
+from kd_jax.runs import finished
 
 
 def main() -> None:
-  """The command line."""
+  """Run the command line."""
   parser = argparse.ArgumentParser(
     prog="kd_jax export",
     description="Writes a student as a model that stands alone.",
@@ -30,13 +23,7 @@ def main() -> None:
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
   source.add_argument("--model", help="an export, or a finished run's workdir")
-  parser.add_argument(
-    "--to",
-    required=True,
-    type=pathlib.Path,
-    help="folder to write, or new file: .pth, .safetensors, .npz (state dicts)"
-    " or .stablehlo (a program)",
-  )
+  arguments.add_target_argument(parser)
   parser.add_argument(
     "--weights",
     choices=("best", "last"),
@@ -52,16 +39,16 @@ def main() -> None:
   parser.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),
-    help="of the arithmetic and of the kernels (default: as it was trained)",
+    help="of the arithmetic and the kernels (default: as it was trained)",
   )
   parser.add_argument(
     "--weights_beside",
     action="store_true",
-    help="of a .stablehlo program: weights in a .safetensors file beside it",
+    help="put the weights of a .stablehlo program into a .safetensors file"
+    " beside it",
   )
   args = parser.parse_args()
-  logs.configure_logging()
-  try:
+  with arguments.exit_on_error(parser):
     model = (
       store.load(args.model)
       if args.workdir is None
@@ -71,6 +58,4 @@ def main() -> None:
       model, fold_batch_norm=args.fold_batch_norm, dtype=args.dtype
     )
     words = formats.save(model, args.to, weights_inside=not args.weights_beside)
-  except (ValueError, ImportError) as error:
-    parser.exit(2, f"{error}\n")
   print(f"{args.to}: {words}")

@@ -78,6 +78,7 @@ class Constants:
     image_shape: (height, width, channels) as networks take them.
     mean: per channel, of x / 255; see `Source`.
     std: per channel, of x / 255.
+    resize: of image files, see `EncodedSource`.
   """
 
   num_classes: int
@@ -85,6 +86,7 @@ class Constants:
   image_shape: tuple[int, int, int]
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  resize: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

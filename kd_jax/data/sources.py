@@ -127,7 +127,8 @@ def constants(name: str) -> Constants:
     count, size = _IMAGENET[name]
     classes = tuple(map(str, range(count)))
     shape = (size, size, 3)
-    return Constants(count, classes, shape, IMAGENET_MEAN, IMAGENET_STD)
+    resize = size if name == "tiny-imagenet" else round(size * 256 / 224)
+    return Constants(count, classes, shape, IMAGENET_MEAN, IMAGENET_STD, resize)
   if name.removeprefix("tfds:") in cifar.LAYOUTS:
     return cifar.constants(name.removeprefix("tfds:"))
   if name == "folder":

@@ -22,6 +22,7 @@ def make(
   std: Sequence[float],
   trained_on: str,
   data_options: Mapping[str, Any],
+  resize: int | None = None,
   dtype: str = "float32",
   head: Mapping[str, Any] | None = None,
   method: str = "none",
@@ -39,6 +40,8 @@ def make(
     trained_on: name of the data set.
     data_options: what `data.load` was given besides the name; see
       `DATA_OPTIONS`.
+    resize: pixels of the shorter side before the centre crop of evaluation;
+      None: data without image files, whose images are not cropped.
     dtype: of the arithmetic.
     head: the reused classifier, see `reused_head`; None: the network's own.
     method: that trained it.
@@ -63,6 +66,7 @@ def make(
     },
     "trained_on": trained_on,
     "data_options": dict(data_options),
+    "resize": resize,
     "method": method,
     "test": dict(test or {}),
   }

@@ -1,4 +1,4 @@
-"""Converts foreign weights, and SimKD students, to exports."""
+"""Conversion of foreign weights, and of SimKD students, to any form."""
 
 import pathlib
 from collections.abc import Mapping
@@ -19,39 +19,43 @@ def convert(
   num_classes: int | None = None,
   origin: opening.Origin = opening.UNKNOWN,
 ) -> str:
-  """Converts one model.
+  """Convert one model.
 
   Args:
-    source: see `open_model`.
-    to: see `export.save`.
-    model_name: see `open_model`.
-    num_classes: see `open_model`.
-    origin: see `open_model`.
+    source: see `opening.open_model`.
+    to: see `formats.save`.
+    model_name: see `opening.open_model`.
+    num_classes: see `opening.open_model`.
+    origin: see `opening.open_model`.
 
   Returns:
-    What was written, in words.
+    A description of what was written.
 
   Raises:
     ValueError: if the source cannot be read or does not fit, if the target is
-      taken, or if the data has to be named. Nothing is written then.
-    ImportError: if it takes PyTorch and there is none.
+      taken, or if the data must be named. Nothing is written then.
+    ImportError: if it needs PyTorch, which is missing.
   """
-  if to.suffix.lower() in files.SUFFIXES:
-    files.check_new(to)
-    if origin == opening.UNKNOWN and files.is_weights_file(source):
-      weights = files.read(source)
-      if weights.card is None:  # nor will there be one: no data to be named
-        name, classes, variables = opening._network(
-          source, weights, model_name, num_classes
-        )
-        files.write(to, {"model": pytorch.to_state_dict(name, variables)})
-        return f"{name}, {classes} classes, a state dict"
+  formats.check_target(to)
+  to_state_dict = to.suffix.lower() in files.WRITABLE
+  is_unknown = origin == opening.UNKNOWN and files.is_weights_file(source)
+  if to_state_dict and is_unknown:
+    weights = files.read(source)
+    if weights.card is None:  # nor will the new file have one
+      name, classes, variables = opening.read_network(
+        source, weights, model_name, num_classes
+      )
+      files.write(to, {"model": pytorch.to_state_dict(name, variables)})
+      return f"{name}, {classes} classes, a state dict"
   model = opening.open_model(
     source, model_name=model_name, num_classes=num_classes, origin=origin
   )
-  return f"{formats.save(model, to)}, for images like those of" + (
-    f" {model.card['trained_on']}"
-  )
+  return _save(model, to)
+
+
+def _save(model: Model, to: pathlib.Path) -> str:
+  words = formats.save(model, to)
+  return f"{words}, for images like those of {model.card['trained_on']}"
 
 
 def convert_simkd(
@@ -59,52 +63,50 @@ def convert_simkd(
   teacher: pathlib.Path,
   to: pathlib.Path,
   *,
-  student_model: str | None = None,
-  teacher_model: str | None = None,
+  model_name: str | None = None,
+  teacher_name: str | None = None,
   num_classes: int | None = None,
   factor: int | None = None,
   origin: opening.Origin = opening.UNKNOWN,
 ) -> str:
-  """Makes one model of a student of SimKD's training loop and its teacher.
+  """Make one model of a student of SimKD's training loop and its teacher.
 
   That loop saves the student's network (`model`) and projector (`proj`), but
-  not the teacher's classifier, through which the student predicts.
+  not the teacher's classifier, which the student predicts with.
 
   Args:
     student: the student's file.
     teacher: the teacher's file of weights, export or finished run.
-    to: see `export.save`.
-    student_model: one of `kd_jax.models.names()`; None: the one that fits.
-    teacher_model: the teacher's; None: the one that fits.
+    to: see `formats.save`.
+    model_name: name of its network; None: the one that fits.
+    teacher_name: name of the teacher's; None: the one that fits.
     num_classes: of the data; None: as the teacher has.
     factor: of the projector; None: as its tensors have.
-    origin: see `open_model`.
+    origin: see `opening.open_model`.
 
   Returns:
-    What was written, in words.
+    A description of what was written.
 
   Raises:
-    ValueError: if a file cannot be read or does not fit, if the target is
-      taken, or if the data has to be named. Nothing is written then.
-    ImportError: if it takes PyTorch and there is none.
+    ValueError: see `convert`.
+    ImportError: if it needs PyTorch, which is missing.
   """
-  if to.suffix.lower() in files.SUFFIXES:
-    files.check_new(to)
+  formats.check_target(to)
   weights = files.read(student)
   if weights.projector is None:
     raise ValueError(
       f"{student}: expected a SimKD student with 'model' and 'proj', got a"
       " file without a projector. Convert a network alone with --from"
     )
-  theirs = _open_teacher(teacher, teacher_model, num_classes)
+  theirs = _open_teacher(teacher, teacher_name, num_classes)
   num_classes = theirs.card["num_classes"]
-  student_model, _ = opening._identify(
-    student, weights.tensors, student_model, num_classes
+  model_name, _ = opening.identify(
+    student, weights.tensors, model_name, num_classes
   )
-  variables = files.variables(
-    student, weights.tensors, model_name=student_model, num_classes=num_classes
+  variables = opening.make_variables(
+    student, weights.tensors, model_name, num_classes
   )
-  card = opening._card(student_model, num_classes, origin)
+  card = opening.make_card(model_name, num_classes, origin)
   shape = card["image_shape"]
   stages = model_lib.output_shapes(model_lib.build(card), shape).stages()
   last = model_lib.output_shapes(theirs.network, shape).features["last"]
@@ -128,20 +130,17 @@ def convert_simkd(
     )
   except ValueError as error:
     raise ValueError(f"{student}: {error}") from error
-  return (
-    f"{formats.save(Model(card, variables), to)}, for images like those"
-    + (f" of {card['trained_on']}")
-  )
+  return _save(Model(card, variables), to)
 
 
 def _open_teacher(
   path: pathlib.Path, model_name: str | None, num_classes: int | None
 ) -> Model:
-  """A teacher of which only the network matters, not what it was trained on."""
+  """Open a teacher; only its network matters, not its data."""
   if files.is_weights_file(path):
     weights = files.read(path)
     if weights.card is None:
-      name, classes, variables = opening._network(
+      name, classes, variables = opening.read_network(
         path, weights, model_name, num_classes
       )
       card = {
@@ -159,7 +158,7 @@ def _open_teacher(
 def _factor(
   path: pathlib.Path, projector: Mapping[str, np.ndarray], given: int | None
 ) -> int:
-  """The projector's factor, as the shapes of its tensors have it."""
+  """Read the projector's factor off its tensors' shapes."""
   first, last = (projector.get(f"transfer.{i}.weight") for i in (0, 6))
   if first is None or last is None or not first.size or not last.size:
     raise ValueError(

@@ -1,67 +1,57 @@
-"""Weight files of other toolboxes: .pth of every age, .safetensors, .npz.
+"""Files of weights: .pth, .safetensors and .npz, read and written.
 
-A file is data and nothing of it is executed: one that would run code is
-refused, with the name of what it asks for. PyTorch is imported for .pth alone.
+A file is data and nothing in it is executed: one that would run code is
+refused, with the name of what it asks for. Only .pth needs PyTorch.
 """
 
 import dataclasses
-import io
 import json
 import os
 import pathlib
-import pickle
-import pickletools
-import re
-import tarfile
 import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.interop import guess, pytorch
+from kd_jax.interop import naming, readers
+from kd_jax.interop.naming import CARD, CLASSIFIER, CONTAINERS, PROJECTOR
 
-_TORCH = (".pth", ".pt", ".tar", ".bin")
-# What a path to weights ends in.
-SUFFIXES = (*_TORCH, ".safetensors", ".npz")
-# Where training loops put the network's state dict.
-CONTAINERS = ("model", "state_dict", "net", "model_state_dict")
-# Where SimKD's training loop puts its student's projector; the classifier of
-# its teacher, which that loop leaves out, and the model card stand beside it.
-PROJECTOR, CLASSIFIER, CARD = "proj", "classifier", "card"
+# Endings of files of weights that can be read, and written.
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
+WRITABLE = (".pth", ".pt", ".safetensors", ".npz")
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """What a file holds.
+  """The content of a file of weights.
 
   Attributes:
-    tensors: the network's, by their names without wrappers' prefixes; floats
-      are float32 and finite.
-    projector: those of the projector, if the file is of a SimKD student.
-    classifier: its teacher's weight and bias, if the file has them.
-    card: the model card, if the file has one.
-    facts: the numbers and strings beside them, such as the epoch.
+    tensors: of the network, by names without wrappers' prefixes; floats are
+      float32 and finite.
+    projector: of a SimKD student's projector, else None.
+    classifier: weight and bias of its teacher's classifier, if in the file.
+    card: the model card, if in the file.
+    metadata: numbers and strings besides, such as the epoch.
   """
 
   tensors: dict[str, np.ndarray]
   projector: dict[str, np.ndarray] | None
   classifier: dict[str, np.ndarray] | None
   card: dict[str, Any] | None
-  facts: dict[str, float | int | str]
+  metadata: dict[str, float | int | str]
 
 
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
-  """Whether a path is to be read here: a file, or named like one."""
+  """Tell whether a path is a file, or is named like a file of weights."""
   path = pathlib.Path(path)
   named_so = path.suffix.lower() in SUFFIXES and not path.is_dir()
   return named_so or path.is_file()
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
-  """Reads a file of weights.
+  """Read a file of weights.
 
   A state dict may be the whole file, or stand under "model", "state_dict",
   "net" or "model_state_dict".
@@ -69,21 +59,17 @@ def read(path: str | os.PathLike[str]) -> Weights:
   Args:
     path: ends in one of `SUFFIXES`.
 
-  Returns:
-    Its content.
-
   Raises:
     ValueError: if there is no such file, if it would run code, is cut short,
       is no checkpoint, or holds a value that is not finite.
-    ImportError: if it takes PyTorch and there is none.
+    ImportError: if it needs PyTorch, which is missing.
   """
   path = pathlib.Path(path)
   _check_is_file(path)
-  reader: Callable[[pathlib.Path], Any] = _read_torch
-  if path.suffix.lower() == ".safetensors":
-    reader = _read_safetensors
-  elif path.suffix.lower() == ".npz":
-    reader = _read_npz
+  reader: Callable[[pathlib.Path], Any] = {
+    ".safetensors": readers.read_safetensors,
+    ".npz": readers.read_npz,
+  }.get(path.suffix.lower(), readers.read_torch)
   content = reader(path)
   if not isinstance(content, Mapping):
     raise ValueError(
@@ -91,7 +77,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
       " Save model.state_dict()"
     )
   try:
-    content = _nested(content)
+    content = _split_parts(content)
     tensors = _check_tensors(_network(content))
     projector, classifier = (
       _check_tensors(content[name])
@@ -104,88 +90,10 @@ def read(path: str | os.PathLike[str]) -> Weights:
       projector=projector,
       classifier=classifier,
       card=_card(content),
-      facts=_facts(content),
+      metadata=_metadata(content),
     )
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
-
-
-def network_alone(
-  path: str | os.PathLike[str], weights: Weights
-) -> dict[str, np.ndarray]:
-  """The tensors of a network that needs no other part.
-
-  Args:
-    path: of the file, for what the error says.
-    weights: what `read` found in it.
-
-  Returns:
-    See `Weights.tensors`.
-
-  Raises:
-    ValueError: if it is a student of SimKD's training loop.
-  """
-  if weights.projector is not None:
-    raise ValueError(
-      f"{path}: expected a network with a classifier of its own, got a SimKD"
-      " student, which predicts through its teacher's. Make one model of both"
-      f" with python -m kd_jax convert --simkd_student {path} --teacher FILE"
-      " --to DIR"
-    )
-  return weights.tensors
-
-
-def load_variables(
-  path: str | os.PathLike[str], *, model_name: str, num_classes: int
-) -> dict[str, Any]:
-  """A model's variables from a file of weights.
-
-  Args:
-    path: ends in one of `SUFFIXES`.
-    model_name: one of `kd_jax.models.names()`.
-    num_classes: of its classifier.
-
-  Returns:
-    See `variables`.
-
-  Raises:
-    ValueError: see `read`, `network_alone` and `variables`.
-    ImportError: if it takes PyTorch and there is none.
-  """
-  tensors = network_alone(path, read(path))
-  return variables(
-    path, tensors, model_name=model_name, num_classes=num_classes
-  )
-
-
-def variables(
-  path: str | os.PathLike[str],
-  tensors: Mapping[str, np.ndarray],
-  *,
-  model_name: str,
-  num_classes: int,
-) -> dict[str, Any]:
-  """A model's variables from tensors that were read.
-
-  Args:
-    path: of the file, for what the error says.
-    tensors: see `Weights`.
-    model_name: one of `kd_jax.models.names()`.
-    num_classes: of its classifier.
-
-  Returns:
-    `{"params": ..., "batch_stats": ...}` of numpy float32 arrays.
-
-  Raises:
-    ValueError: if they do not fit: lists the tensors missing, unexpected and
-      misshapen, and says what it looks like.
-  """
-  try:
-    return pytorch.from_state_dict(model_name, num_classes, tensors)
-  except ValueError as error:
-    found = guess.guess_model(tensors)
-    hint = f" It looks like {found}." if found else ""
-    raise ValueError(f"{path}: {error}{hint}") from error
 
 
 def write(
@@ -194,23 +102,28 @@ def write(
   *,
   card: Mapping[str, Any] | None = None,
 ) -> None:
-  """Writes state dicts; the file appears whole or not at all.
+  """Write state dicts; the file appears whole or not at all.
 
   A network alone is a bare state dict, for `load_state_dict` of what
-  `torch.load` or safetensors' `load_file` return. Several parts are a dict of
-  state dicts in a file of PyTorch, and elsewhere one whose names begin with
-  the part's.
+  `torch.load` or safetensors' `load_file` return. Several parts become a dict
+  of state dicts in a file of PyTorch; in the other formats, the part's name
+  goes before each tensor's.
 
   Args:
-    path: which must not exist; ends in .pth, .pt, .safetensors or .npz.
+    path: a new file; ends in one of `WRITABLE`.
     parts: state dicts by part, the network's under "model".
     card: written where the format has a place beside a bare state dict.
 
   Raises:
     ValueError: if the file exists, or ends in something else.
-    ImportError: if it takes PyTorch and there is none.
+    ImportError: if it needs PyTorch, which is missing.
   """
   path = pathlib.Path(path)
+  if path.suffix.lower() not in WRITABLE:
+    raise ValueError(
+      f"{path}: expected a file that ends in {', '.join(WRITABLE)}, got"
+      f" {path.suffix or 'no ending'!r}"
+    )
   check_new(path)
   # safetensors writes the memory as it lies.
   arrays: dict[str, dict[str, Any]] = {
@@ -246,26 +159,17 @@ def write(
       safetensors.save_file(flat, temporary, metadata=metadata)
       temporary.chmod(0o644)  # made for its owner alone
     else:
-      _torch(path).save(temporary, alone or {**arrays, **extra})
+      torch_files = readers.import_torch_files(path)
+      torch_files.save(temporary, alone or {**arrays, **extra})
     temporary.rename(path)
 
 
 def check_new(path: pathlib.Path) -> None:
-  """Refuses to write where something is, or in no known format.
-
-  Raises:
-    ValueError: says so.
-  """
-  writable = (".pth", ".pt", ".safetensors", ".npz")
-  if path.suffix.lower() not in writable:
-    raise ValueError(
-      f"{path}: expected a file that ends in {', '.join(writable)}, got"
-      f" {path.suffix or 'no ending'!r}"
-    )
+  """Raise ValueError if a path is taken."""
   if path.exists() or path.is_symlink():
     raise ValueError(
       f"{path}: expected a file that does not exist yet. It was not changed;"
-      " give another"
+      " give another path"
     )
 
 
@@ -284,17 +188,14 @@ def _check_is_file(path: pathlib.Path) -> None:
     raise ValueError(f"{path} is empty: expected a file of weights")
 
 
-# What a file means.
-
-
 def _is_state_dict(value: Any) -> bool:
   return isinstance(value, Mapping) and any(
     isinstance(item, np.ndarray) and item.ndim for item in value.values()
   )
 
 
-def _nested(content: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Parts that a flat file tells apart by how names begin, as dicts."""
+def _split_parts(content: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Turn "proj.x" of a flat file into nested dicts, one a part."""
   names = [name for name in content if isinstance(name, str)]
   if not any(name.startswith(f"{PROJECTOR}.") for name in names):
     return content
@@ -327,7 +228,7 @@ def _card(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _network(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The state dict of the network, wherever a training loop put it."""
+  """Find the state dict of the network."""
   found = [name for name in CONTAINERS if _is_state_dict(content.get(name))]
   if len(found) > 1:
     raise ValueError(
@@ -348,22 +249,22 @@ def _network(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
   }
 
 
-def _facts(content: Mapping[str, Any]) -> dict[str, float | int | str]:
-  facts: dict[str, float | int | str] = {}
+def _metadata(content: Mapping[str, Any]) -> dict[str, float | int | str]:
+  metadata: dict[str, float | int | str] = {}
   for name, value in content.items():
     if isinstance(value, np.ndarray) and not value.ndim:
       value = value.item()
-    if isinstance(value, (int, float, str)):
-      facts[str(name)] = value
-  return facts
+    if isinstance(value, int | float | str):
+      metadata[str(name)] = value
+  return metadata
 
 
 def _check_tensors(
   tensors: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-  """Strips prefixes and makes floats float32, which have to be finite."""
+  """Strip prefixes and convert floats to float32, which must be finite."""
   checked = {}
-  for name, array in pytorch.strip_prefixes(tensors).items():
+  for name, array in naming.strip_prefixes(tensors).items():
     # numpy's own check does not know bfloat16.
     if jnp.issubdtype(array.dtype, jnp.floating):
       with np.errstate(over="ignore"):  # found below
@@ -377,211 +278,3 @@ def _check_tensors(
         )
     checked[name] = array
   return checked
-
-
-# How a file is read.
-
-
-def _damaged(path: pathlib.Path, kind: str, error: Exception) -> ValueError:
-  # Of PyTorch's many words, the reason.
-  text = str(error).strip().partition("WeightsUnpickler error: ")
-  line = (text[2] or text[0]).partition("\n")[0] or "no more data"
-  return ValueError(
-    f"{path}: expected {kind}, got a file that is cut short or damaged"
-    f" ({type(error).__name__}: {line.strip()}). Copy or download it again"
-  )
-
-
-def _no_checkpoint(path: pathlib.Path, kind: str) -> ValueError:
-  with path.open("rb") as file:
-    start = file.read(40)
-  hint = ""
-  if start.startswith(b"version https://git-lfs"):
-    hint = " It is a pointer of Git LFS: fetch the file itself (git lfs pull)"
-  elif start.lstrip().startswith(b"<"):
-    hint = " It is a web page: download the file itself"
-  return ValueError(
-    f"{path} is no checkpoint: expected {kind}, got a file that begins with"
-    f" {start!r}.{hint}"
-  )
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
-  import safetensors
-  from safetensors import numpy as reader
-
-  kind = "a safetensors file"
-  with path.open("rb") as file:
-    header = file.read(9)
-  if header[8:] != b"{":  # after the length of the JSON header
-    raise _no_checkpoint(path, kind)
-  try:
-    with safetensors.safe_open(path, framework="numpy") as file:
-      card = (file.metadata() or {}).get(CARD)
-    return {**reader.load_file(path), **({CARD: card} if card else {})}
-  except (safetensors.SafetensorError, KeyError) as error:
-    raise _damaged(path, kind, error) from error
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, Any]:
-  kind = "a .npz archive of numpy"
-  if not _starts_as_zip(path):
-    raise _no_checkpoint(path, kind)
-  try:
-    # numpy would leave open a file of its own that it cannot read.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-      arrays = {}
-      for name in archive.files:
-        try:
-          arrays[name] = archive[name]
-        except ValueError as error:
-          if "allow_pickle" not in str(error):
-            raise
-          raise ValueError(
-            f"{path} is refused: {name} is a pickled object, expected numbers."
-            " Nothing of it was executed"
-          ) from None
-      return arrays
-  except ValueError as error:
-    if "is refused" in str(error):
-      raise
-    raise _damaged(path, kind, error) from error
-  # Damage surfaces as whatever the first misread byte leads to.
-  except Exception as error:
-    raise _damaged(path, kind, error) from error
-
-
-def _starts_as_zip(path: pathlib.Path) -> bool:
-  with path.open("rb") as file:
-    return file.read(4) == b"PK\x03\x04"
-
-
-def _torch(path: pathlib.Path) -> Any:
-  try:
-    from kd_jax.interop import torch_files
-  except ModuleNotFoundError as error:
-    if error.name != "torch":
-      raise
-    raise ImportError(
-      f"{path}: this format takes PyTorch, which is not installed. Install it"
-      ' with pip install "kd_jax[torch]" (the CPU build will do), or name a'
-      " .safetensors or .npz file"
-    ) from error
-  return torch_files
-
-
-def _read_torch(path: pathlib.Path) -> Any:
-  kind = "a file of torch.save"
-  with path.open("rb") as file:
-    start = file.read(1)
-  is_zip = _starts_as_zip(path)
-  try:
-    if is_zip:
-      _check_torch_zip(path)
-    elif tarfile.is_tarfile(path):
-      raise ValueError(
-        f"{path} is a tar archive, as PyTorch wrote before 2017: expected a"
-        " file of torch.save from PyTorch 0.1.11 or newer. If you trust the"
-        " file, load it with PyTorch (weights_only=False) and save it again"
-      )
-    elif start != b"\x80":
-      raise _no_checkpoint(path, kind)
-    return _torch(path).load(path)
-  except (ImportError, MemoryError):
-    raise
-  except pickle.UnpicklingError as error:
-    wanted = _wanted_global(path, str(error), is_zip)
-    if wanted is None and "Unsupported operand" in str(error):
-      raise ValueError(
-        f"{path} is refused: it is pickled with another protocol than"
-        " torch.save's own, 2, which is the one that can be read without"
-        " running what it holds. Save it again with PyTorch"
-      ) from error
-    if wanted is None:
-      raise _damaged(path, kind, error) from error
-    raise _refused(path, wanted) from None
-  except ValueError as error:
-    if str(error).startswith(str(path)):
-      raise
-    raise ValueError(f"{path}: {error}") from error
-  # Damage surfaces as whatever the first misread byte leads to.
-  except Exception as error:
-    raise _damaged(path, kind, error) from error
-
-
-def _check_torch_zip(path: pathlib.Path) -> None:
-  with zipfile.ZipFile(path) as archive:
-    names = archive.namelist()
-    damaged = archive.testzip()
-  inner = {name.partition("/")[2] for name in names}
-  if "constants.pkl" in inner:
-    raise ValueError(
-      f"{path} is a TorchScript program: expected a state dict. Load it with"
-      " torch.jit.load and save its state_dict()"
-    )
-  if "data.pkl" not in inner:
-    raise ValueError(
-      f"{path} is no checkpoint: expected a file of torch.save, got a zip"
-      f" archive of {', '.join(names[:5]) or 'nothing'}"
-    )
-  if damaged is not None:  # PyTorch does not look at the checksums
-    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-
-
-def _refused(path: pathlib.Path, wanted: str) -> ValueError:
-  return ValueError(
-    f"{path} is refused: it asks for the global {wanted}, expected tensors,"
-    " numbers, strings and dicts of them only. Nothing of it was executed. If"
-    " you trust the file and it holds a whole network, load it with PyTorch"
-    " and save its state_dict()"
-  )
-
-
-def _wanted_global(
-  path: pathlib.Path, message: str, is_zip: bool
-) -> str | None:
-  """What a refused file asked for: from PyTorch's words, else its pickles."""
-  match = re.search(r"GLOBAL (\S+) (?:was not|whose module)", message)
-  if match:
-    return match[1]
-  if is_zip:
-    with zipfile.ZipFile(path) as archive:
-      (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-      pickled = archive.read(name)
-  else:
-    pickled = path.read_bytes()
-  found = (g for g in _globals(pickled) if not _HARMLESS.fullmatch(g))
-  return next(found, None)
-
-
-# What state dicts are made of.
-_HARMLESS = re.compile(
-  r"collections\.OrderedDict|torch\.nn\.parameter\.Parameter"
-  r"|torch\._utils\._rebuild_\w+|torch\.(cuda\.)?\w+(Storage|Tensor)"
-)
-
-
-def _globals(pickled: bytes) -> Iterator[str]:
-  """The globals that pickles name, up to where they end or break."""
-  file, strings = io.BytesIO(pickled), list[str]()
-  try:
-    while True:
-      memo: dict[Any, str | None] = {}
-      pushed: str | None = None
-      for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name in ("GLOBAL", "INST"):
-          yield str(argument).replace(" ", ".")
-        elif opcode.name == "STACK_GLOBAL":
-          yield ".".join(strings[-2:])
-        if opcode.name == "MEMOIZE":
-          memo[len(memo)] = pushed
-        elif "PUT" in opcode.name:
-          memo[argument] = pushed
-        else:
-          is_get = "GET" in opcode.name
-          value = memo.get(argument) if is_get else argument
-          pushed = value if isinstance(value, str) else None
-          if pushed is not None:
-            strings.append(pushed)
-  except Exception:
-    return

@@ -1,4 +1,4 @@
-"""Writes a model as a folder, a state dict or a StableHLO program."""
+"""Forms of a model: folded, in bfloat16, and written by a name's ending."""
 
 import pathlib
 
@@ -13,23 +13,22 @@ from kd_jax.interop.model import Model
 from kd_jax.models import base, fold
 
 STABLEHLO = ".stablehlo"
+# Endings of the files that `save` writes.
+ENDINGS = (*files.WRITABLE, STABLEHLO)
 
 
 def transform(
   model: Model, *, fold_batch_norm: bool = False, dtype: str | None = None
 ) -> Model:
-  """A model that predicts the same, in another form.
+  """Change a model's form, not its predictions.
 
   Args:
     model: to change.
     fold_batch_norm: whether to fold BatchNorm into the convolutions; the
       result predicts and teaches, but cannot be trained.
-    dtype: "float32" or "bfloat16", of the arithmetic as `config.dtype` is;
-      with "bfloat16" the convolutions' kernels are stored so too, and what
-      is small or decides the logits (BatchNorm, classifiers) stays float32.
-
-  Returns:
-    The model.
+    dtype: of the arithmetic, "float32" or "bfloat16". With "bfloat16" the
+      convolutions' kernels are stored so too; BatchNorm and classifiers, which
+      are small or decide the logits, stay float32.
 
   Raises:
     ValueError: if it is folded already, or for another dtype.
@@ -51,56 +50,64 @@ def transform(
   return Model(card, variables)
 
 
+def check_target(to: pathlib.Path) -> None:
+  """Raise ValueError unless `to` is a folder's name or a new, known file's."""
+  ending = to.suffix.lower()
+  if ending and ending not in ENDINGS:
+    raise ValueError(
+      f"{to}: expected a folder, whose name has no ending, or a file that ends"
+      f" in {', '.join(ENDINGS)}, got {to.suffix!r}"
+    )
+  if ending:
+    files.check_new(to)
+
+
 def save(model: Model, to: pathlib.Path, *, weights_inside: bool = True) -> str:
-  """Writes a model in the form that the target's ending names.
+  """Write a model in the form that the target's ending names.
 
   Args:
     model: to write.
-    to: a folder; or a new file that ends in .pth, .pt, .safetensors, .npz
-      (state dicts) or .stablehlo (a program).
-    weights_inside: of a program: whether the weights are in it, or beside it
-      in a .safetensors file.
+    to: a folder, without an ending; or a new file that ends in .pth, .pt,
+      .safetensors, .npz (state dicts) or .stablehlo (a program).
+    weights_inside: whether a program contains its weights; else they go into a
+      .safetensors file beside it.
 
   Returns:
-    What was written, in words.
+    A description of what was written.
 
   Raises:
-    ValueError: if the target is taken. Nothing is written then.
-    ImportError: if it takes PyTorch and there is none.
+    ValueError: if the target is taken or has another ending. Nothing is
+      written then.
+    ImportError: if it needs PyTorch, which is missing.
   """
-  if to.suffix.lower() == STABLEHLO:
-    return _save_program(model, to, weights_inside)
+  check_target(to)
+  what, ending = card_lib.describe(model.card), to.suffix.lower()
+  if ending == STABLEHLO:
+    where = _save_program(model, to, weights_inside)
+    return f"{what}, a StableHLO program with its weights {where}"
   if not weights_inside:
     raise ValueError(
-      f"--weights_beside: expected a --to that ends in {STABLEHLO}, got {to}"
+      "weights beside the program: expected a target that ends in"
+      f" {STABLEHLO}, got {to}"
     )
-  if to.suffix.lower() in files.SUFFIXES:
-    files.check_new(to)
+  if ending:
     files.write(to, simkd_parts.to_parts(model), card=model.card)
-    return f"{card_lib.describe(model.card)}, a state dict"
+    return f"{what}, a state dict"
   store.write(model, to)
   parameters = base.count_parameters(model.variables["params"])
-  return f"{card_lib.describe(model.card)}, {parameters:,} parameters"
+  return f"{what}, {parameters:,} parameters"
 
 
 def _save_program(model: Model, to: pathlib.Path, weights_inside: bool) -> str:
+  """Write a program; says where its weights are."""
   beside = to.with_suffix(".safetensors")
-  targets = [to] if weights_inside else [to, beside]
-  for target in targets:
-    if target.exists() or target.is_symlink():
-      raise ValueError(
-        f"{target}: expected a file that does not exist yet. It was not"
-        " changed; give another --to"
-      )
+  if not weights_inside:
+    files.check_new(beside)
   program = program_lib.serialize(model, weights_inside=weights_inside)
   to.parent.mkdir(parents=True, exist_ok=True)
   if not weights_inside:
-    files.write(beside, {"model": program_lib.flatten(model.variables)})
+    files.write(beside, {"model": program_lib.flat_weights(model.variables)})
   temporary = to.with_name(f".{to.name}.tmp")
   temporary.write_bytes(program)
   temporary.rename(to)
-  where = "inside" if weights_inside else f"in {beside.name}"
-  return (
-    f"{card_lib.describe(model.card)}, a StableHLO program with its weights"
-    f" {where}"
-  )
+  return "inside" if weights_inside else f"in {beside.name}"

@@ -1,4 +1,4 @@
-"""Which network a state dict is of, told from its tensors alone."""
+"""Recognise a network by the tensors of its state dict."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,9 +10,9 @@ from kd_jax.interop import naming, pytorch
 
 _COUNTER = ".num_batches_tracked"
 
-# Tensors of each network, without batch counters: building its template takes
-# long enough to rule most networks out by this first. One that is not in the
-# table is never ruled out.
+# Tensors of each network, without batch counters. Computing all networks'
+# shapes takes ten seconds, so the count rules most out first; a network that is
+# not in the table is never ruled out.
 TENSOR_COUNTS = {
   "resnet8": 47,
   "resnet14": 77,
@@ -83,10 +83,10 @@ class Guess(NamedTuple):
 def count_classes(
   model_name: str, tensors: Mapping[str, np.ndarray]
 ) -> int | None:
-  """The width of the classifier that a state dict holds.
+  """Count the classes of the classifier in a state dict.
 
   Args:
-    model_name: the network that it is of.
+    model_name: the network.
     tensors: names to arrays, without wrappers' prefixes.
 
   Returns:
@@ -96,15 +96,15 @@ def count_classes(
     ValueError: if the model is unknown.
   """
   head = models.create(model_name, 1).head
-  for dialect in naming.of(model_name):
-    bias = tensors.get(f"{dialect.rename((head,))}.bias")
+  for mapping in naming.of(model_name):
+    bias = tensors.get(f"{mapping.rename((head,))}.bias")
     if bias is not None and bias.ndim == 1 and bias.size:
       return int(bias.size)
   return None
 
 
 def guess_model(tensors: Mapping[str, np.ndarray]) -> Guess | None:
-  """The network whose names and shapes a state dict has, all of them.
+  """Find the network with just the names and shapes of a state dict.
 
   Args:
     tensors: names to arrays, without wrappers' prefixes.
@@ -121,7 +121,7 @@ def guess_model(tensors: Mapping[str, np.ndarray]) -> Guess | None:
     num_classes = count_classes(name, tensors)
     if num_classes is None or TENSOR_COUNTS.get(name, len(got)) != len(got):
       continue
-    for dialect in naming.of(name):
-      if pytorch.tensor_shapes(name, num_classes, dialect) == got:
+    for mapping in naming.of(name):
+      if pytorch.tensor_shapes(name, num_classes, mapping) == got:
         return Guess(name, num_classes)
   return None

@@ -1,18 +1,4 @@
-"""Makes weights of other toolboxes this package's own, and back.
-
-    python -m kd_jax convert --from weights.pth --model resnet32x4 --to DIR
-
-writes an export, which evaluates, predicts and teaches like any other; a
-`--to` that ends in .pth, .safetensors or .npz gets state dicts under the
-reference toolboxes' names instead, and one in .stablehlo a program; see
-`kd_jax.export`. `--from` may be an export or a finished run as well. A student
-of SimKD's own training loop comes without its teacher's classifier:
-
-    python -m kd_jax convert --simkd_student student.pth --model resnet8x4 \\
-        --teacher teacher.pth --teacher_model resnet32x4 --to DIR
-
-makes one model of both files.
-"""
+"""Opens a model at any path: a file of weights, an export, a finished run."""
 
 import dataclasses
 import pathlib
@@ -23,8 +9,7 @@ import numpy as np
 
 from kd_jax import data, models
 from kd_jax.interop import card as card_lib
-from kd_jax.interop import files, guess, simkd_parts, store
-from kd_jax.interop import model as model_lib
+from kd_jax.interop import files, guess, pytorch, simkd_parts, store
 from kd_jax.interop.model import Model
 
 # Assumed of a network with this many classes, if its data is not named.
@@ -33,14 +18,14 @@ _LIKELY_DATA = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-  """What to assume of weights whose file does not say it.
+  """The data behind weights whose file has no model card.
 
   Attributes:
-    data_name: what they were trained on, see `kd_jax.data.constants`: the
-      names of the classes and the normalisation. None: CIFAR or ImageNet, as
-      the network and its classes have it.
-    image_size: pixels, height and width; None: as that data has.
-    source: a set that they were trained on, or that is like it; it goes before
+    data_name: data that they were trained on, see `kd_jax.data.constants`,
+      which gives class names and normalisation. None: CIFAR or ImageNet, as
+      the network and its number of classes suggest.
+    image_size: height and width in pixels; None: that of the data.
+    source: a data set that they were trained on, or one like it; it replaces
       the other two.
   """
 
@@ -59,21 +44,18 @@ def open_model(
   num_classes: int | None = None,
   origin: Origin = UNKNOWN,
 ) -> Model:
-  """Reads a model of any form: a file of weights, an export, a finished run.
+  """Read a model of any form.
 
   Args:
-    path: of it.
-    model_name: one of `kd_jax.models.names()`; None: the one that fits.
+    path: a file of weights, an export, or a finished run's workdir.
+    model_name: name of the network; None: the one that fits.
     num_classes: of the classifier; None: as the file has.
-    origin: what to assume of a file without a model card.
-
-  Returns:
-    The model.
+    origin: the data behind a file without a model card.
 
   Raises:
-    ValueError: if it cannot be read or does not fit, or if the data has to be
+    ValueError: if it cannot be read or does not fit, or if the data must be
       named.
-    ImportError: if it takes PyTorch and there is none.
+    ImportError: if it needs PyTorch, which is missing.
   """
   if files.is_weights_file(path):
     model = _open_file(path, model_name, num_classes, origin)
@@ -100,29 +82,92 @@ def _open_file(
   weights = files.read(path)
   if weights.card is not None:
     return _with_card(path, weights, weights.card)
-  name, classes, variables = _network(path, weights, model_name, num_classes)
-  return Model(_card(name, classes, origin), variables)
+  name, classes, variables = read_network(
+    path, weights, model_name, num_classes
+  )
+  return Model(make_card(name, classes, origin), variables)
 
 
-def _network(
+def network_alone(
+  path: pathlib.Path, weights: files.Weights
+) -> dict[str, np.ndarray]:
+  """Get the tensors of a network that needs no other part.
+
+  Args:
+    path: of the file, for the error.
+    weights: its content.
+
+  Raises:
+    ValueError: if it is a student of SimKD's training loop.
+  """
+  if weights.projector is not None:
+    raise ValueError(
+      f"{path}: expected a network with a classifier of its own, got a SimKD"
+      " student, which predicts through its teacher's. Make one model of both"
+      f" with python -m kd_jax convert --simkd_student {path} --teacher FILE"
+      " --to DIR"
+    )
+  return weights.tensors
+
+
+def read_network(
   path: pathlib.Path,
   weights: files.Weights,
   model_name: str | None,
   num_classes: int | None,
 ) -> tuple[str, int, dict[str, Any]]:
-  """The name, classes and variables of a file without a card."""
-  tensors = files.network_alone(path, weights)
-  name, classes = _identify(path, tensors, model_name, num_classes)
-  variables = files.variables(
-    path, tensors, model_name=name, num_classes=classes
-  )
-  return name, classes, variables
+  """Make the variables of a network without a model card.
+
+  Args:
+    path: of the file, for errors.
+    weights: its content.
+    model_name: see `open_model`.
+    num_classes: see `open_model`.
+
+  Returns:
+    The network's name, its number of classes, its variables.
+
+  Raises:
+    ValueError: see `network_alone`, `identify` and `make_variables`.
+  """
+  tensors = network_alone(path, weights)
+  name, classes = identify(path, tensors, model_name, num_classes)
+  return name, classes, make_variables(path, tensors, name, classes)
+
+
+def make_variables(
+  path: pathlib.Path,
+  tensors: Mapping[str, np.ndarray],
+  model_name: str,
+  num_classes: int,
+) -> dict[str, Any]:
+  """Make a network's variables from a file's tensors.
+
+  Args:
+    path: of the file, for the error.
+    tensors: see `files.Weights`.
+    model_name: name of the network.
+    num_classes: of its classifier.
+
+  Returns:
+    `{"params": ..., "batch_stats": ...}` of numpy float32 arrays.
+
+  Raises:
+    ValueError: if they do not fit: it lists the tensors missing, unexpected
+      and misshapen, and names the network that fits.
+  """
+  try:
+    return pytorch.from_state_dict(model_name, num_classes, tensors)
+  except ValueError as error:
+    found = guess.guess_model(tensors)
+    hint = f" It looks like {found}." if found else ""
+    raise ValueError(f"{path}: {error}{hint}") from error
 
 
 def _with_card(
   path: pathlib.Path, weights: files.Weights, card: dict[str, Any]
 ) -> Model:
-  """A model of a file that `export.save` wrote."""
+  """Make the model of a file that has a card."""
   if card.get("format") != card_lib.FORMAT:
     raise ValueError(
       f"{path}: expected a model card of format {card_lib.FORMAT!r}, got"
@@ -131,14 +176,11 @@ def _with_card(
   if card["batch_norm_folded"]:
     raise ValueError(
       f"{path}: expected a network with BatchNorm, got one whose BatchNorm is"
-      " folded into its convolutions, which this file cannot give back. Take"
-      " the folder that it was written from, or a file that is not folded"
+      " folded into its convolutions, which a state dict cannot undo. Use the"
+      " folder that it was written from, or a file that is not folded"
     )
-  variables = files.variables(
-    path,
-    weights.tensors,
-    model_name=card["architecture"],
-    num_classes=card["num_classes"],
+  variables = make_variables(
+    path, weights.tensors, card["architecture"], card["num_classes"]
   )
   if card["head"] is not None:
     try:
@@ -151,34 +193,38 @@ def _with_card(
 
 
 def name_of(path: pathlib.Path) -> str:
-  """The network that a file of weights, an export or a run is of.
+  """Name the network of a file of weights, an export or a run.
 
   Raises:
-    ValueError: if it cannot be read, or is of no network that is known.
-    ImportError: if it takes PyTorch and there is none.
+    ValueError: if it cannot be read, or no known network fits.
+    ImportError: if it needs PyTorch, which is missing.
   """
   if not files.is_weights_file(path):
     return card_lib.read_card(store.find(path))["architecture"]
   weights = files.read(path)
   if weights.card is not None:
     return weights.card["architecture"]
-  return _identify(path, files.network_alone(path, weights), None, None)[0]
+  return identify(path, network_alone(path, weights), None, None)[0]
 
 
-def _identify(
+def identify(
   path: pathlib.Path,
   tensors: Mapping[str, np.ndarray],
   model_name: str | None,
   num_classes: int | None,
 ) -> tuple[str, int]:
-  """Fills what was not given from the file."""
+  """Fill in the name and the number of classes that were not given.
+
+  Raises:
+    ValueError: if no known network has these tensors.
+  """
   if model_name is None:
     found = guess.guess_model(tensors)
     if found is None:
       raise ValueError(
-        f"{path} is of no network that is known here: its"
-        f" {len(tensors)} tensors begin with {', '.join(list(tensors)[:3])}."
-        f" Name the one it should fit with --model: {', '.join(models.names())}"
+        f"{path} fits no known network: its {len(tensors)} tensors begin with"
+        f" {', '.join(list(tensors)[:3])}. Give the name of the network that it"
+        f" should fit: {', '.join(models.names())}"
       )
     model_name = found.model_name
   if num_classes is None:
@@ -187,26 +233,32 @@ def _identify(
   return model_name, num_classes
 
 
-def _card(model_name: str, num_classes: int, origin: Origin) -> dict[str, Any]:
-  """The model card of a network that was trained elsewhere."""
-  known: data.Source | data.EncodedSource | data.Constants
-  if origin.source is not None:
-    known, name = origin.source, origin.source.name
-    shape = list(origin.source.image_shape)
-    size = None
-  else:
-    name = origin.data_name or _likely_data(model_name, num_classes)
+def make_card(
+  model_name: str, num_classes: int, origin: Origin
+) -> dict[str, Any]:
+  """Make the model card of a network that was trained elsewhere.
+
+  Raises:
+    ValueError: if the data is unknown or has another number of classes.
+  """
+  known: Any = origin.source
+  if known is None:
+    name = origin.data_name or likely_data(model_name, num_classes)
     known, size = data.constants(name), origin.image_size
-    shape = list(known.image_shape)
+  else:
+    name, size = known.name, None
   if known.num_classes != num_classes:
     raise ValueError(
       f"expected data of {num_classes} classes, as the network has, got"
       f" {name} with {known.num_classes}. Name the data that it was trained on"
     )
+  if size is not None and size < 1:
+    raise ValueError(f"image size: expected 1 pixel or more, got {size}")
+  shape, resize = known.image_shape, getattr(known, "resize", None)
   if size is not None:
-    if size < 1:
-      raise ValueError(f"--image_size: expected 1 pixel or more, got {size}")
-    shape[:2] = size, size
+    if resize is not None:
+      resize = round(size * resize / shape[0])
+    shape = (size, size, shape[2])
   return card_lib.make(
     model_name,
     num_classes=num_classes,
@@ -216,20 +268,23 @@ def _card(model_name: str, num_classes: int, origin: Origin) -> dict[str, Any]:
     std=known.std,
     trained_on=name,
     data_options={} if size is None else {"image_size": size},
+    resize=resize,
   )
 
 
-def _likely_data(model_name: str, num_classes: int) -> str:
+def likely_data(model_name: str, num_classes: int) -> str:
+  """Name the data that a network was probably trained on.
+
+  Raises:
+    ValueError: if its number of classes and its image size suggest none.
+  """
   name = _LIKELY_DATA.get(num_classes)
   if name is not None:
-    # A network for ImageNet leaves one pixel of an image of CIFAR's size.
-    network = models.create(model_name, num_classes)
-    last = model_lib.output_shapes(network, (32, 32, 3)).features["last"]
-    if (name == "imagenet") == (last.shape[1] == 1):
+    is_large = models.entry(model_name).image_size > 32
+    if is_large == (name == "imagenet"):
       return name
   raise ValueError(
-    "--data: expected the name of the data that the network was trained on,"
-    " got none, and there is no telling the normalisation of"
-    f" {model_name} with {num_classes} classes. Name data that is alike:"
-    " cifar10, cifar100, imagenet, digits"
+    f"{model_name} with {num_classes} classes: the file does not tell the data"
+    " that it was trained on, and so not the normalisation. Name the data, or"
+    " data like it: cifar10, cifar100, imagenet, digits"
   )

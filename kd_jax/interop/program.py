@@ -1,4 +1,4 @@
-"""Models as StableHLO programs, which need nothing of this package to run.
+"""Models as StableHLO programs, which run without this package.
 
 A program takes uint8 images [B, H, W, 3] of any B, normalises them itself and
 returns float32 logits [B, K]. It is a file of `jax.export`:
@@ -14,40 +14,27 @@ from typing import Any
 import jax
 import jax.export
 import numpy as np
+from flax import traverse_util
 
 from kd_jax.interop import model as model_lib
 
-# Of one program: what a model is trained on, and what serves it.
+# Every program holds code for both: models train on one and serve on either.
 PLATFORMS = ("cpu", "cuda")
 
 
-def flatten(variables: Any) -> dict[str, np.ndarray]:
-  """Variables as {"params/conv1/kernel": array}."""
-  leaves = jax.tree_util.tree_leaves_with_path(variables)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-    for path, leaf in leaves
-  }
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-  nested: dict[str, Any] = {}
-  for name, leaf in flat.items():
-    *path, last = name.split("/")
-    place = nested
-    for key in path:
-      place = place.setdefault(key, {})
-    place[last] = leaf
-  return nested
+def flat_weights(variables: Any) -> dict[str, np.ndarray]:
+  """Flatten variables to {"params/conv1/kernel": array}."""
+  flat = traverse_util.flatten_dict(variables, sep="/")
+  return {name: np.asarray(leaf) for name, leaf in flat.items()}
 
 
 def serialize(model: model_lib.Model, *, weights_inside: bool) -> bytes:
-  """The program of a model.
+  """Make the program of a model.
 
   Args:
     model: to export.
     weights_inside: whether the weights are constants of the program; else it
-      takes `flatten(model.variables)` as its first argument.
+      takes `flat_weights(model.variables)` as its first argument.
 
   Returns:
     The content of the file.
@@ -66,9 +53,10 @@ def serialize(model: model_lib.Model, *, weights_inside: bool) -> bytes:
   else:
 
     def program(weights, images):
-      return model.apply(_nested(weights), images)
+      nested = traverse_util.unflatten_dict(weights, sep="/")
+      return model.apply(nested, images)
 
-    flat = flatten(model.variables)
+    flat = flat_weights(model.variables)
     arguments.insert(
       0, {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flat.items()}
     )

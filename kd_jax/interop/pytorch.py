@@ -13,8 +13,8 @@ and rank say which layout it has:
 
 and any other leaf (bias, a learned scalar) keeps its name and shape. So a new
 network needs no table, as long as its modules carry the reference's names;
-where they differ (a distiller's `embed_s`, say), pass `rename`. What
-torchvision and timm call the layers of some networks is in `dialects.py`.
+where they differ (a distiller's `embed_s`, say), pass `rename`. `naming` has
+the names that torchvision and timm use for some networks.
 """
 
 import functools
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from kd_jax import models
 from kd_jax.interop import naming
@@ -31,13 +32,12 @@ from kd_jax.interop.naming import Path, Rename, module_name
 
 Convert = Callable[[np.ndarray], np.ndarray]
 
-# What wrappers of the training loop put before every name.
-_PREFIXES = ("module.", "_orig_mod.")
+# Names in an error's list.
 _LISTED = 10
 
 
 def conv_kernel(weight: np.ndarray) -> np.ndarray:
-  """Convolution, PyTorch [O, I, *window] to linen [*window, I, O].
+  """Convert a convolution, PyTorch [O, I, *window] to linen [*window, I, O].
 
   Grouped ones too: I is the inputs per group in both.
   """
@@ -45,12 +45,12 @@ def conv_kernel(weight: np.ndarray) -> np.ndarray:
 
 
 def conv_weight(kernel: np.ndarray) -> np.ndarray:
-  """The inverse of `conv_kernel`."""
+  """Invert `conv_kernel`."""
   return np.moveaxis(kernel, (-1, -2), (0, 1))
 
 
 def conv_transpose_kernel(weight: np.ndarray) -> np.ndarray:
-  """Transposed convolution, PyTorch [I, O, *window] to [*window, I, O].
+  """Convert a transposed convolution, [I, O, *window] to [*window, I, O].
 
   The window is reversed: `nn.ConvTranspose` with its default
   `transpose_kernel=False` slides its kernel over the dilated input, where
@@ -62,25 +62,25 @@ def conv_transpose_kernel(weight: np.ndarray) -> np.ndarray:
 
 
 def conv_transpose_weight(kernel: np.ndarray) -> np.ndarray:
-  """The inverse of `conv_transpose_kernel`."""
+  """Invert `conv_transpose_kernel`."""
   weight = np.moveaxis(kernel, (-2, -1), (0, 1))
   return np.flip(weight, tuple(range(2, weight.ndim)))
 
 
 def linear_kernel(weight: np.ndarray) -> np.ndarray:
-  """Linear layer, PyTorch [out, in] to linen [in, out]."""
+  """Convert a linear layer, PyTorch [out, in] to linen [in, out]."""
   return weight.T
 
 
 def linear_weight(kernel: np.ndarray) -> np.ndarray:
-  """The inverse of `linear_kernel`."""
+  """Invert `linear_kernel`."""
   return kernel.T
 
 
 def batch_norm(
   tensors: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """One BatchNorm's tensors to its linen parameters and statistics.
+  """Convert one BatchNorm's tensors to linen parameters and statistics.
 
   Args:
     tensors: `running_mean` and `running_var`, with `weight` and `bias` if
@@ -95,30 +95,9 @@ def batch_norm(
   return params, stats
 
 
-def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """Removes what DataParallel and torch.compile put before names.
-
-  Raises:
-    ValueError: if two names become one.
-  """
-  stripped: dict[str, Any] = {}
-  for name, value in state_dict.items():
-    short = name
-    while short.startswith(_PREFIXES):
-      short = short.partition(".")[2]
-    if short in stripped:
-      raise ValueError(
-        f"The state dict holds {short!r} twice, with and without a prefix"
-        f" ({' or '.join(_PREFIXES)}); drop one of the two."
-      )
-    stripped[short] = value
-  return stripped
-
-
 class _Tensor(NamedTuple):
   """One leaf of the variables, and the tensor that it corresponds to."""
 
-  collection: str
   path: Path
   name: str
   to_linen: Convert
@@ -141,26 +120,20 @@ def _tensors(
   variables: Mapping[str, Any], rename: Rename, transposed: Collection[str]
 ) -> Iterator[tuple[_Tensor, Any]]:
   """Each leaf of `variables`, with the tensor that it corresponds to."""
-
-  def walk(collection: str, path: Path, node: Any):
-    if isinstance(node, Mapping):
-      for key, child in node.items():
-        yield from walk(collection, (*path, key), child)
-      return
-    *modules, leaf = path
-    module = rename(tuple(modules))
-    convert: tuple[Convert, Convert] = (_same, _same)
-    if leaf == "kernel" and module in transposed:
-      convert = (conv_transpose_kernel, conv_transpose_weight)
-    elif leaf == "kernel" and node.ndim == 2:
-      convert = (linear_kernel, linear_weight)
-    elif leaf == "kernel":
-      convert = (conv_kernel, conv_weight)
-    name = f"{module}.{_LEAF_NAMES.get(leaf, leaf)}".lstrip(".")
-    yield _Tensor(collection, path, name, *convert), node
-
   for collection in ("params", "batch_stats"):
-    yield from walk(collection, (), variables.get(collection, {}))
+    flat = traverse_util.flatten_dict(variables.get(collection, {}))
+    for path, leaf in flat.items():
+      *modules, last = path
+      module = rename(tuple(modules))
+      convert: tuple[Convert, Convert] = (_same, _same)
+      if last == "kernel" and module in transposed:
+        convert = (conv_transpose_kernel, conv_transpose_weight)
+      elif last == "kernel" and leaf.ndim == 2:
+        convert = (linear_kernel, linear_weight)
+      elif last == "kernel":
+        convert = (conv_kernel, conv_weight)
+      name = f"{module}.{_LEAF_NAMES.get(last, last)}".lstrip(".")
+      yield _Tensor((collection, *path), name, *convert), leaf
 
 
 def _counters(tensor_names: Collection[str]) -> set[str]:
@@ -223,7 +196,7 @@ def variables_from_tensors(
   transposed: Collection[str] = (),
   what: str = "these variables",
 ) -> dict[str, Any]:
-  """Fills linen variables with the tensors of a state dict.
+  """Fill linen variables with the tensors of a state dict.
 
   Args:
     template: variables, or their shapes (`jax.eval_shape` of `init`); of their
@@ -263,15 +236,13 @@ def variables_from_tensors(
     raise ValueError(
       f"The tensors do not fit {what}." + _listing("Not float", wrong)
     )
-  variables: dict[str, Any] = {}
-  for tensor, _ in _tensors(template, rename, transposed):
-    node = variables.setdefault(tensor.collection, {})
-    *modules, leaf = tensor.path
-    for module in modules:
-      node = node.setdefault(module, {})
-    node[leaf] = np.array(
+  leaves = {
+    tensor.path: np.array(
       tensor.to_linen(arrays[tensor.name]), np.float32, order="C"
     )
+    for tensor, _ in _tensors(template, rename, transposed)
+  }
+  variables: dict[str, Any] = traverse_util.unflatten_dict(leaves)
   return variables
 
 
@@ -281,7 +252,7 @@ def tensors_from_variables(
   rename: Rename = module_name,
   transposed: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
-  """The inverse of `variables_from_tensors`, to the bit.
+  """Invert `variables_from_tensors`, to the bit.
 
   Args:
     variables: linen variables; `params` and `batch_stats` are written.
@@ -311,14 +282,14 @@ def _template(model_name: str, num_classes: int) -> dict[str, Any]:
 
 
 def tensor_shapes(
-  model_name: str, num_classes: int, dialect: models.WeightNames
+  model_name: str, num_classes: int, mapping: models.WeightNames
 ) -> dict[str, tuple[int, ...]]:
-  """What a model's state dict holds, without the batch counters.
+  """List the tensors of a model's state dict, without batch counters.
 
   Args:
     model_name: one of `kd_jax.models.names()`.
     num_classes: of the classifier.
-    dialect: whose names to use.
+    mapping: whose names to use.
 
   Returns:
     Names to shapes in PyTorch's layout.
@@ -326,13 +297,13 @@ def tensor_shapes(
   Raises:
     ValueError: if the model is unknown.
   """
-  return _shapes(_template(model_name, num_classes), dialect.rename, ())
+  return _shapes(_template(model_name, num_classes), mapping.rename, ())
 
 
 def from_state_dict(
   model_name: str, num_classes: int, state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """A model's variables from a toolbox's state dict.
+  """Make a model's variables from a toolbox's state dict.
 
   Args:
     model_name: one of `kd_jax.models.names()`.
@@ -349,14 +320,14 @@ def from_state_dict(
       those missing, unexpected and misshapen.
   """
   template = _template(model_name, num_classes)
-  tensors = strip_prefixes(state_dict)
-  dialect = naming.recognise(
-    model_name, tensors, lambda d: _shapes(template, d.rename, ())
+  tensors = naming.strip_prefixes(state_dict)
+  mapping = naming.recognise(
+    model_name, tensors, lambda m: _shapes(template, m.rename, ())
   )
   return variables_from_tensors(
     template,
     tensors,
-    rename=dialect.rename,
+    rename=mapping.rename,
     what=f"{model_name} with {num_classes} classes",
   )
 
@@ -364,7 +335,7 @@ def from_state_dict(
 def to_state_dict(
   model_name: str, variables: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-  """A model's variables as the reference toolbox's state dict.
+  """Make the reference toolbox's state dict from a model's variables.
 
   Args:
     model_name: one of `kd_jax.models.names()`.

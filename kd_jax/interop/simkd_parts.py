@@ -1,10 +1,10 @@
-"""State dicts of models, those with a reused classifier included.
+"""State dicts of models, including those with a reused classifier.
 
-A network alone has the reference toolboxes' names. A SimKD student is the
-parts that SimKD's training loop saves, `model` (the network) and `proj` (the
-projector), and `classifier`, its teacher's, which that loop leaves out. With
+A network alone has the reference toolboxes' names. A SimKD student has three
+parts: `model` (the network) and `proj` (the projector), which SimKD's training
+loop saves, and `classifier`, its teacher's, which that loop leaves out. With
 several teachers the projector's names begin with the teacher's number, and the
-classifier reads all projections, joined.
+classifier reads the concatenated projections.
 """
 
 from collections.abc import Mapping
@@ -12,37 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.interop import files, naming, pytorch
 from kd_jax.interop import model as model_lib
+from kd_jax.interop import naming, pytorch
 from kd_jax.models import fold
 
 _MEMBERS = "members_"
 
 
 def projector_name(path: tuple[str, ...]) -> str:
-  """("projector", "conv2") -> "transfer.3": every layer has three places."""
+  """Name a projector's layer: ("projector", "conv2") -> "transfer.3"."""
   kind, number = path[-1][:-1], int(path[-1][-1])
   teacher = ""
   if path[0].startswith(_MEMBERS):
     teacher = f"{path[0].removeprefix(_MEMBERS)}."
+  # Each convolution is followed by its BatchNorm and a ReLU.
   place = 3 * (number - 1) + ("conv", "bn").index(kind)
   return f"{teacher}transfer.{place}"
 
 
-def is_folded(model: model_lib.Model) -> bool:
-  """Whether its BatchNorm was folded into its convolutions."""
-  return bool(model.card["batch_norm_folded"])
-
-
 def to_parts(model: model_lib.Model) -> dict[str, dict[str, np.ndarray]]:
-  """The state dicts of a model's parts, as `files.write` takes them.
+  """Make the state dicts of a model's parts, as `files.write` takes them.
 
-  Of a folded model the convolutions have biases, and there is no BatchNorm but
+  The convolutions of a folded model have biases, and BatchNorm remains only
   where it could not be folded.
   """
   card, variables = model.card, model.variables
-  name = card["architecture"]
-  if is_folded(model):
+  name, is_folded = card["architecture"], card["batch_norm_folded"]
+  if is_folded:
     shape = card["image_shape"]
     before = model_lib.variable_shapes(model.network, shape)
     folded = fold.pairs(model.network, before, shape)
@@ -57,12 +53,12 @@ def to_parts(model: model_lib.Model) -> dict[str, dict[str, np.ndarray]]:
   write = pytorch.tensors_from_variables
   parts = {
     "model": write(student, rename=rename)
-    if is_folded(model)
+    if is_folded
     else pytorch.to_state_dict(name, student)
   }
   if not alone:
-    parts[files.PROJECTOR] = write(part("distiller"), rename=projector_name)
-    parts[files.CLASSIFIER] = write(
+    parts[naming.PROJECTOR] = write(part("distiller"), rename=projector_name)
+    parts[naming.CLASSIFIER] = write(
       {"params": variables["params"]["classifier"]}
     )
   return parts
@@ -74,7 +70,7 @@ def from_parts(
   projector: Mapping[str, np.ndarray],
   classifier: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-  """The variables of a model with a reused classifier.
+  """Make the variables of a model with a reused classifier.
 
   Args:
     card: its model card.
@@ -83,7 +79,7 @@ def from_parts(
     classifier: its weight [K, C] and bias [K].
 
   Returns:
-    Variables of `inference.build(card)`.
+    Variables of `model.build(card)`.
 
   Raises:
     ValueError: if the tensors do not fit.

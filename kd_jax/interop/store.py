@@ -1,17 +1,10 @@
-"""Students that stand alone, in the forms that other tools read.
-
-    python -m kd_jax export --workdir RUN --to DIR
-    python -m kd_jax export --model DIR --to student.stablehlo --fold_batch_norm
+"""Exports: a model as a folder, whole or not at all.
 
 A folder holds `checkpoint/` (a nested dict of arrays, `params` and
 `batch_stats`, which plain Orbax restores) and `model.json`, its card
 (architecture, classes, normalisation, accuracy). A SimKD student's arrays are
-those of its network, of its projector and of its teacher's classifier: it
-needs no other file.
-
-A --to that ends in .pth, .safetensors or .npz gets state dicts under the
-reference toolboxes' names; one that ends in .stablehlo a program that any JAX
-runs, with the weights inside or beside.
+those of its network, its projector and its teacher's classifier: it needs no
+other file.
 """
 
 import hashlib
@@ -22,6 +15,7 @@ import tempfile
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from kd_jax import storage
 from kd_jax.interop import card as card_lib
@@ -32,22 +26,22 @@ WEIGHTS = "checkpoint"
 
 
 def write(model: Model, to: pathlib.Path) -> None:
-  """Writes a model as a folder, which appears whole or not at all.
+  """Write a model as a folder, which appears whole or not at all.
 
   Args:
     model: to write.
-    to: folder, which must not exist or be empty.
+    to: folder, new or empty. One that holds the same model stays as it is.
 
   Raises:
-    ValueError: if the folder holds something.
+    ValueError: if the folder holds something else.
   """
   to = to.absolute()
   if to.exists() and (not to.is_dir() or any(to.iterdir())):
     if card_lib.read_card_or_none(to) is not None and _same(to, model):
       return
     raise ValueError(
-      f"{to}: expected a folder that is empty or not there, got one that"
-      " holds something. Nothing was changed; give another --to"
+      f"{to}: expected a folder that is new or empty, got one that holds"
+      " something. Nothing was changed; give another folder"
     )
   to.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(
@@ -72,19 +66,21 @@ def write(model: Model, to: pathlib.Path) -> None:
 
 
 def _same(to: pathlib.Path, model: Model) -> bool:
-  """Whether an export holds just this: a repeated command changes nothing."""
+  """Tell whether an export holds this model already."""
   kept = load(to)
   if {**kept.card, **json.loads(json.dumps(model.card))} != kept.card:
     return False
-  ours = storage.flatten(model.variables)
-  theirs = storage.flatten(kept.variables)
+  ours, theirs = (
+    traverse_util.flatten_dict(variables)
+    for variables in (model.variables, kept.variables)
+  )
   return ours.keys() == theirs.keys() and all(
     np.array_equal(np.asarray(ours[name]), theirs[name]) for name in ours
   )
 
 
-def _digest(folder):
-  """Of the names and bytes of all files, in the order of their names."""
+def _digest(folder: pathlib.Path) -> str:
+  """Hash the names and bytes of all files, in the order of their names."""
   digest = hashlib.sha256()
   for path in sorted(p for p in folder.rglob("*") if p.is_file()):
     name = path.relative_to(folder).as_posix()
@@ -94,13 +90,10 @@ def _digest(folder):
 
 
 def load(directory: str | pathlib.Path) -> Model:
-  """Reads an export, or the export of a finished run.
+  """Read an export, or the export of a finished run.
 
   Args:
-    directory: what `--to` named, or a workdir.
-
-  Returns:
-    The model.
+    directory: the export, or the run's workdir.
 
   Raises:
     ValueError: if there is none, or it cannot be read.
@@ -114,13 +107,13 @@ def load(directory: str | pathlib.Path) -> Model:
       " for, got others (their sha256 differs): something is missing, damaged"
       " or exchanged. Export or copy the model again"
     )
-  # What is said of the files, not of the model.
+  # These two describe the files, not the model.
   card = {k: v for k, v in card.items() if k not in ("parameters", "sha256")}
   return Model(card, storage.restore_tree(path / WEIGHTS))
 
 
 def find(directory: str | pathlib.Path) -> pathlib.Path:
-  """The export that a path names: itself, or that of a finished run.
+  """Find the export at a path: itself, or that of a finished run.
 
   Raises:
     ValueError: if the path is neither.
@@ -137,8 +130,8 @@ def find(directory: str | pathlib.Path) -> pathlib.Path:
     return path / "export"
   if (path / "config.json").exists():
     raise ValueError(
-      f"{path} holds a run that is not finished. Finish it with the command"
-      " that began it, or export what it has with python -m kd_jax export"
+      f"{path} holds a run that is not finished. Run its command again to"
+      " finish it, or export its newest weights with python -m kd_jax export"
       f" --workdir {path} --to DIR"
     )
   raise ValueError(

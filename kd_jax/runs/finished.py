@@ -60,6 +60,7 @@ def model_card(
     std=source.std,
     trained_on=source.name,
     data_options={k: v for k, v in options.items() if v is not None},
+    resize=getattr(source, "resize", None),
     dtype=config.dtype,
     head=head,
     method=config.distiller.name,

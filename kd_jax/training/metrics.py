@@ -85,28 +85,6 @@ def means(sums: Mapping[str, Any]) -> dict[str, float]:
   }
 
 
-def calibration_error(
-  confidence: np.ndarray, correct: np.ndarray, *, bins: int = 15
-) -> float:
-  """The expected calibration error (Guo et al., ICML 2017, equation 3).
-
-  Predictions are sorted into bins of equal width by their confidence; the
-  error is the mean over them of |accuracy - confidence| of their bin.
-
-  Args:
-    confidence: [N], the probability of the predicted class.
-    correct: [N] bool.
-    bins: how many; the m-th holds ((m - 1) / bins, m / bins].
-
-  Returns:
-    Between 0 and 1.
-  """
-  bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-  gaps = np.asarray(correct, np.float64) - confidence
-  sums = np.bincount(bin_of, weights=gaps, minlength=bins)
-  return float(np.abs(sums).sum() / len(confidence))
-
-
 def first_non_finite(sums: Mapping[str, Any]) -> tuple[int, list[str]] | None:
   """Finds the first step whose sums are not all finite.
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from kd_jax import data, storage
-from kd_jax.cli import evaluate
-from kd_jax.interop import card, store
+from kd_jax.interop import card, scoring, store
 from kd_jax.reporting import analysis, gather, report, runs
 from kd_jax.runs import teachers
 from kd_jax.runs import workdir as workdir_lib
@@ -115,7 +114,7 @@ def test_report_compares_all_with_the_teacher(grid, tmp_path):
   source = open_test_set(workdir / "kd")
   for label, name in (("none", "alone"), ("kd", "kd"), ("simkd", "simkd")):
     student = pair.students[label]
-    scores = evaluate.evaluate(
+    scores = scoring.evaluate(
       store.load(workdir / name), source, teacher=store.load(teacher)
     )
     assert student.agreement == pytest.approx([scores["agreement"]])

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from kd_jax import data, storage
-from kd_jax.cli import evaluate, predict
 from kd_jax.data import images
 from kd_jax.interop import card as card_lib
-from kd_jax.interop import store
+from kd_jax.interop import scoring, store
 from kd_jax.runs import checkpoint, train
 from kd_jax.runs import workdir as workdir_lib
 
@@ -89,10 +88,10 @@ def test_a_run(pipeline, run, folder, monkeypatch):
   for i, path in enumerate(command[-4:]):
     image = images.load(source.read_bytes(i), "x")
     np.testing.assert_array_equal(
-      predict.read_image(pathlib.Path(path), height=16, width=16),
+      np.asarray(Image.open(path)),
       images.evaluate_crop(image, size=16, resize=18),
     )
-  scores = evaluate.evaluate(store.load(workdir), source)
+  scores = scoring.evaluate(store.load(workdir), source)
   assert scores["examples"] == CLASSES * TEST
   assert scores["top1"] == pytest.approx(result["best"]["top1"])
   assert scores["ce"] == pytest.approx(result["best"]["ce"], rel=1e-3)

@@ -218,17 +218,6 @@ def test_progress_of_another_process_is_silent(capsys, monkeypatch):
   assert capsys.readouterr() == ("", "")
 
 
-def test_calibration_error_of_three_bins():
-  confidence = np.array([0.1, 0.3, 0.9, 1.0, 1 / 3])
-  correct = np.array([False, True, True, False, False])
-  # Bins (0, 1/3], (1/3, 2/3], (2/3, 1]: three, none and two examples.
-  first = abs(1 / 3 - (0.1 + 0.3 + 1 / 3) / 3) * 3 / 5
-  last = abs(1 / 2 - 1.9 / 2) * 2 / 5
-  got = metrics.calibration_error(confidence, correct, bins=3)
-  assert got == pytest.approx(first + last)
-  assert metrics.calibration_error(np.ones(4), np.ones(4, bool)) == 0
-
-
 def test_a_full_disk_loses_no_line(tmp_path, caplog):
   writer = writers.Writer(tmp_path, resume_step=0)
   writer.write(1, "train", {"loss": 1.0})

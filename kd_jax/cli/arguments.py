@@ -1,0 +1,56 @@
+"""Arguments and error handling that several commands share."""
+
+import argparse
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+from kd_jax import data
+from kd_jax.runs import logs
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+  """Add --model and --model_name: what to open."""
+  parser.add_argument(
+    "--model",
+    required=True,
+    type=pathlib.Path,
+    help="an export, a finished run's workdir, or a file of weights",
+  )
+  parser.add_argument(
+    "--model_name",
+    help="network of a file of weights (default: the one that fits)",
+  )
+
+
+def add_target_argument(parser: argparse.ArgumentParser) -> None:
+  """Add --to: what to write."""
+  parser.add_argument(
+    "--to",
+    required=True,
+    type=pathlib.Path,
+    help="folder to write, or new file: .pth, .safetensors, .npz (state dicts)"
+    " or .stablehlo (a program)",
+  )
+
+
+def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
+  """Add --data and --image_size: what a file of weights was trained on."""
+  parser.add_argument(
+    "--data",
+    help="data that a file of weights was trained on: cifar10, cifar100,"
+    " imagenet, ... (default: as its classes suggest)",
+  )
+  parser.add_argument(
+    "--image_size", type=int, help="pixels (default: those of the data)"
+  )
+
+
+@contextlib.contextmanager
+def exit_on_error(parser: argparse.ArgumentParser) -> Iterator[None]:
+  """Show the package's log; end with code 2 and one line on a user's error."""
+  logs.configure_logging()
+  try:
+    yield
+  except (ValueError, ImportError, data.UnreadableError) as error:
+    parser.exit(2, f"{error}\n")

@@ -1,0 +1,147 @@
+"""Exports: whole, readable by plain Orbax, never half, never overwritten."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from kd_jax import data, models, storage
+from kd_jax.interop import card as card_lib
+from kd_jax.interop import store
+from kd_jax.interop.model import Model
+
+
+@pytest.fixture(scope="module")
+def model(draw):
+  known = data.constants("cifar10")
+  card = card_lib.make(
+    "_tiny",
+    num_classes=10,
+    image_shape=known.image_shape,
+    class_names=known.class_names,
+    mean=known.mean,
+    std=known.std,
+    trained_on="cifar10",
+    data_options={},
+    test={"top1": 12.5},
+  )
+  return Model(card, draw(models.create("_tiny", 10)))
+
+
+@pytest.fixture
+def export(model, tmp_path):
+  store.write(model, tmp_path / "export")
+  return tmp_path / "export"
+
+
+def contents(folder):
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_equal(ours, theirs):
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_written_and_read_again(model, export):
+  loaded = store.load(export)
+  assert loaded.card == json.loads(json.dumps(model.card))
+  assert_equal(loaded.variables, model.variables)
+  full = card_lib.read_card(export)
+  count = sum(x.size for x in jax.tree.leaves(model.variables["params"]))
+  assert full["parameters"] == count
+
+
+@pytest.mark.parametrize(
+  "checkpointer", [ocp.PyTreeCheckpointer, ocp.StandardCheckpointer]
+)
+def test_plain_orbax_reads_it(model, export, checkpointer):
+  with checkpointer() as reader:
+    read = reader.restore(export / "checkpoint")
+  assert_equal(read, model.variables)
+
+
+def test_folders_are_not_overwritten(model, export, tmp_path):
+  before = contents(export)
+  store.write(model, export)  # the same again changes nothing
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "thesis.txt").write_text("years")
+  moved = jax.tree.map(lambda x: x + 1, model.variables)
+  for changed, to in (
+    (Model({**model.card, "test": {}}, model.variables), export),
+    (Model(model.card, moved), export),
+    (model, other),
+    (model, other / "thesis.txt"),
+  ):
+    with pytest.raises(ValueError, match=r"new or empty.*Nothing was changed"):
+      store.write(changed, to)
+  assert contents(export) == before
+  assert contents(other) == {other / "thesis.txt": b"years"}
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  store.write(model, empty)
+  assert_equal(store.load(empty).variables, model.variables)
+
+
+def test_a_failed_export_leaves_nothing(model, tmp_path, monkeypatch):
+  def fail(*_):
+    raise OSError("No space left on device")
+
+  monkeypatch.setattr(storage, "write_json", fail)
+  with pytest.raises(OSError, match="No space left"):
+    store.write(model, tmp_path / "export")
+  assert list(tmp_path.iterdir()) == []
+
+
+def damage(folder, how):
+  checkpoint = folder / "checkpoint"
+  if how == "no metadata":
+    (checkpoint / "_METADATA").unlink()
+  elif how == "no arrays":
+    shutil.rmtree(checkpoint)
+  elif how.startswith(("{", "[")):
+    (folder / "model.json").write_text(how)
+  else:
+    largest = max(checkpoint.rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    half = len(content) // 2
+    if how == "cut short":
+      content = content[:half]
+    else:
+      content[half] ^= 0x10
+    largest.write_bytes(content)
+
+
+SHA = r"expected the files that model\.json was written for.*copy the model"
+
+
+@pytest.mark.parametrize(
+  ("how", "words"),
+  [
+    *((how, SHA) for how in ("no metadata", "no arrays")),
+    *((how, SHA) for how in ("cut short", "one bit")),
+    ('{"format": "kd_jax exp', "expected JSON, got a file that ends or breaks"),
+    ('{"format": "kd_jax export 99"}', "expected an export, a folder with"),
+    ("[1]", "expected an export, a folder with"),
+  ],
+)
+def test_damage(how, words, export):
+  damage(export, how)
+  with pytest.raises(ValueError, match=words):
+    store.load(export)
+
+
+def test_paths_without_an_export(tmp_path):
+  with pytest.raises(ValueError, match="none does not exist"):
+    store.load(tmp_path / "none")
+  with pytest.raises(ValueError, match="got a folder with neither"):
+    store.load(tmp_path)
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(
+    ValueError, match=r"not finished.*kd_jax export --workdir"
+  ):
+    store.load(tmp_path)
