@@ -1,4 +1,22 @@
 import pytest
+from method_cases import Curve, Golden, LossCase, Method, mse, normal
+
+S, T = normal(0, 2, 4, 4, 4, 3)
+METHOD = Method(
+  losses={"fitnet_loss": LossCase((S, T), mse, minimum=(T, T))},
+  fields={"hint_layer": "stage2"},
+  reference=((r"regressor/(de)?conv", "conv"), (r"regressor/bn", "bn")),
+  golden=(
+    Golden(
+      r"hint_layer\d+",
+      lambda case: {"hint_layer": f"stage{case['layer']}"},
+      prefix=lambda case: "regressor.",
+    ),
+  ),
+  curve=Curve(
+    "hint", lambda curves: {"hint_layer": f"stage{curves['hint_layer']}"}
+  ),
+)
 
 
 def test_an_unknown_hint_layer_is_named(tiny):

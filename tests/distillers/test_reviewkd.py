@@ -1,14 +1,49 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from method_cases import Golden, LossCase, Method, mse, normal, pool
 
 from kd_jax.models.layers import ModelOutputs
+
+
+def reviewkd(students, teachers):
+  total = 0.0
+  for s, t in zip(students, teachers):
+    level, weight, weights = mse(s, t), 1.0, 1.0
+    for size in (4, 2, 1):
+      if size < s.shape[1]:
+        weight /= 2
+        weights += weight
+        level = level + weight * mse(pool(s, size, size), pool(t, size, size))
+    total = total + level / weights
+  return total
+
+
+SHAPES = [(4, 8, 8, 5), (4, 4, 4, 3), (4, 5, 5, 3), (4, 1, 1, 6)]
+STUDENTS, TEACHERS = (
+  [normal(10 * i + j, *shape) for j, shape in enumerate(SHAPES)]
+  for i in range(2)
+)
+METHOD = Method(
+  losses={
+    "reviewkd_loss": LossCase(
+      (STUDENTS, TEACHERS), reviewkd, minimum=(TEACHERS, TEACHERS)
+    )
+  },
+  fields={"max_mid": 6},
+  reference=(
+    (r"level(\d+)/conv(\d)", lambda m: f"{int(m[1]) - 1}.conv{m[2]}.0"),
+    (r"level(\d+)/bn(\d)", lambda m: f"{int(m[1]) - 1}.conv{m[2]}.1"),
+    (r"level(\d+)/attention", lambda m: f"{int(m[1]) - 1}.att_conv.0"),
+  ),
+  golden=(Golden("review_kd", prefix=lambda case: "abf"),),
+)
 
 
 def test_unequal_numbers_of_stages_are_refused(tiny, make_output):
   teacher = make_output(5, widths=(8,), sizes=(8,))
   with pytest.raises(ValueError, match=r"got 2 \(student\) and 1 \(teacher\)"):
-    tiny.init(tiny.create("reviewkd"), teacher=teacher)
+    tiny.shapes(tiny.create("reviewkd"), teacher=teacher)
 
 
 def test_the_teacher_is_read_before_its_activation(tiny):
@@ -16,9 +51,8 @@ def test_the_teacher_is_read_before_its_activation(tiny):
   variables = tiny.init(module)
 
   def term(**features):
-    teacher = ModelOutputs(
-      tiny.teacher.logits, {**tiny.teacher.features, **features}
-    )
+    features = {**tiny.teacher.features, **features}
+    teacher = tiny.teacher._replace(features=features)
     output, _ = tiny.apply(module, variables, teacher=teacher)
     return float(jnp.mean(output.terms["reviewkd"]))
 
@@ -35,16 +69,5 @@ def test_number_of_parameters(tiny):
   }
   features["pooled"] = jnp.zeros((8, 256))
   output = ModelOutputs(jnp.zeros((8, 5)), features)
-  variables = jax.eval_shape(
-    lambda: tiny.create("reviewkd").init(
-      jax.random.key(0),
-      output,
-      output,
-      tiny.batch,
-      teacher_head=None,
-      step=0,
-      epoch=1,
-      train=True,
-    )
-  )
-  assert sum(x.size for x in jax.tree.leaves(variables["params"])) == 1808774
+  shapes = tiny.shapes(tiny.create("reviewkd"), student=output, teacher=output)
+  assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == 1808774

@@ -1,21 +1,37 @@
 import numpy as np
+import pytest
+from method_cases import Curve, Golden, LossCase, Method, normal
 
 from kd_jax import losses
 
 
-def test_it_reads_the_last_stages(tiny, make_output):
+def sp(s, t):
+  grams = []
+  for x in (s, t):
+    f = x.reshape(len(x), -1)
+    g = f @ f.T
+    grams.append(g / np.linalg.norm(g, axis=1, keepdims=True))
+  return ((grams[0] - grams[1]) ** 2).sum() / len(s) ** 2
+
+
+S, T = normal(0, 4, 4, 4, 3), normal(1, 4, 5, 5, 3)
+METHOD = Method(
+  losses={
+    "sp_loss": LossCase((S, T), sp, minimum=(S, 2 * S), per_example=False)
+  },
+  golden=(Golden("similarity"),),
+  curve=Curve("similarity"),
+)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_it_reads_the_last_stages(tiny, make_output, train):
+  """Evaluation needs no mapped axis."""
+  axis = {} if train else {"axis_name": "devices", "sync": True}
   teacher = make_output(5, widths=(8, 8, 16), sizes=(8, 4, 2))
-  output, _ = tiny.apply(tiny.create("sp"), {}, teacher=teacher)
+  module = tiny.create("sp", **axis)
+  output, _ = tiny.apply(module, {}, teacher=teacher, train=train)
   expected = losses.sp_loss(
     tiny.student.features["stage2"], teacher.features["stage3"]
-  )
-  np.testing.assert_allclose(output.terms["sp"], expected, rtol=1e-5)
-
-
-def test_evaluation_needs_no_mapped_axis(tiny):
-  module = tiny.create("sp", axis_name="devices", sync=True)
-  output, _ = tiny.apply(module, {}, train=False)
-  expected = losses.sp_loss(
-    tiny.student.features["stage2"], tiny.teacher.features["stage2"]
   )
   np.testing.assert_allclose(output.terms["sp"], expected, rtol=1e-5)

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import method_cases
 import numpy as np
 import optax
 import pytest
@@ -14,22 +15,6 @@ from kd_jax.interop import pytorch
 from kd_jax.training import loss, optim
 from kd_jax.training import state as state_lib
 from kd_jax.training import step as step_lib
-
-# The golden folder's word -> ours, and the tolerance of losses and logits.
-# SemCKD's attention amplifies rounding: the reference's own float32 run
-# strays as far from its float64 run.
-METHODS = {
-  "vanilla": ("none", 1e-4),
-  "kd": ("kd", 1e-4),
-  "hint": ("fitnet", 1e-4),
-  "attention": ("at", 1e-4),
-  "similarity": ("sp", 1e-4),
-  "vid": ("vid", 1e-4),
-  "crd": ("crd", 1e-4),
-  "semckd": ("semckd", 2e-2),
-  "srrl": ("srrl", 1e-4),
-  "simkd": ("simkd", 1e-4),
-}
 
 # Six small steps: compiling them well takes longer than running them.
 QUICK = {
@@ -82,32 +67,17 @@ def batch_of(curves, rebuild, step, seed):
   }
 
 
-def fields_of(curves, method):
-  if method == "fitnet":
-    return {"hint_layer": f"stage{curves['hint_layer']}"}
-  if method == "crd":
-    crd = curves["crd"]
-    return {
-      "k": crd["k"],
-      "nce_temperature": crd["temperature"],
-      "momentum": crd["momentum"],
-    }
-  return {}
+METHODS = {
+  name: method
+  for name, method in method_cases.methods().items()
+  if method.curve is not None
+}
 
 
-def with_golden_memory(variables, rebuild, n_data, seed):
-  memory = dict(variables["memory"])
-  for ours, theirs in (("bank_s", "memory_v1"), ("bank_t", "memory_v2")):
-    rows = rebuild.normal(theirs, memory[ours].shape, seed=seed)
-    assert len(rows) == n_data
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    memory[ours] = jnp.asarray(rows)
-  return {**variables, "memory": memory}
-
-
-@pytest.mark.parametrize("word", METHODS)
-def test_six_steps(word, curves, rebuild, fill_distiller):
-  method, tolerance = METHODS[word]
+@pytest.mark.parametrize("method", METHODS)
+def test_six_steps(method, curves, rebuild, fill_distiller):
+  curve = METHODS[method].curve
+  word, tolerance = curve.word, curve.tolerance
   seed = curves["student_seed"]
   student, student_variables = torch_variables(
     rebuild, curves["student"], seed=seed
@@ -118,8 +88,7 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   teachers, teacher_variables = (teacher,), (teacher_variables,)
   if method == "none":
     teachers, teacher_variables = (), ()
-  fields = fields_of(curves, method)
-  distiller = distillers.create(method, **fields)
+  distiller = distillers.create(method, **curve.fields(curves))
   batches = [batch_of(curves, rebuild, i, seed) for i in range(curves["steps"])]
 
   def initialize(student_variables, teacher_variables, batch):
@@ -144,10 +113,7 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   variables, used = fill_distiller(method, variables, "distiller.", seed)
   learned = jax.tree.leaves(variables.get("params", {}))
   assert bool(learned) == bool(used)
-  if method == "crd":
-    variables = with_golden_memory(
-      variables, rebuild, curves["crd"]["n_data"], seed
-    )
+  variables = curve.prepare(variables, rebuild, seed)
 
   ce, kd, own = curves["weights_cls_div_beta"][word]
   weights = {method: own, "ce": ce, "kd": kd}
@@ -200,9 +166,9 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
   # reference's own float32 runs stray from its float64 runs, and ours may by
   # three times the most of theirs.
   strays = 3 * max(
-    curve["float32_rel_eval_error"]
-    for name, curve in curves["methods"].items()
-    if METHODS[name][1] == tolerance
+    curves["methods"][found.word]["float32_rel_eval_error"]
+    for found in (m.curve for m in METHODS.values())
+    if found.tolerance == tolerance
   )
   assert error < max(tolerance, strays), (error, strays)
 
@@ -214,4 +180,5 @@ def test_six_steps(word, curves, rebuild, fill_distiller):
 
 
 def test_every_curve_is_compared(curves):
-  assert set(curves["methods"]) == set(METHODS)
+  words = {method.curve.word for method in METHODS.values()}
+  assert set(curves["methods"]) == words

@@ -1,4 +1,4 @@
-"""What every loss must do; the cases are in conftest.py."""
+"""What every loss must do; `tests/distillers/test_x.py` declares the cases."""
 
 import doctest
 import functools
@@ -7,10 +7,19 @@ import pkgutil
 
 import jax
 import jax.numpy as jnp
+import method_cases
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from kd_jax import losses
+from kd_jax.distributed import collectives
+
+CASES = {
+  name: case
+  for method in method_cases.methods().values()
+  for name, case in method.losses.items()
+}
 
 # Milliseconds of work: compiling fast is what counts.
 QUICK = functools.partial(
@@ -22,6 +31,11 @@ QUICK = functools.partial(
 )
 
 
+def pytest_generate_tests(metafunc):
+  if "case" in metafunc.fixturenames:
+    metafunc.parametrize("name, case", CASES.items(), ids=list(CASES))
+
+
 def fn(name, case):
   return functools.partial(getattr(losses, name), **case.kwargs)
 
@@ -30,25 +44,16 @@ def batch_size(case):
   return jax.tree.leaves(case.args)[0].shape[0]
 
 
-def to_double(x):
-  floating = jnp.issubdtype(jnp.result_type(x), jnp.floating)
-  return np.asarray(x, np.float64 if floating else None)
-
-
 def is_batched(case, x):
-  return jnp.ndim(x) > 0 and x.shape[0] == batch_size(case)
+  return np.ndim(x) > 0 and x.shape[0] == batch_size(case)
 
 
-def map_floats(change, tree):
-  """Applies `change` to floating-point arrays."""
+def is_float(x):
+  return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
-  def leaf(x):
-    floating = isinstance(x, jax.Array) and jnp.issubdtype(
-      x.dtype, jnp.floating
-    )
-    return change(x) if floating else x
 
-  return jax.tree.map(leaf, tree)
+def to_double(x):
+  return np.asarray(x, np.float64 if is_float(x) else None)
 
 
 @functools.cache
@@ -68,11 +73,14 @@ def value_and_grads(name, case, args):
   return compiled(name, case)[1]([args[i] for i in case.trained], args)
 
 
-def test_every_loss_has_a_case(cases):
-  assert set(cases) == {n for n in losses.__all__ if n.endswith("_loss")}
+def test_every_loss_has_a_case_and_a_file_of_its_name():
+  assert set(CASES) == {n for n in vars(losses) if n.endswith("_loss")}
+  for name in CASES:
+    module = getattr(losses, name).__module__
+    assert module == f"kd_jax.losses.{name.removesuffix('_loss')}"
 
 
-def test_equals_the_transcription(name, case):
+def test_equals_the_formula(name, case):
   expected = case.reference(*jax.tree.map(to_double, case.args), **case.kwargs)
   value = fn(name, case)(*case.args)
   assert value.dtype == jnp.float32
@@ -111,73 +119,138 @@ def test_examples_are_independent_or_equivariant(name, case):
 
 def test_a_student_that_equals_its_teacher_is_at_the_minimum(name, case):
   if case.minimum is None:
-    # These have no zero: see test_vid.py, test_crd.py, test_cross_entropy.py.
-    assert name in ("vid_loss", "crd_loss", "cross_entropy_loss")
     return
   value, gradients = value_and_grads(name, case, case.minimum)
-  np.testing.assert_allclose(value, 0.0, atol=1e-6)
-  for g in jax.tree.leaves(gradients):
-    np.testing.assert_allclose(g, 0.0, atol=1e-6)
+  for x in jax.tree.leaves((value, gradients)):
+    np.testing.assert_allclose(x, 0.0, atol=1e-6)
 
 
 def test_gradients(name, case):
   """Along a random direction, against central differences."""
-  trained = [case.args[i] for i in case.trained]
   rng = np.random.default_rng(1)
   direction = jax.tree.map(
-    lambda x: rng.standard_normal(x.shape).astype(np.float32), trained
+    lambda x: rng.standard_normal(x.shape), [case.args[i] for i in case.trained]
   )
   _, gradients = value_and_grads(name, case, case.args)
-  slope = sum(
-    np.vdot(np.asarray(g), d)
-    for g, d in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction))
-  )
-  # In float64, through the transcription, so that the step can be small.
+  slope = sum(map(np.vdot, *map(jax.tree.leaves, (gradients, direction))))
+  # In float64, through the formula, so that the step can be small.
   ends = []
-  for sign in (1, -1):
+  for step in (1e-5, -1e-5):
     args = jax.tree.map(to_double, list(case.args))
     for i, d in zip(case.trained, direction):
-      args[i] = jax.tree.map(lambda x, d, s=sign: x + s * 1e-5 * d, args[i], d)
+      args[i] = jax.tree.map(lambda x, d, h=step: x + h * d, args[i], d)
     ends.append(np.mean(case.reference(*args, **case.kwargs)))
   np.testing.assert_allclose(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("stress", ["bfloat16", "huge", "equal rows", "zeros"])
 def test_stays_finite(name, case, stress):
-  change = {
-    "bfloat16": lambda x: x.astype(jnp.bfloat16),
-    "huge": lambda x: 1e4 * x if name != "crd_loss" else 20 * x,
-    "equal rows": lambda x: jnp.broadcast_to(x[:1], x.shape),
-    "zeros": jnp.zeros_like,
-  }[stress]
-  args = map_floats(change, case.args)
-  if name == "vid_loss" and stress == "zeros":  # a variance is never 0
-    args = (args[0], case.args[1], args[2])
-  value, gradients = value_and_grads(name, case, args)
+  def change(x):
+    # Arrays of parameters, such as a variance, have their own ranges.
+    if not is_batched(case, x) or not is_float(x):
+      return x
+    return {
+      "bfloat16": lambda: jnp.asarray(x, jnp.bfloat16),
+      "huge": lambda: np.float32(case.huge) * x,
+      "equal rows": lambda: np.broadcast_to(x[:1], x.shape),
+      "zeros": lambda: np.zeros_like(x),
+    }[stress]()
+
+  value, gradients = value_and_grads(
+    name, case, jax.tree.map(change, case.args)
+  )
   assert value.dtype == jnp.float32
   for x in jax.tree.leaves((value, gradients)):
     assert np.all(np.isfinite(np.asarray(x, np.float32)))
 
 
-def test_every_hyper_parameter_counts(name, case):
+def wrong(case, x):
+  """Variants of an argument that no loss may take."""
+  if np.ndim(x) == 0:
+    return [np.ones(3, np.float32), np.nan, -1.0]
+  found = [x[0], x[..., None], x.astype(np.int32 if is_float(x) else float)]
+  # A single array has nothing to disagree with.
+  return found + [x[:2]] * (len(jax.tree.leaves(case.args)) > 1)
+
+
+def test_wrong_arrays_are_refused(name, case):
+  leaves, tree = jax.tree.flatten(case.args)
+  for i, leaf in enumerate(leaves):
+    for j, bad in enumerate(wrong(case, leaf)):
+      args = jax.tree.unflatten(tree, [*leaves[:i], bad, *leaves[i + 1 :]])
+      with pytest.raises(ValueError, match="expected"):
+        fn(name, case)(*args)
+        pytest.fail(f"argument {i}, variant {j}: {np.shape(bad)}")
+
+
+def test_hyper_parameters(name, case):
+  """They count, are checked, and never broadcast over the batch."""
+  size = batch_size(case)
+  base = fn(name, case)(*case.args)
   for key, value in case.kwargs.items():
-    changed = {**case.kwargs, key: type(value)(value * 2)}
-    other = getattr(losses, name)(*case.args, **changed)
-    assert not np.allclose(other, fn(name, case)(*case.args), rtol=1e-3)
+
+    def run(x, key=key):
+      kwargs = {**case.kwargs, key: x}
+      return getattr(losses, name)(*case.args, **kwargs)
+
+    assert not np.allclose(run(type(value)(value * 2)), base, rtol=1e-3)
+    wrong_shapes = [np.full(s, value) for s in ((size + 1,), (size, 2), (1, 1))]
+    for bad in (np.nan, np.inf, *wrong_shapes, *case.refused[key]):
+      with pytest.raises(ValueError, match=f"{key}: expected"):
+        run(bad)
+    if isinstance(value, int):  # a count, which sets shapes or constants
+      continue
+    for scalar in (np.float32(value), jnp.float32(value)):
+      np.testing.assert_allclose(run(scalar), base, rtol=1e-5)
+    np.testing.assert_allclose(QUICK(run)(value), base, rtol=1e-5)
+    values = value * np.linspace(0.5, 1, size, dtype=np.float32)
+    for rows in (values, values[:, None]):
+      try:
+        found = run(rows)
+      except ValueError:
+        continue
+      expected = [run(float(v))[i] for i, v in enumerate(values)]
+      np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_every_loss_lives_in_the_file_of_its_name():
-  for name in losses.__all__:
-    if name.endswith("_loss"):
-      module = getattr(losses, name).__module__
-      assert module == f"kd_jax.losses.{name.removesuffix('_loss')}"
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(
+  "name", [n for n, case in CASES.items() if not case.per_example]
+)
+def test_the_mean_over_devices_is_the_global_loss(name, devices):
+  """Value and gradient of a relational loss, of replicated weights."""
+  case = CASES[name]
+  args = jax.tree.map(lambda x: np.concatenate([x, 2 * x[::-1]]), case.args)
+  weights = [1.0 + 0.1 * method_cases.normal(7, *x.shape[1:]) for x in args]
+
+  def value_and_grad(weights, args, axis_name=None):
+    def loss(weights):
+      weighted = [w[None] * x for w, x in zip(weights, args, strict=True)]
+      return fn(name, case)(*weighted, axis_name=axis_name)
+
+    return collectives.axis_mean(jax.value_and_grad(loss)(weights), axis_name)
+
+  mapped = jax.jit(
+    jax.shard_map(
+      lambda weights, args: value_and_grad(weights, args, "d"),
+      mesh=jax.sharding.Mesh(jax.devices()[:devices], ("d",)),
+      in_specs=(P(), P("d")),
+      out_specs=P(),
+      check_vma=False,
+    )
+  )
+  (value, gradients), expected = (
+    f(weights, args) for f in (mapped, jax.jit(value_and_grad))
+  )
+  np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+  for g, e in zip(gradients, expected[1], strict=True):
+    np.testing.assert_allclose(g, e, rtol=1e-4, atol=1e-7)
 
 
 def test_docstring_examples():
   attempted = 0
-  for info in pkgutil.iter_modules(losses.__path__):
-    module = importlib.import_module(f"kd_jax.losses.{info.name}")
-    result = doctest.testmod(module)
+  for info in pkgutil.iter_modules(losses.__path__, "kd_jax.losses."):
+    result = doctest.testmod(importlib.import_module(info.name))
     assert result.failed == 0
     attempted += result.attempted
   assert doctest.testmod(losses).failed == 0

@@ -1,0 +1,160 @@
+"""What a method's test file declares, and the tools to declare it.
+
+`tests/distillers/test_x.py` sets `METHOD = Method(...)`; the batteries read it.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from kd_jax import distillers
+
+FOLDER = pathlib.Path(__file__).resolve().parent / "distillers"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossCase:
+  """One loss on small inputs.
+
+  Attributes:
+    args: positional arguments, as numpy arrays of float32 or int32.
+    reference: the paper's formula in numpy: float64 arguments -> values.
+    kwargs: hyper-parameters.
+    refused: hyper-parameter -> values out of its range.
+    trained: positions of the arguments with gradients.
+    minimum: arguments of a student that equals its teacher; None if the loss
+      has no zero.
+    per_example: whether it returns [B]; else it is relational.
+    huge: factor of the inputs up to which it stays finite.
+  """
+
+  args: tuple[Any, ...]
+  reference: Callable[..., Any]
+  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  refused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  trained: tuple[int, ...] = (0, 1)
+  minimum: tuple[Any, ...] | None = None
+  per_example: bool = True
+  huge: float = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+  """Cases of the golden losses that a method must reproduce.
+
+  Attributes:
+    pattern: of their names, without the pair.
+    fields: case -> fields of the distiller.
+    prefix: case -> prefix of the names of its modules' tensors.
+    unused: pattern of tensors that only the reference has.
+    term: which term they are of; None: the method's own.
+  """
+
+  pattern: str
+  fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda case: {}
+  prefix: Callable[[Mapping[str, Any]], str] = lambda case: ""
+  unused: str = r"\Z."
+  term: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Six training steps of a reference toolbox.
+
+  Attributes:
+    word: the toolbox's name of the method.
+    fields: curves -> fields of the distiller.
+    prepare: (variables, rebuild, seed) -> variables as the toolbox starts.
+    tolerance: relative, of losses and logits.
+  """
+
+  word: str
+  fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda curves: {}
+  prepare: Callable[..., Any] = lambda variables, rebuild, seed: variables
+  tolerance: float = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A method.
+
+  Attributes:
+    losses: its losses by name.
+    fields: each field of its own -> another value, which changes the term; None
+      if the file has a test of the field.
+    small: fields for tiny runs.
+    terms: names of the terms; None: "ce", "kd" and its own.
+    reference: (pattern of our module's path, its name in the reference).
+    golden: cases of the golden losses.
+    curve: six steps of a reference toolbox.
+  """
+
+  losses: Mapping[str, LossCase] = dataclasses.field(default_factory=dict)
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  terms: frozenset[str] | None = None
+  reference: tuple[tuple[str, Any], ...] = ()
+  golden: tuple[Golden, ...] = ()
+  curve: Curve | None = None
+
+
+@functools.cache
+def method(name: str) -> Method:
+  """The declaration of a method."""
+  path = FOLDER / f"test_{name}.py"
+  spec = importlib.util.spec_from_file_location(f"declared_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.METHOD
+
+
+def methods() -> dict[str, Method]:
+  """All declarations, in the registry's order."""
+  return {name: method(name) for name in distillers.names()}
+
+
+def terms(name: str) -> tuple[frozenset[str], frozenset[str]]:
+  """Names of a method's terms, and of those that are its own."""
+  every = method(name).terms or frozenset({"ce", "kd", name})
+  return every, every - {"ce", "kd"} or every - {"ce"} or every
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+  """Standard normal float32 numbers."""
+  rng = np.random.default_rng(seed)
+  return rng.standard_normal(shape).astype(np.float32)
+
+
+# Of the formulas in float64.
+
+
+def softmax(z):
+  e = np.exp(z - z.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+def mse(a, b):
+  """[B, ..] -> [B]."""
+  return ((a - b) ** 2).reshape(len(a), -1).mean(1)
+
+
+def pool(x, height, width):
+  """Adaptive average pool, one output pixel at a time."""
+  rows, columns = x.shape[1:3]
+  out = np.zeros((len(x), height, width, x.shape[-1]))
+  for i in range(height):
+    for j in range(width):
+      top, bottom = i * rows // height, -(-(i + 1) * rows // height)
+      left, right = j * columns // width, -(-(j + 1) * columns // width)
+      out[:, i, j] = x[:, top:bottom, left:right].mean((1, 2))
+  return out
+
+
+def pool_to_smaller(a, b):
+  size = min(a.shape[1], b.shape[1]), min(a.shape[2], b.shape[2])
+  return pool(a, *size), pool(b, *size)
