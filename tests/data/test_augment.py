@@ -1,5 +1,7 @@
 """Crops and flips against numpy, and where their randomness comes from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,26 +68,27 @@ def test_draws_are_uniform_and_independent():
 def test_an_examples_draw_depends_on_key_and_index_only():
   x = jnp.asarray(images(12))
   index = jnp.array([5, 900, 17, 3, 4, 8, 2, 49999, 1, 0, 77, 6])
-  whole = augment.augment(KEY, x, index)
-  backwards = augment.augment(KEY, x[::-1], index[::-1])
-  np.testing.assert_array_equal(backwards[::-1], whole)
-  parts = [
-    augment.augment(KEY, x[i : i + 3], index[i : i + 3])
-    for i in range(0, 12, 3)
-  ]
+  run = jax.jit(augment.augment)
+  whole = run(KEY, x, index)
+  np.testing.assert_array_equal(augment.augment(KEY, x, index), whole)
+  np.testing.assert_array_equal(run(KEY, x[::-1], index[::-1])[::-1], whole)
+  parts = [run(KEY, x[i : i + 3], index[i : i + 3]) for i in range(0, 12, 3)]
   np.testing.assert_array_equal(np.concatenate(parts), whole)
-  jitted = jax.jit(augment.augment)(KEY, x, index)
-  np.testing.assert_array_equal(jitted, whole)
 
 
 def test_another_step_or_index_draws_anew():
+  draw = jax.jit(functools.partial(augment.draw, pad=4))
   index = jnp.arange(200)
-  first = np.stack(augment.draw(KEY, index, pad=4))
-  other_key = np.stack(augment.draw(jax.random.key(8), index, pad=4))
-  other_index = np.stack(augment.draw(KEY, index + 200, pad=4))
-  # Equal draws by chance: 1 in 162.
-  assert (first == other_key).all(0).mean() < 0.05
-  assert (first == other_index).all(0).mean() < 0.05
+  first, *others = (
+    np.stack(draw(key, i))
+    for key, i in (
+      (KEY, index),
+      (jax.random.key(8), index),
+      (KEY, index + 200),
+    )
+  )
+  for other in others:  # equal draws by chance: 1 in 162
+    assert (first == other).all(0).mean() < 0.05
 
 
 def test_crop_and_flip_can_be_left_out():
@@ -134,38 +137,43 @@ def test_wrong_shapes_are_refused():
     augment.normalize(x, (0.5,), (0.2,) * 3)
 
 
-# Mixing.
+def mixer(**alphas):
+  """mix(seed, images), compiled once."""
+  mix = jax.jit(functools.partial(augment.mix, **alphas))
 
+  def run(seed, images):
+    mixed, lam = mix(jax.random.key(seed), images)
+    return np.asarray(mixed), float(lam)
 
-def _mix(seed, images, **alphas):
-  mixed, lam = augment.mix(jax.random.key(seed), images, **alphas)
-  return np.asarray(mixed), float(lam)
+  return run
 
 
 @pytest.fixture(scope="module")
-def floats():
+def ours():
   rng = np.random.default_rng(0)
-  return jnp.asarray(rng.standard_normal((6, 8, 10, 3), np.float32))
+  return rng.standard_normal((6, 8, 10, 3), np.float32)
 
 
-def test_mixup_blends_neighbours(floats):
-  lams = set()
+@pytest.fixture(scope="module")
+def others(ours):
+  return ours[[1, 0, 3, 2, 5, 4]]
+
+
+def test_mixup_blends_neighbours(ours, others):
+  mix, lams = mixer(mixup=0.4, cutmix=0.0), set()
   for seed in range(5):
-    mixed, lam = _mix(seed, floats, mixup=0.4, cutmix=0.0)
-    other = np.asarray(floats)[[1, 0, 3, 2, 5, 4]]
-    expected = lam * np.asarray(floats) + (1 - lam) * other
+    mixed, lam = mix(seed, ours)
+    expected = lam * ours + (1 - lam) * others
     np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
     lams.add(lam)
-  assert len(lams) == 5 and all(0 <= s <= 1 for s in lams)
+  assert len(lams) == 5 and all(0 <= lam <= 1 for lam in lams)
 
 
-def test_cutmix_replaces_a_box_of_the_neighbours(floats):
-  ours = np.asarray(floats)
-  other = ours[[1, 0, 3, 2, 5, 4]]
-  seen = []
+def test_cutmix_replaces_a_box_of_the_neighbours(ours, others):
+  mix, seen = mixer(mixup=0.0, cutmix=1.0), []
   for seed in range(20):
-    mixed, lam = _mix(seed, floats, mixup=0.0, cutmix=1.0)
-    cut = (mixed == other).all(-1)
+    mixed, lam = mix(seed, ours)
+    cut = (mixed == others).all(-1)
     assert np.array_equal(mixed[~cut], ours[~cut])
     assert (cut == cut[0]).all()  # one box for the batch
     rows, columns = cut[0].any(1), cut[0].any(0)
@@ -177,25 +185,17 @@ def test_cutmix_replaces_a_box_of_the_neighbours(floats):
   assert min(seen) < 0.5 < max(seen)
 
 
-def test_with_both_each_takes_half_of_the_batches(floats):
-  other = np.asarray(floats)[[1, 0, 3, 2, 5, 4]]
-  blended = 0
-  for seed in range(40):
-    mixed, _ = _mix(seed, floats, mixup=1.0, cutmix=1.0)
-    is_box = (mixed == np.asarray(floats)) | (mixed == other)
-    blended += not is_box.all()
+def test_with_both_each_takes_half_of_the_batches(ours, others):
+  mix = mixer(mixup=1.0, cutmix=1.0)
+  mixed = [mix(seed, ours)[0] for seed in range(40)]
+  blended = sum(not ((x == ours) | (x == others)).all() for x in mixed)
   assert 10 <= blended <= 30
+  labels = augment.partner(jnp.arange(6))
+  assert labels.tolist() == [1, 0, 3, 2, 5, 4]
 
 
-def test_partners_are_each_others():
-  labels = jnp.arange(6)
-  assert augment.partner(labels).tolist() == [1, 0, 3, 2, 5, 4]
-  again = augment.partner(augment.partner(labels))
-  assert again.tolist() == labels.tolist()
-
-
-def test_what_cannot_be_mixed(floats):
+def test_what_cannot_be_mixed(ours):
   with pytest.raises(ValueError, match=r"even number of .* got 5 images"):
-    augment.mix(jax.random.key(0), floats[:5], mixup=1.0, cutmix=0.0)
+    augment.mix(KEY, ours[:5], mixup=1.0, cutmix=0.0)
   with pytest.raises(ValueError, match=r"mixup 0 and cutmix 0"):
-    augment.mix(jax.random.key(0), floats, mixup=0, cutmix=0)
+    augment.mix(KEY, ours, mixup=0, cutmix=0)

@@ -378,9 +378,7 @@ def test_wrong_label_files(tmp_path, text, words):
 
 def test_label_files_that_do_not_fit(tmp_path):
   flat(tmp_path)
-  with pytest.raises(
-    ValueError, match=r"missing: .*val_labels\.txt.*csv"
-  ):
+  with pytest.raises(ValueError, match=r"missing: .*val_labels\.txt.*csv"):
     load_flat(tmp_path)
   path = label_file(tmp_path, "kaggle")
   path.write_text(path.read_text() + "x,n01 1 2 3 4 n02 1 2 3 4\n")

@@ -89,8 +89,7 @@ def test_a_file_that_calls_a_function_is_refused_and_not_run(
   content = pickle.dumps({"data": Call(os.mkdir, str(target))}, protocol)
   with pytest.raises(
     safe_pickle.UnsafePickleError,
-    match=rf"some/file is refused: .* global {os.mkdir.__module__}\.mkdir,"
-    r" expected arrays, .* Nothing of it was executed.* download",
+    match=rf"some/file is refused: .* {os.mkdir.__module__}\.mkdir,",
   ):
     read(content)
   assert not target.exists()
@@ -130,21 +129,14 @@ def test_only_latin1_is_decoded():
     read(content + b"\x86R.")
 
 
-def test_every_truncation_is_reported():
+def test_damage_is_reported():
   content = pickle.dumps({"data": ARRAY, "labels": [1, 2, 3]}, 2)
   for length in range(len(content)):
     with pytest.raises(ValueError, match="some/file is cut short or damaged"):
       read(content[:length])
-
-
-def test_a_wrong_array_size_is_reported():
-  content = pickle.dumps({"data": ARRAY}, 3)
-  assert content.count(b"K\x04K\x06\x86") == 1  # the shape
-  content = content.replace(b"K\x04K\x06\x86", b"K\x07K\x06\x86")
+  shape, wrong = b"K\x04K\x06\x86", b"K\x07K\x06\x86"
+  assert content.count(shape) == 1
   with pytest.raises(ValueError, match=r"damaged.*cannot reshape"):
-    read(content)
-
-
-def test_what_is_no_dict_is_reported():
+    read(content.replace(shape, wrong))
   with pytest.raises(ValueError, match="must hold a dict, got list"):
     read(pickle.dumps([1, 2], 2))
