@@ -1,27 +1,24 @@
-"""Results to keep: of each finished run what its numbers were made of.
+"""Results to keep, and their tables in a document.
 
     python -m kd_jax results runs/table --to results/cifar100/table
     python -m kd_jax results results/cifar100 --readme README.md
 
-The first gathers the finished runs of a workdir: `result.json`, `config.json`,
-`environment.json` (the command, versions, hardware) and `metrics.jsonl.gz` of
-each, a few kilobytes without a path of the machine. `kd_jax.report` reads such
-a folder as it reads runs. The second writes the tables of what has been
-gathered into a document, between the lines `BEGIN` and `END`.
+The first gathers the finished runs of a workdir; the second writes the tables
+of what has been gathered into a document, see `kd_jax.reporting.gather`.
 """
 
 import argparse
 import pathlib
 
-from kd_jax.reporting import gather as gather_lib
+from kd_jax.reporting import gather
 
 
 def main() -> None:
   """The command line."""
   parser = argparse.ArgumentParser(
     prog="kd_jax results",
-    description="Gathers what is worth keeping of finished runs, or writes the"
-    " tables of what has been gathered into a document.",
+    description="Gathers the results of finished runs, or writes the tables of"
+    " gathered results into a document.",
   )
   parser.add_argument(
     "folder", type=pathlib.Path, help="of runs; for --readme, of results"
@@ -34,11 +31,11 @@ def main() -> None:
   args = parser.parse_args()
   try:
     if args.to is not None:
-      print(*gather_lib.gather(args.folder, args.to), sep="\n")
+      print(*gather.gather(args.folder, args.to), sep="\n")
       return
     text = args.readme.read_text(encoding="utf-8")
     try:
-      new = gather_lib.rewrite(text, gather_lib.tables(args.folder))
+      new = gather.rewrite(text, gather.tables(args.folder))
     except ValueError as error:
       raise ValueError(f"{args.readme}: {error}") from error
     args.readme.write_text(new, encoding="utf-8")

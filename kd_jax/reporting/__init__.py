@@ -1,1 +1,9 @@
-"""What came out of runs: tables, statistics, figures."""
+"""What came out of runs: tables, figures, a page, results to keep.
+
+`runs` collects finished runs and groups trials; `statistics`, `tables`,
+`figures` and `hparams` show them; `published` has values to compare with;
+`analysis` compares students with teachers; `report` writes all of it, with
+`html`; `gather` keeps results and puts their tables into a document. The
+package may import `runs` and all rooms below it; only `cli` and `launch.py`
+import it.
+"""

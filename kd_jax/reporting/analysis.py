@@ -1,8 +1,8 @@
-"""What a student has in common with its teacher: answers, classes, features.
+"""Compares a student with its teacher: predictions, classes, features.
 
-Of models that predict, on a test set:
+On a test set:
 
-- agreement: the share of the images for which both name the same class;
+- agreement: the share of the images for which both predict the same class;
 - correlation of the logits: how similar a model takes two classes to be, as the
   correlation of their logits over the images, and by how much the student
   differs from its teacher (as Tian et al., ICLR 2020, and Zhao et al., CVPR
@@ -24,8 +24,8 @@ from kd_jax.interop import card, opening, store
 from kd_jax.interop.model import Model
 from kd_jax.runs import teachers
 
-# Of the test set, what t-SNE shows: its first classes, as many as there are
-# colours that everybody can tell apart, and the first images of each.
+# t-SNE shows the first images of the first classes, as many as there are
+# colours that everybody can tell apart.
 SHOWN_CLASSES = 7
 
 
@@ -34,10 +34,10 @@ SHOWN_EACH = 100
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-  """What a model makes of a test set.
+  """Outputs of a model for a test set.
 
   Attributes:
-    choices: [N] int, the class that it names for each image.
+    choices: [N] int, the predicted class of each image.
     correlation: [K, K], see `correlation`.
     features: [M, C], before the classifier, of the images that `shown` chose.
     labels: [M] int, theirs.
@@ -68,7 +68,7 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """A teacher and all that were compared with it on one test set.
+  """A teacher and the students compared with it on one test set.
 
   Attributes:
     teacher: name of its network.
@@ -131,14 +131,13 @@ def embed(features: np.ndarray) -> np.ndarray:
   tsne = manifold.TSNE(
     init="pca", perplexity=min(30.0, (len(wide) - 1) / 3), random_state=0
   )
-  # Its threads wait for each other at every step, which takes 25 times as long
-  # where other processes have the cores too.
+  # Threads wait for each other at every step: 25 times slower on busy cores.
   with threadpoolctl.threadpool_limits(1):
     return tsne.fit_transform(wide)
 
 
 def look(model: Model, source: Any, *, batch_size: int = 500) -> Seen:
-  """Shows a test set to a model.
+  """Runs a model on a test set.
 
   Args:
     model: to ask.
@@ -167,20 +166,20 @@ def open_teacher(
 ) -> Model:
   """A run's teacher: a finished run, an export or a file of weights.
 
-  It is at the path where it was while the run lasted or, if the runs have been
-  moved since, beside the run. What has other weights is another teacher.
+  It is at the path that the run used or, if the runs have been moved since,
+  beside the run. A model of other weights is refused.
 
   Args:
     run: its folder.
-    about: what its `result.json` says of the teacher.
+    about: the teacher in its `result.json`.
     source: the test set.
 
   Returns:
     The model.
 
   Raises:
-    ValueError: if it is at neither, or cannot be read.
-    ImportError: if it takes PyTorch and there is none.
+    ValueError: if it is at neither path, or cannot be read.
+    ImportError: if it needs PyTorch and it is not installed.
   """
   then = pathlib.Path(about["checkpoint"])
   beside = run.parent / "teachers" / then.name
@@ -207,7 +206,7 @@ def open_teacher(
 
 
 def open_run(run: pathlib.Path) -> Model:
-  """The export of a finished run.
+  """Opens the export of a finished run.
 
   Raises:
     ValueError: if there is none, as in a folder of results.

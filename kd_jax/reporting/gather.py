@@ -1,13 +1,8 @@
-"""Results to keep: of each finished run what its numbers were made of.
+"""Keeps the results of finished runs, and writes their tables into a document.
 
-    python -m kd_jax results runs/table --to results/cifar100/table
-    python -m kd_jax results results/cifar100 --readme README.md
-
-The first gathers the finished runs of a workdir: `result.json`, `config.json`,
-`environment.json` (the command, versions, hardware) and `metrics.jsonl.gz` of
-each, a few kilobytes without a path of the machine. `kd_jax.report` reads such
-a folder as it reads runs. The second writes the tables of what has been
-gathered into a document, between the lines `BEGIN` and `END`.
+Of each run a few kilobytes: `result.json`, `config.json`, `environment.json`
+(the command, versions, hardware) and `metrics.jsonl.gz`, without absolute
+paths. `report` reads such a folder like a folder of runs.
 """
 
 import gzip
@@ -32,7 +27,7 @@ END = "<!-- results: end -->"
 _ENVIRONMENT = "environment.json"
 
 
-# An absolute path: all of an argument, of its value, or of a part of a tuple.
+# An absolute path: an argument, its value, or an item of a tuple.
 _PATH = re.compile(r"""(?:(?<=[='"(\[,])|^)/[^'",]+""")
 
 
@@ -43,19 +38,19 @@ _NOT_RUN = "not run"
 
 
 def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
-  """Copies what is worth keeping of the finished runs at or below a folder.
+  """Copies the results of the finished runs at or below a folder.
 
-  The same runs give the same bytes. What `to` holds of other runs stays.
+  The same runs give the same bytes. Other runs in `to` stay.
 
   Args:
-    folder: of a run or of many.
+    folder: of a run or of many, gathered ones too.
     to: folder to write into; runs have their paths below `folder` there.
 
   Returns:
     The folders of the runs in `to`.
 
   Raises:
-    ValueError: as `report.collect`, or for a run without its environment.
+    ValueError: see `runs.collect`, or for a run without its environment.
       Nothing is written then.
   """
   folder = folder.absolute()
@@ -86,7 +81,7 @@ def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _portable(tree: Any, roots: Sequence[pathlib.Path]) -> Any:
-  """JSON without absolute paths: below a root from there, else the name."""
+  """Shortens absolute paths in JSON: relative to a root, or the name alone."""
 
   def shorten(match):
     path = pathlib.PurePath(match[0])
@@ -103,17 +98,17 @@ def _portable(tree: Any, roots: Sequence[pathlib.Path]) -> Any:
 
 
 def tables(folder: pathlib.Path) -> str:
-  """The Markdown of what has been gathered below a folder.
+  """Tables of gathered results, in Markdown.
 
   Args:
-    folder: of folders of results; what is not there has not been run.
+    folder: of folders of results; it may be missing.
 
   Returns:
-    The table of SimKD's README with the runs of its recipe, then a table for
-    each folder that has others.
+    The published table beside the runs of its recipe, with a row for every
+    method of the registry; then a table for each folder that has other runs.
 
   Raises:
-    ValueError: as `report.collect`.
+    ValueError: see `runs.collect`.
   """
   found = folder.exists() and runs.find_runs(folder)
   groups = runs.group(runs.collect(folder)) if found else []
@@ -190,7 +185,7 @@ _COLUMNS = [
 
 
 def _own_table(folder, name, groups):
-  """A table of one folder's groups, below what made them."""
+  """The table of one folder, after a line about its runs."""
   commands, hardware, recipes = [], [], []
   for g in groups:
     for row in g.rows:
@@ -213,16 +208,16 @@ def _own_table(folder, name, groups):
 
 
 def rewrite(text: str, content: str) -> str:
-  """Puts content between the lines `BEGIN` and `END` of a document.
+  """Replaces the content between the lines `BEGIN` and `END` of a document.
 
   Raises:
-    ValueError: if the document has not just one of each, in this order.
+    ValueError: unless the document has one of each, in this order.
   """
   before, begin, rest = text.partition(f"{BEGIN}\n")
   _, end, after = rest.partition(f"{END}\n")
   if not begin or not end or BEGIN in after or END in before + after:
     raise ValueError(
       f"expected one line {BEGIN!r} and after it one line {END!r}. Write them"
-      " where the tables are to stand"
+      " where the tables belong"
     )
   return f"{before}{begin}\n{content}\n{end}{after}"

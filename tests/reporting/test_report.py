@@ -154,18 +154,6 @@ def test_labels_have_what_varies_in_one_order(tmp_path, write):
   assert len(report.panels(groups)["resnet8x4, cifar100"]) == 6
 
 
-def test_every_teacher_of_a_network_is_drawn(runs, write):
-  more = {"student": "resnet32x4", "age": -1}
-  write(runs / "teachers" / "y", 60.0, changes={"epochs": 9}, **more)
-  data = {"data": {"name": "cifar10"}}
-  write(runs / "teachers" / "z", 90.0, changes=data, **more)
-  panels = report.panels(grouped(runs))
-  assert [*panels["resnet8x4, cifar100"]][:2] == [
-    "teacher resnet32x4, none (epochs=240)",
-    "teacher resnet32x4, none (epochs=9)",
-  ]
-
-
 def test_csv_has_every_number(runs, tmp_path):
   report.write_report(runs, tmp_path / "out")
   text = (tmp_path / "out" / "table.csv").read_text()
@@ -220,11 +208,6 @@ def test_comparison_is_with_the_best(runs, write):
   assert alone["verdict"] == "better"
   assert hot["verdict"] == "no test: one trial"
   assert (nan["difference"], nan["verdict"]) == ("+nan", "no test: not finite")
-
-
-def test_a_run_is_its_own_table(runs):
-  (row,) = runs_lib.collect(runs / "hot")
-  assert (row["run"], row["method"]) == (".", "kd")
 
 
 def test_mistakes(runs, run_main, capsys):
@@ -425,22 +408,38 @@ def test_curves_are_means_of_the_evaluations(runs, drawn):
       at_1 = [y for x, y in band.get_paths()[0].vertices if x == 1]
       assert max(at_1) - min(at_1) == pytest.approx(2.0)
   assert left.get_yscale() == "log"
+  ticks = left.yaxis.get_major_formatter().format_ticks([0.01, 0.1, 1, 10])
+  assert ticks == ["0.01", "0.1", "1", "10"]
   (legend,) = figure.legends
   assert [text.get_text() for text in legend.get_texts()] == names
 
 
-def test_a_method_looks_the_same_in_every_panel(runs, drawn, write):
+def test_panels(runs, drawn, write):
   write(runs / "v_kd", 70.0, student="vgg8", method="kd", age=2)
-  write(runs / "v", 70.0, student="vgg8", age=1)
+  write(runs / "v", 70.0, student="vgg8", age=1, evals=1)
+  more = {"student": "resnet32x4", "age": -1}
+  write(runs / "teachers" / "y", 60.0, changes={"epochs": 9}, **more)
+  data = {"data": {"name": "cifar10"}}
+  write(runs / "teachers" / "z", 90.0, changes=data, **more)
   figure = drawn(*curves(runs))
-  assert len(figure.axes) == 4
-  assert figure.axes[2].get_title() == "vgg8, cifar100"
-  one, other = (
+  panels = [
     {x.get_label(): (x.get_color(), x.get_linestyle()) for x in axes.lines}
     for axes in figure.axes[::2]
-  )
-  assert set(other) == {"none", "kd"}
-  assert one["none"] == other["none"]
+  ]
+  titles = [axes.get_title() for axes in figure.axes[::2]]
+  assert titles == ["resnet8x4, cifar100", "vgg8, cifar100"]
+  # Every teacher of its own network and data.
+  assert [*panels[0]][:2] == [
+    "teacher resnet32x4, none (epochs=240)",
+    "teacher resnet32x4, none (epochs=9)",
+  ]
+  # A method looks the same in every panel; one evaluation is a dot.
+  assert set(panels[1]) == {"none", "kd"}
+  assert panels[0]["none"] == panels[1]["none"]
+  dots = {x.get_label(): x.get_marker() for x in figure.axes[2].lines}
+  assert dots == {"none": "o", "kd": ""}
+  figure = drawn(*curves(runs / "teachers" / "x"))
+  assert figure.axes[0].get_title() == "resnet32x4, cifar100"
 
 
 def test_many_long_labels_stay_apart_and_inside(tmp_path, write, monkeypatch):
@@ -463,20 +462,6 @@ def test_many_long_labels_stay_apart_and_inside(tmp_path, write, monkeypatch):
   draw, panels = curves(tmp_path)
   draw(panels, [pathlib.Path("x.png")])
   assert inside == [True]
-
-
-def test_teachers_alone_and_one_evaluation_are_drawn(runs, drawn, write):
-  figure = drawn(*curves(runs / "teachers"))
-  assert figure.axes[0].get_title() == "resnet32x4, cifar100"
-  write(runs / "one", 20.0, evals=1)
-  for axes in drawn(*curves(runs / "one")).axes:
-    assert axes.lines[0].get_marker() not in ("None", "", None)
-
-
-def test_no_power_of_ten_on_the_axis(runs, drawn):
-  axes = drawn(*curves(runs)).axes[0]
-  labels = axes.yaxis.get_major_formatter().format_ticks([0.01, 0.1, 1, 10])
-  assert labels == ["0.01", "0.1", "1", "10"]
 
 
 @pytest.mark.parametrize("worst", [5.0, math.nan])
