@@ -35,17 +35,19 @@ def configure_logging() -> None:
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def parameter_overview(params: dict[str, Any]) -> str:
+def parameter_overview(params: dict[str, Any], network: str) -> str:
   """A table of the parameters of each part's blocks.
 
   Args:
     params: `{"student": ..., "distiller": ...}`.
+    network: name of the network that is trained; it may be a teacher.
 
   Returns:
     Text of several lines.
   """
   rows = []
   for part, blocks in params.items():
+    part = network if part == "student" else part
     for name, block in blocks.items():
       rows.append((f"{part}/{name}", base.count_parameters(block)))
     rows.append((f"{part}, all", base.count_parameters(blocks)))

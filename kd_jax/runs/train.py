@@ -382,7 +382,8 @@ class Run:
       specs = jax.tree.map(lambda _: P(), state)
     state = self.devices.place(state, specs)
     self._compile_functions(specs)
-    _log.info("%s", logs.parameter_overview(state.params))
+    name = self.config.student.name
+    _log.info("%s", logs.parameter_overview(state.params, name))
     if memory := state.collections["distiller"].get("memory"):
       _log.info("%s", logs.memory_overview(memory))
     loop = Loop(self, state)

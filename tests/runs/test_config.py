@@ -275,12 +275,12 @@ def test_count_and_overview():
     "distiller": {},
   }
   assert base_lib.count_parameters(params) == 432 + 6500
-  lines = logs.parameter_overview(params).splitlines()
+  lines = logs.parameter_overview(params, "resnet8").splitlines()
   assert lines[0] == "parameters"
   assert [line.split() for line in lines[1:]] == [
-    ["student/conv1", "432"],
-    ["student/fc", "6,500"],
-    ["student,", "all", "6,932"],
+    ["resnet8/conv1", "432"],
+    ["resnet8/fc", "6,500"],
+    ["resnet8,", "all", "6,932"],
     ["distiller,", "all", "0"],
   ]
 
