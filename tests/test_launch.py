@@ -375,7 +375,7 @@ def test_unfinished_run_is_no_teacher(
   (unfinished / "config.json").write_text("{}")
   assert launch(*teacher_arguments(unfinished)) == 2
   error = capsys.readouterr().err
-  assert f"{unfinished} holds a run that is not finished. Finish it" in error
+  assert f"{unfinished} holds a run that is not finished" in error
   assert f"python -m kd_jax export --workdir {unfinished} --to DIR" in error
 
 

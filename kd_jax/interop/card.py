@@ -1,6 +1,7 @@
 """The model card of an export: `model.json`."""
 
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,8 +96,25 @@ def reused_head(
   }
 
 
+def require_imported(card: Mapping[str, Any]) -> None:
+  """Raise ValueError if a card names code that nobody has imported.
+
+  A card may name a user's own network or method, "package.module:attribute".
+  A card is data, so building its model must not import a module that the
+  reader of the card never named.
+  """
+  head = card["head"] or {"distiller": {"name": ""}}
+  for name in (card["architecture"], head["distiller"]["name"]):
+    module, colon, _ = str(name).partition(":")
+    if colon and module not in sys.modules:
+      raise ValueError(
+        f"the model card asks for {name}, which is code outside kd_jax. If you"
+        f" trust it, import {module} first, or give {name} as the model's name"
+      )
+
+
 def describe(card: Mapping[str, Any]) -> str:
-  """The model in a few words."""
+  """Describe the model in a few words."""
   words = card["architecture"]
   if card["head"] is not None:
     words += f" with the classifier of {' and '.join(card['head']['teachers'])}"

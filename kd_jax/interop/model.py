@@ -1,8 +1,8 @@
-"""Models that predict: a network alone, or through a reused classifier.
+"""Models that predict: a network alone, or one with a reused classifier.
 
-A model is a card (JSON: what to build, and what it was trained on) and its
-network's variables. A SimKD student is a network too, of three parts: so it is
-evaluated, exported and teaches like any other.
+A model is a card (JSON: what to build, what it was trained on) and variables.
+A SimKD student is one network of three parts, so it is evaluated, exported and
+used as a teacher like any other.
 """
 
 import dataclasses
@@ -17,17 +17,18 @@ import numpy as np
 
 from kd_jax import distillers, models
 from kd_jax.data import augment
-from kd_jax.models.layers import ModelOutputs
+from kd_jax.interop import card as card_lib
+from kd_jax.models import ModelOutputs
 
 Variables = dict[str, Any]
 
 
 class ReusedClassifier(models.Classifier):
-  """A student that predicts with its teacher's classifier, as SimKD's do.
+  """A student that predicts with its teacher's classifier, as in SimKD.
 
-  The features are the student's, but for `last` and `pooled`, which are those
-  that the classifier reads: the projection. It predicts and teaches; training
-  it is the train step's business.
+  Its features are the student's, except that `last` and `pooled` are the
+  projection, which the classifier reads. It predicts and teaches, but cannot be
+  trained as a whole.
 
   Attributes:
     student: the network.
@@ -42,7 +43,7 @@ class ReusedClassifier(models.Classifier):
   head: ClassVar[str] = "classifier"
 
   def setup(self) -> None:
-    """Makes the classifier; the other parts are given."""
+    """Make the classifier; the other parts are given."""
     self.classifier = nn.Dense(self.num_classes)
 
   def __call__(self, images: jax.Array, *, train: bool = False) -> ModelOutputs:
@@ -53,10 +54,9 @@ class ReusedClassifier(models.Classifier):
         " network; train its student with a distiller instead."
       )
     output = self.student(images, train=False)
-    # Of the teacher's maps a prediction needs only the shapes.
-    size = images.shape[0]
+    # A prediction needs only the shapes of the teachers' maps.
     maps: list[Any] = [
-      jax.ShapeDtypeStruct((size, *shape), jnp.float32)
+      jax.ShapeDtypeStruct((images.shape[0], *shape), jnp.float32)
       for shape in self.teacher_maps
     ]
     teachers = tuple(ModelOutputs(output.logits, {"last": x}) for x in maps)
@@ -73,13 +73,13 @@ def join(
   distiller: Mapping[str, Any],
   classifier: Mapping[str, Any],
 ) -> Variables:
-  """The variables of a `ReusedClassifier` from those of its parts.
+  """Join the variables of the parts of a `ReusedClassifier`.
 
   Args:
-    student: of the student.
-    distiller: of the distiller; collections that only training needs are
-      left out.
-    classifier: its kernel and bias.
+    student: variables of the student.
+    distiller: variables of the distiller; collections that only training
+      needs are left out.
+    classifier: kernel and bias.
   """
   params = {"student": student["params"], "distiller": distiller["params"]}
   variables: Variables = {"params": {**params, "classifier": classifier}}
@@ -96,14 +96,14 @@ def join(
 def mean_classifier(
   classifiers: Sequence[Mapping[str, Any]], weights: Sequence[float]
 ) -> dict[str, Any]:
-  """One classifier for joined maps that gives the mean of several's logits.
+  """Merge classifiers into one that gives the weighted mean of their logits.
 
   Args:
     classifiers: kernel [C, K] and bias [K] of each.
-    weights: their shares.
+    weights: of each; their sum is 1.
 
   Returns:
-    kernel [sum of C, K] and bias [K].
+    kernel [sum of C, K] and bias [K], for the concatenated features.
   """
   if len(classifiers) == 1:
     return dict(classifiers[0])
@@ -116,7 +116,13 @@ def mean_classifier(
 
 
 def build(card: Mapping[str, Any]) -> models.Classifier:
-  """The network that a model card describes, without variables."""
+  """Build the network that a model card describes, without variables.
+
+  Raises:
+    ValueError: if the card names something unknown; see also
+      `card.require_imported`.
+  """
+  card_lib.require_imported(card)
   dtype = jnp.dtype(card["dtype"])
   num_classes = card["num_classes"]
   student = models.create(card["architecture"], num_classes, dtype=dtype)
@@ -137,7 +143,7 @@ def build(card: Mapping[str, Any]) -> models.Classifier:
 def variable_shapes(
   network: models.Classifier, image_shape: Sequence[int]
 ) -> Any:
-  """The shapes of a network's variables, for images (H, W, C)."""
+  """Compute the shapes of a network's variables, for images (H, W, C)."""
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   init = functools.partial(network.init, train=False)
   return jax.eval_shape(init, jax.random.key(0), image)
@@ -146,7 +152,7 @@ def variable_shapes(
 def output_shapes(
   network: models.Classifier, image_shape: Sequence[int]
 ) -> ModelOutputs:
-  """The shapes of what a network returns for one image (H, W, C)."""
+  """Compute the shapes of a network's outputs for one image (H, W, C)."""
   init = functools.partial(network.init_with_output, train=False)
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   output: Any = jax.eval_shape(init, jax.random.key(0), image)[0]
@@ -171,7 +177,7 @@ class Model:
     return build(self.card)
 
   def output(self, variables: Variables, images: jax.Array) -> ModelOutputs:
-    """Logits and features of raw images: a pure function of both arguments."""
+    """Compute logits and features of raw images; a pure function."""
     card = self.card
     x = augment.normalize(
       images,
@@ -183,7 +189,7 @@ class Model:
     return output
 
   def apply(self, variables: Variables, images: jax.Array) -> jax.Array:
-    """What `logits` compiles: a pure function of both arguments."""
+    """Compute the logits of raw images; a pure function, not compiled."""
     return self.output(variables, images).logits
 
   @functools.cached_property
@@ -191,7 +197,7 @@ class Model:
     return jax.jit(self.apply)
 
   def logits(self, images: jax.Array | np.ndarray) -> jax.Array:
-    """Predicts.
+    """Compute the logits of images.
 
     Args:
       images: [B, H, W, C] uint8, of the card's `image_shape`.

@@ -57,6 +57,8 @@ def open_model(
       named.
     ImportError: if it needs PyTorch, which is missing.
   """
+  if model_name is not None:
+    models.entry(model_name)  # imports a network of the user's own
   if files.is_weights_file(path):
     model = _open_file(path, model_name, num_classes, origin)
   else:
@@ -173,6 +175,7 @@ def _with_card(
       f"{path}: expected a model card of format {card_lib.FORMAT!r}, got"
       f" {card.get('format')!r}. Write it again with python -m kd_jax export"
     )
+  card_lib.require_imported(card)
   if card["batch_norm_folded"]:
     raise ValueError(
       f"{path}: expected a network with BatchNorm, got one whose BatchNorm is"
@@ -199,11 +202,17 @@ def name_of(path: pathlib.Path) -> str:
     ValueError: if it cannot be read, or no known network fits.
     ImportError: if it needs PyTorch, which is missing.
   """
-  if not files.is_weights_file(path):
-    return card_lib.read_card(store.find(path))["architecture"]
-  weights = files.read(path)
-  if weights.card is not None:
-    return weights.card["architecture"]
+  weights = None
+  if files.is_weights_file(path):
+    weights = files.read(path)
+    card = weights.card
+  else:
+    card = card_lib.read_card(store.find(path))
+  if card is not None:
+    card_lib.require_imported(card)
+    name: str = card["architecture"]
+    return name
+  assert weights is not None
   return identify(path, network_alone(path, weights), None, None)[0]
 
 

@@ -1,6 +1,6 @@
-"""PyTorch's files by PyTorch: the one module that imports it.
+"""PyTorch's files, by PyTorch: the only module that imports it.
 
-`kd_jax.interop.files` imports this one when it meets such a file.
+`kd_jax.interop.readers` imports this module when a file needs it.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-# Older ones can be made to run code, or to write where they should not, even
-# with weights_only: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).
+# Older versions can be made to run code, or to write to other places, even with
+# weights_only: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).
 OLDEST = (2, 10)
 # Elements of a tensor, ten times those of the largest in any network here: a
 # stride of 0 makes any number of them out of one.
@@ -20,7 +20,7 @@ _LARGEST = 2**28
 
 
 class _NumpyValue:
-  """Stands in for numpy's scalars and their types, which nobody needs."""
+  """Placeholder for numpy's scalars and dtypes, which nobody needs."""
 
   def __init__(self, *args: Any):
     pass
@@ -29,8 +29,8 @@ class _NumpyValue:
     pass
 
 
-# Beside tensors, what the toolboxes put into their files: RepDistiller its
-# command line's options, and several an accuracy that numpy computed.
+# Toolboxes save more than tensors: RepDistiller the options of its command
+# line, and several an accuracy that numpy computed.
 _SAFE: Any = [
   argparse.Namespace,
   (_NumpyValue, "numpy.dtype"),
@@ -63,14 +63,14 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
 
 
 def load(path: pathlib.Path) -> Any:
-  """Reads a file of `torch.save`, of which nothing is executed.
+  """Read a file of `torch.save` without executing anything in it.
 
   Args:
     path: of a zip archive, or of the pickles that PyTorch before 1.6 wrote.
 
   Returns:
-    What was saved; the tensors in it, and in the dicts in it, are numpy
-    arrays, floats as float32.
+    The saved object; its tensors, and those in its dicts, are numpy arrays,
+    floats as float32.
 
   Raises:
     ImportError: if PyTorch is too old to be safe.
@@ -105,11 +105,11 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def save(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Writes what `torch.load(path)` returns.
+  """Write a file of `torch.save`.
 
   Args:
     path: of the file.
-    content: a state dict of arrays; or a dict of such, and of strings.
+    content: a state dict of arrays; or a dict of state dicts and strings.
   """
 
   def tensors(value: Any) -> Any:

@@ -328,3 +328,26 @@ def test_damaged_files_of_parts(simkd, tmp_path):
     with pytest.raises(ValueError, match=rf"a\.npz: .*{words}"):
       opening.open_model(path)
     path.unlink()
+
+
+@pytest.mark.parametrize("ending", ["", ".safetensors"])
+def test_a_card_imports_no_code(ending, alone, tmp_path, monkeypatch):
+  """A stranger's file must not run a module that its reader never named."""
+  (tmp_path / "stranger.py").write_text(
+    "from kd_jax.models import MODELS\nnet = MODELS['_tiny']\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "stranger", raising=False)
+  name, to = "stranger:net", tmp_path / f"model{ending}"
+  card = {**alone.card, "architecture": name}
+  if ending:
+    files.write(to, simkd_parts.to_parts(alone), card=card)
+  else:
+    store.write(model_lib.Model(card, alone.variables), to)
+  with pytest.raises(ValueError, match=rf"asks for {name}.*give {name} as"):
+    _ = opening.open_model(to).network
+  with pytest.raises(ValueError, match=f"asks for {name}"):
+    opening.name_of(to)
+  assert "stranger" not in sys.modules
+  model = opening.open_model(to, model_name=name)
+  assert type(model.network) is type(alone.network)
