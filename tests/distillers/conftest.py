@@ -22,6 +22,10 @@ quick_jit = functools.partial(
     "xla_llvm_disable_expensive_passes": True,
   },
 )
+LEAVES = {
+  **{"kernel": "weight", "scale": "weight", "bias": "bias"},
+  **{"mean": "running_mean", "var": "running_var"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,40 +40,12 @@ def quick():
   return quick_jit
 
 
-LEAVES = {
-  "kernel": "weight",
-  "scale": "weight",
-  "bias": "bias",
-  "mean": "running_mean",
-  "var": "running_var",
-}
-
-
 def reference_name(method, module, leaf):
   """Name of one tensor in the reference toolboxes, without its prefix."""
   for pattern, replacement in method_cases.method(method).reference:
-    if match := re.fullmatch(pattern, module):
-      named = callable(replacement)
-      name = replacement(match) if named else match.expand(replacement)
-      return f"{name}.{LEAVES[leaf]}"
+    if re.fullmatch(pattern, module):
+      return f"{re.sub(pattern, replacement, module)}.{LEAVES[leaf]}"
   raise AssertionError(f"{method}: no reference name for {module}/{leaf}")
-
-
-def from_reference(module, leaf, value):
-  if leaf != "kernel":
-    return value
-  if module.endswith("deconv"):
-    # A transposed convolution scatters; ours correlates the dilated map.
-    return value.transpose(2, 3, 0, 1)[::-1, ::-1]
-  return value.T if value.ndim == 2 else value.transpose(2, 3, 1, 0)
-
-
-def to_reference_shape(module, leaf, shape):
-  if leaf != "kernel":
-    return shape
-  if module.endswith("deconv"):
-    return (*shape[2:], *shape[:2])
-  return (*shape[:-3:-1], *shape[:-2])
 
 
 @pytest.fixture(scope="session")
@@ -83,19 +59,21 @@ def fill_distiller(rebuild):
     used = {}
 
     def leaf_value(path, old):
-      keys = [entry.key for entry in path]
-      if keys[0] not in ("params", "batch_stats"):
+      kind, *modules, leaf = (entry.key for entry in path)
+      if kind not in ("params", "batch_stats"):
         return old
-      module, leaf = "/".join(keys[1:-1]), keys[-1]
       if leaf == "log_scale":  # a constant in the reference, not by name
         return jnp.full(old.shape, math.log(math.exp(5 - 1e-5) - 1))
-      name = prefix + reference_name(method, module, leaf)
-      shape = to_reference_shape(module, leaf, old.shape)
-      used[name] = list(shape)
-      value = rebuild.fill(name, shape, seed=seed)
-      value = from_reference(module, leaf, value)
-      assert value.shape == old.shape, (name, value.shape, old.shape)
-      return jnp.asarray(value)
+      # Our axes in the order of PyTorch's.
+      axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(old.ndim, (0,))
+      transposed = modules[-1] == "deconv" and old.ndim == 4
+      axes = (2, 3, 0, 1) if transposed else axes
+      name = prefix + reference_name(method, "/".join(modules), leaf)
+      used[name] = [old.shape[axis] for axis in axes]
+      value = rebuild.fill(name, used[name], seed=seed)
+      value = value.transpose(np.argsort(axes))
+      # A transposed convolution scatters; ours correlates the dilated map.
+      return jnp.asarray(value[::-1, ::-1] if transposed else value)
 
     return jax.tree_util.tree_map_with_path(leaf_value, variables), used
 
@@ -103,36 +81,36 @@ def fill_distiller(rebuild):
 
 
 class GoldenInputs:
-  """Cases and named inputs of the golden losses.
+  """Cases and inputs of the golden losses.
 
-  Those of `losses_2.json`, if the folder has it, name their tensors; of the
-  others the rules of the folder's README make them.
+  The cases of `losses_2.json`, if the folder has that file, name their tensors.
+  Those of `losses.json` follow the rules of the folder's README.
   """
 
   def __init__(self, folder, rebuild):
     data = json.loads((folder / "losses.json").read_text())
     self.rebuild, self.seed, self.batch = rebuild, data["seed"], data["batch"]
-    self.classes, self.cases_, self.tensors = 100, dict(data["cases"]), {}
+    self.classes, self.named = 100, dict(data["cases"])
+    self.tensors = {
+      f"{pair}/{side}/feat{i}": {"shape": shape, "kind": "relu"}
+      for pair, sides in data["pairs"].items()
+      for side, shapes in sides.items()
+      for i, shape in enumerate(shapes)
+    }
     for side in "st":
-      self.tensors[f"logits_{side}"] = {"shape": [100], "scale": 3}
-    for pair, sides in data["pairs"].items():
-      for side, shapes in sides.items():
-        for i, shape in enumerate(shapes):
-          name = f"{pair}/{side}/feat{i}"
-          self.tensors[name] = {"shape": shape, "kind": "relu"}
+      self.tensors[f"logits_{side}"] = {"shape": [self.classes], "scale": 3}
     if (path := folder / "losses_2.json").exists():
       more = json.loads(path.read_text())
       assert (more["seed"], more["batch"]) == (self.seed, self.batch)
       self.tensors |= more["tensors"]
-      self.cases_ |= more["cases"]
+      self.named |= more["cases"]
 
   def cases(self, pattern):
     """[(pair or "", case)] of the cases of a kind; there must be one."""
-    names = {name: name.rpartition("/")[::2] for name in self.cases_}
     found = [
-      (pair, self.cases_[name])
-      for name, (pair, kind) in names.items()
-      if re.fullmatch(pattern, kind)
+      (name.rpartition("/")[0], case)
+      for name, case in self.named.items()
+      if re.fullmatch(pattern, name.rpartition("/")[2])
     ]
     assert found, f"the golden folder has no case {pattern}"
     return found
@@ -140,11 +118,12 @@ class GoldenInputs:
   def tensor(self, name):
     """An input by its name, in our layout."""
     entry = self.tensors[name]
+    if entry.get("kind") == "one":
+      return jnp.ones(())
     shape = (self.batch, *entry["shape"])
     x = self.rebuild.normal(name, shape, seed=self.seed)
     x = np.float32(entry.get("scale", 1)) * x
-    if entry.get("kind") == "relu":
-      x = np.maximum(x, 0)
+    x = np.maximum(x, 0) if entry.get("kind") == "relu" else x
     return jnp.asarray(x.transpose(0, 2, 3, 1) if x.ndim == 4 else x)
 
   def labels(self, case):
@@ -157,30 +136,24 @@ class GoldenInputs:
 
   def output(self, pair, side):
     """A network's output: logits, and the pair's features if there are any."""
-    features = {}
-    names = [n for n in self.tensors if re.match(rf"{pair}/{side}/feat\d", n)]
-    for i, name in enumerate(names):
-      own = "stem" if i == 0 else f"stage{i}"
-      features["pooled" if i == len(names) - 1 else own] = self.tensor(name)
-      if i == len(names) - 2:
-        features["last"] = features[own]
+    prefix = f"{pair}/{side}/feat"
+    maps = [self.tensor(n) for n in self.tensors if n.startswith(prefix)]
+    features = {f"stage{i}" if i else "stem": x for i, x in enumerate(maps)}
+    if maps:
+      features["pooled"] = features.pop(f"stage{len(maps) - 1}")
+      features["last"] = maps[-2]
     return ModelOutputs(self.tensor(f"logits_{side}"), features)
 
-  def assert_gradient(self, gradient, expected, context, tolerance=1e-4):
-    norm = np.linalg.norm(np.asarray(gradient, np.float64).ravel())
-    np.testing.assert_allclose(
-      norm, expected["norm"], rtol=tolerance, err_msg=context
-    )
+  def assert_gradient(self, gradient, expected, context):
+    """Compares norm and probe to 1e-4."""
     x = np.asarray(gradient)
     x = x.transpose(0, 3, 1, 2) if x.ndim == 4 else x
-    probe = self.rebuild.probe(x, len(expected["probe"]))
-    scale = np.abs(expected["probe"]).max()
+    norm = np.linalg.norm(x.astype(np.float64).ravel())
+    np.testing.assert_allclose(norm, expected["norm"], 1e-4, err_msg=context)
+    theirs = np.asarray(expected["probe"])
+    ours, scale = self.rebuild.probe(x, len(theirs)), np.abs(theirs).max()
     np.testing.assert_allclose(
-      probe,
-      expected["probe"],
-      rtol=tolerance,
-      atol=tolerance * scale,
-      err_msg=context,
+      ours, theirs, 1e-4, 1e-4 * scale, err_msg=context
     )
 
 
@@ -191,17 +164,17 @@ def golden_inputs(golden, rebuild):
 
 def tiny_output(seed, *, batch=8, classes=5, widths=(6, 12), sizes=(8, 4)):
   """A network's output, fabricated."""
-  rng = np.random.default_rng(seed)
   features = {}
   shapes = [(sizes[0], widths[0]), *zip(sizes, widths)]
-  names = ["stem", *(f"stage{i + 1}" for i in range(len(widths)))]
-  for name, (size, width) in zip(names, shapes):
-    x = rng.standard_normal((batch, size, size, width)).astype(np.float32)
-    features[f"{name}_preact"] = jnp.asarray(x)
-    features[name] = jnp.asarray(np.maximum(x, 0))
-  features["last"] = features[names[-1]]
+  for i, (size, width) in enumerate(shapes):
+    x = jnp.asarray(
+      method_cases.normal(100 * seed + i, batch, size, size, width)
+    )
+    name = f"stage{i}" if i else "stem"
+    features |= {f"{name}_preact": x, name: jnp.maximum(x, 0)}
+  features["last"] = features[name]
   features["pooled"] = jnp.mean(features["last"], (1, 2))
-  logits = rng.standard_normal((batch, classes)).astype(np.float32)
+  logits = method_cases.normal(100 * seed + 99, batch, classes)
   return ModelOutputs(jnp.asarray(logits), features)
 
 
@@ -239,9 +212,8 @@ class Tiny:
 
   def shapes(self, module, **given):
     """The shapes of the module's variables."""
-    return jax.eval_shape(
-      self.init_function(module, **given), jax.random.key(0)
-    )
+    init = self.init_function(module, **given)
+    return jax.eval_shape(init, jax.random.key(0))
 
   def real_init(self, module, **given):
     """The variables that the module's own initialisers draw."""
@@ -252,48 +224,42 @@ class Tiny:
 
     Compiling one random draw per weight takes seconds for the larger methods.
     """
-    shapes = self.shapes(module, **given)
-    rng = np.random.default_rng(3)
 
     def draw(path, x):
-      name = path[-1].key
-      value = np.full(x.shape, {"scale": 1, "var": 1}.get(name, 0), x.dtype)
-      if name == "kernel":
-        value = rng.standard_normal(x.shape, x.dtype)
+      value = np.ones(x.shape, x.dtype)
+      if path[-1].key == "kernel":
+        value = method_cases.normal(x.size, *x.shape)
         value /= np.sqrt(np.prod(x.shape[:-1]))
-      elif name == "bias":
-        value = 0.1 * rng.standard_normal(x.shape, x.dtype)
+      elif path[-1].key not in ("scale", "var"):
+        value = 0.1 * method_cases.normal(x.size, *x.shape)
       return jnp.asarray(value)
 
+    shapes = self.shapes(module, **given)
     memory = shapes.pop("memory", None)
     variables = jax.tree_util.tree_map_with_path(draw, shapes)
     if memory is not None:
-      made = self.init_function(module, **given)
-      variables["memory"] = quick_jit(lambda key: made(key)["memory"])(
-        jax.random.key(0)
-      )
+      init = self.init_function(module, **given)
+      made = quick_jit(lambda key: init(key)["memory"])(jax.random.key(0))
+      variables["memory"] = made
     return variables
 
   def apply(self, module, variables, *, train=True, seed=1, **given):
     """(DistillOutput, moved collections) of one call, compiled."""
 
-    def call(key, variables, student, teacher, batch):
+    def call(key, variables, given):
       return module.apply(
         variables,
         rngs={"distiller": key} if train else {},
         mutable=["batch_stats", "memory"] if train else [],
-        **self.given(student, teacher, batch, train=train),
+        **self.given(**given, train=train),
       )
 
     if (module, train) not in self.compiled:
       self.compiled[module, train] = quick_jit(call)
-    return self.compiled[module, train](
-      jax.random.key(seed),
-      variables,
-      given.get("student", self.student),
-      given.get("teacher", self.teacher),
-      given.get("batch", self.batch),
-    )
+    given = {
+      n: getattr(self, n) for n in ("student", "teacher", "batch")
+    } | given
+    return self.compiled[module, train](jax.random.key(seed), variables, given)
 
   def term(self, method, **fields):
     """The method's own terms, averaged, for its initial weights."""

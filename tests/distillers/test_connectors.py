@@ -41,37 +41,32 @@ def test_hint_regressor_refuses_what_it_cannot_do():
     )
 
 
-def assert_uniform(x, bound):
-  """Within +-bound, and filling it."""
-  assert float(jnp.abs(x).max()) <= bound
-  np.testing.assert_allclose(jnp.std(x), bound / np.sqrt(3), rtol=0.1)
+X, Y = jnp.ones((2, 4, 4, 20)), jnp.ones((2, 8, 8, 30))
+FUSE = (X, jnp.ones((2, 2, 2, 24)), (4, 4), 30)
 
 
-def test_initial_weights_are_the_references(quick):
-  def init(module, *args, **kwargs):
-    return quick(lambda k: module.init(k, *args, **kwargs))(jax.random.key(0))[
-      "params"
-    ]
-
-  x = jnp.ones((2, 4, 4, 20))
-  params = init(
-    connectors.HintRegressor(), x, jnp.ones((2, 8, 8, 30)), train=True
-  )
-  assert_uniform(params["deconv"]["kernel"], 1 / np.sqrt(30 * 16))
-  params = init(
-    connectors.AttentionFusion(middle=24),
-    x,
-    jnp.ones((2, 2, 2, 24)),
-    (4, 4),
-    30,
-    train=True,
-  )
-  assert_uniform(params["conv1"]["kernel"], np.sqrt(3 / 20))
-  assert_uniform(params["conv2"]["kernel"], np.sqrt(3 / (24 * 9)))
-  assert_uniform(params["attention"]["kernel"], 1 / np.sqrt(48))
-  params = init(connectors.UnitEmbedding(40), jnp.ones((2, 50)))
-  assert_uniform(params["linear"]["kernel"], 1 / np.sqrt(50))
-  params = init(
-    connectors.Bottleneck(final_activation=True), x, 24, 30, train=True
-  )
-  assert_uniform(params["conv2"]["kernel"], 1 / np.sqrt(24 * 9))
+@pytest.mark.parametrize(
+  ("module", "args", "bounds"),
+  [
+    (connectors.HintRegressor(), (X, Y), {"deconv": 1 / (30 * 16)}),
+    (
+      connectors.AttentionFusion(middle=24),
+      FUSE,
+      {"conv1": 3 / 20, "conv2": 3 / (24 * 9), "attention": 1 / 48},
+    ),
+    (connectors.UnitEmbedding(40), (X[:, 0, 0],), {"linear": 1 / 20}),
+    (
+      connectors.Bottleneck(final_activation=True),
+      (X, 24, 30),
+      {"conv2": 1 / (24 * 9)},
+    ),
+  ],
+)
+def test_initial_weights_are_the_references(quick, module, args, bounds):
+  """Uniform within +- the square root of `bounds`, and filling it."""
+  train = {} if len(args) == 1 else {"train": True}
+  params = quick(lambda k: module.init(k, *args, **train))(jax.random.key(0))
+  for name, square in bounds.items():
+    kernel, bound = params["params"][name]["kernel"], np.sqrt(square)
+    assert float(jnp.abs(kernel).max()) <= bound
+    np.testing.assert_allclose(jnp.std(kernel), bound / np.sqrt(3), rtol=0.1)

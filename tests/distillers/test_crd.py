@@ -8,16 +8,6 @@ from kd_jax import distillers
 from kd_jax.models.layers import ModelOutputs
 
 
-def crd(scores_s, scores_t, z_s, z_t, num_examples):
-  total = 0.0
-  noise = (scores_s.shape[1] - 1) / num_examples
-  for scores, z in ((scores_s, z_s), (scores_t, z_t)):
-    x = np.exp(scores) / z
-    total = total - np.log(x[:, 0] / (x[:, 0] + noise + 1e-7))
-    total = total - np.log(noise / (x[:, 1:] + noise + 1e-7)).sum(1)
-  return total
-
-
 def with_golden_banks(variables, rebuild, seed):
   """Banks as the golden values have them."""
   memory = dict(variables["memory"])
@@ -40,7 +30,6 @@ METHOD = Method(
   losses={
     "crd_loss": LossCase(
       (*(5 * normal(0, 2, 4, 9)), 30.0, 50.0),
-      crd,
       kwargs={"num_examples": 20},
       refused={"num_examples": (0, -1, 20.0)},
       huge=20,

@@ -1,9 +1,9 @@
 import pytest
-from method_cases import Curve, Golden, LossCase, Method, mse, normal
+from method_cases import Curve, Golden, LossCase, Method, normal
 
 S, T = normal(0, 2, 4, 4, 4, 3)
 METHOD = Method(
-  losses={"fitnet_loss": LossCase((S, T), mse, minimum=(T, T))},
+  losses={"fitnet_loss": LossCase((S, T), minimum=(T, T))},
   fields={"hint_layer": "stage2"},
   reference=((r"regressor/(de)?conv", "conv"), (r"regressor/bn", "bn")),
   golden=(

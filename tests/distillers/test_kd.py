@@ -1,22 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from method_cases import Curve, Golden, LossCase, Method, normal, softmax
+from method_cases import Curve, Golden, LossCase, Method, normal
 
 from kd_jax import losses
-
-
-def kd(s, t, temperature):
-  p, q = softmax(t / temperature), softmax(s / temperature)
-  return temperature**2 * (p * np.log(p / q)).sum(1)
-
 
 S, T = 3 * normal(0, 2, 4, 7)
 METHOD = Method(
   losses={
     "kd_loss": LossCase(
       (S, T),
-      kd,
       kwargs={"temperature": 4.0},
       refused={"temperature": (0.0, -1.0)},
       minimum=(T, T),

@@ -1,17 +1,8 @@
 import numpy as np
 import pytest
-from method_cases import Curve, Golden, LossCase, Method, mse, normal, softmax
+from method_cases import Curve, Golden, LossCase, Method, normal, softmax
 
 from kd_jax import losses
-
-
-def semckd(projections, targets, attention):
-  total = 0.0
-  for i, row in enumerate(projections):
-    for j, p in enumerate(row):
-      total = total + attention[:, i, j] * mse(p, targets[i][j])
-  return total / len(projections)
-
 
 S, T = normal(0, 2, 4, 4, 4, 3)
 WIDE = normal(1, 4, 5, 5, 3)
@@ -33,7 +24,6 @@ METHOD = Method(
   losses={
     "semckd_loss": LossCase(
       ([[S, T], [WIDE, WIDE]], TARGETS, ATTENTION),
-      semckd,
       trained=(0, 2),
       minimum=(TARGETS, TARGETS, ATTENTION),
     )

@@ -2,13 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_cases import Curve, Golden, LossCase, Method, mse, normal
+from method_cases import Curve, Golden, LossCase, Method, normal
 
 from kd_jax.models.layers import ModelOutputs
 
 S, T = normal(0, 2, 4, 4, 4, 3)
 METHOD = Method(
-  losses={"simkd_loss": LossCase((S, T), mse, minimum=(T, T))},
+  losses={"simkd_loss": LossCase((S, T), minimum=(T, T))},
   fields={"factor": 4, "student_map": "stage1"},
   reference=(
     (r"projector/conv(\d)", lambda m: f"transfer.{3 * int(m[1]) - 3}"),

@@ -7,27 +7,16 @@ from method_cases import (
   Golden,
   LossCase,
   Method,
-  mse,
   normal,
-  pool_to_smaller,
 )
 
 from kd_jax import losses
-
-
-def vid(mean, variance, t):
-  mean, t = pool_to_smaller(mean, t)
-  return 0.5 * (mse(mean / variance**0.5, t / variance**0.5)) + 0.5 * np.mean(
-    np.log(variance)
-  )
-
 
 VARIANCE = np.array([0.5, 1.0, 4.0], np.float32)
 METHOD = Method(
   losses={
     "vid_loss": LossCase(
       (normal(0, 4, 4, 4, 3), VARIANCE, normal(1, 4, 8, 8, 3)),
-      vid,
       trained=(0, 1, 2),
     )
   },
