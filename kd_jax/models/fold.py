@@ -124,10 +124,9 @@ def fold(
   for bn in {path[:-1] for path in stats}:
     # In float64, so that folding adds no error of its own.
     mean, var = (stats[*bn, name].astype(float) for name in ("mean", "var"))
-    multiplier = params.pop((*bn, "scale"), 1.0) / np.sqrt(
-      var + BatchNorm.epsilon  # every network here has PyTorch's
-    )
-    offset = params.pop((*bn, "bias"), 0.0) - mean * multiplier
+    # No network here changes the epsilon, PyTorch's.
+    multiplier = params.pop((*bn, "scale")) / np.sqrt(var + BatchNorm.epsilon)
+    offset = params.pop((*bn, "bias")) - mean * multiplier
     params[*bn, "offset"] = offset.astype(np.float32)
     if bn not in folded:
       params[*bn, "multiplier"] = multiplier.astype(np.float32)

@@ -144,7 +144,6 @@ def dense(
   features: int,
   *,
   name: str,
-  use_bias: bool = True,
   kernel_init: Initializer = torch_default_init,
   bias_init: Initializer | None = None,
   dtype: Any = jnp.float32,
@@ -152,7 +151,6 @@ def dense(
   """Linear layer on the last axis of `x`; call it inside a compact method."""
   return nn.Dense(
     features,
-    use_bias=use_bias,
     kernel_init=kernel_init,
     bias_init=bias_init or uniform_bias_init(x.shape[-1]),
     dtype=dtype,
