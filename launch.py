@@ -8,7 +8,7 @@
 
 Started again with the same command, a run goes on where it stopped.
 Exit codes: 0 finished, 1 failed, 2 bad input, 75 stopped by a signal with
-nothing lost (start it again); 1 also if then no checkpoint could be saved.
+nothing lost (start it again).
 """
 
 import difflib
@@ -220,21 +220,20 @@ def _fail(error: Exception) -> NoReturn:
   from kd_jax.runs import errors, grid
 
   agreed = (*errors.AGREED, grid.CellsFailedError)
+  told = (*agreed, errors.UnsavedError)
   several = jax.process_count() > 1
   # How XLA's and gloo's errors begin, of whatever class they are.
   lost = several and re.match(r"[A-Z_]{5,}: ", str(error)) is not None
   code = EXIT_FAILED
   if isinstance(error, errors.PreemptedError):
-    # Without room it would be stopped like this again and again.
-    unsaved = isinstance(error, errors.UnsavedStopError)
-    code = EXIT_FAILED if unsaved else EXIT_STOPPED
+    code = EXIT_STOPPED
   elif isinstance(error, (ValueError, ImportError)) and not lost:
     code = EXIT_BAD_INPUT
   kind = f"{type(error).__name__}: "
   stopped = isinstance(error, (errors.PreemptedError, processes.RefusedError))
   text = f"{'' if stopped else kind}{error}"
   if not several:
-    if code == EXIT_FAILED and not isinstance(error, agreed):
+    if code == EXIT_FAILED and not isinstance(error, told):
       raise error
     print(text, file=sys.stderr)
   elif stopped or isinstance(error, agreed):
@@ -242,7 +241,8 @@ def _fail(error: Exception) -> NoReturn:
     if processes.is_first():
       print(text, file=sys.stderr)
   else:
-    if code == EXIT_FAILED and not isinstance(error, OSError) and not lost:
+    plain = isinstance(error, (*told, OSError)) or lost
+    if code == EXIT_FAILED and not plain:
       traceback.print_exception(error)
     if lost:
       text = (

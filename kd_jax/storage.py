@@ -16,7 +16,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kd_jax.distributed import collectives
-from kd_jax.training import metrics
 
 _log = logging.getLogger(__name__)
 
@@ -148,9 +147,6 @@ def write_json(path: pathlib.Path, content: Any) -> None:
   temporary.replace(path)
 
 
-_log = logging.getLogger(__name__)
-
-
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads a `metrics.jsonl`; a last line cut short by a crash is left out.
 
@@ -165,7 +161,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
       records.append(json.loads(line))
     except json.JSONDecodeError:
-      metrics._log.warning("%s: left out a line that was cut short", path)
+      _log.warning("%s: left out a line that was cut short", path)
   return records
 
 

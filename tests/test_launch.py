@@ -459,13 +459,13 @@ def test_a_stopped_run_may_be_requeued(launch, monkeypatch, capsys):
   assert "stopped by SIGTERM at step 3" in capsys.readouterr().err
 
 
-def test_a_run_that_could_not_save_may_not(launch, monkeypatch, capsys):
+def test_a_run_that_could_not_save_has_failed(launch, monkeypatch, capsys):
   def stop(*_):
-    raise errors.UnsavedStopError("stopped, which could not be saved")
+    raise errors.UnsavedError("step 3 could not be saved")
 
   monkeypatch.setattr(train, "train_and_evaluate", stop)
   assert launch(*SMOKE) == 1
-  assert capsys.readouterr().err == "stopped, which could not be saved\n"
+  assert capsys.readouterr().err == "UnsavedError: step 3 could not be saved\n"
 
 
 def test_stopped_while_another_trains_the_teacher(

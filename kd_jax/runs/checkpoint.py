@@ -1,16 +1,14 @@
 """Checkpoints: Orbax, asynchronous, verified when they are read.
 
-A step's folder holds `state` (arrays), `position` (where the data pipeline
-stood, JSON) and `meta` (best result so far, seconds spent, and fingerprints
-of every array and of the JSON). Orbax makes the folder appear whole or not at
-all; the fingerprints tell when its bytes have changed since. A checkpoint that
-cannot be read, or differs from its fingerprint, is set aside and the one
-before it is used.
+A step's folder holds `state` (arrays), `position` (of the data pipeline, JSON)
+and `meta` (scores, seconds spent, and fingerprints of every array and of the
+JSON). Orbax makes the folder appear whole or not at all; the fingerprints tell
+when its bytes have changed since. A checkpoint that cannot be read, or differs
+from its fingerprints, is set aside and the one before it is used.
 
-In many processes all write a checkpoint together, through Orbax, and each
-reads it whole by itself, so that a file that one of them cannot read does not
-leave the others waiting. What each has found is then put together: they save,
-give up or go back to the same checkpoint.
+All processes write a checkpoint together, through Orbax, but each reads it
+whole by itself: a file that one process cannot read leaves no other waiting.
+They then agree on the checkpoint to use.
 """
 
 import dataclasses
@@ -24,9 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from kd_jax import storage
-from kd_jax.distributed import barrier, devices, processes
+from kd_jax.distributed import devices, processes
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class Restored:
   """A checkpoint that has been read.
 
   Attributes:
-    step: the optimiser updates made before it.
+    step: number of optimiser updates before it.
     state: the arrays.
     position: of the data pipeline.
     meta: whatever was saved beside them.
@@ -60,62 +59,23 @@ def steps(directory: pathlib.Path) -> list[int]:
   return sorted(int(name) for name in names if name.isdigit())
 
 
-def _checksum(*content):
-  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-class UnsavedError(RuntimeError):
-  """A run has come to its end, and its last checkpoint cannot be written."""
-
-
 class Checkpointer:
-  """Saves and restores one kind of checkpoint below one folder.
+  """Saves one kind of checkpoint; all processes make the same calls."""
 
-  Unless it is `read_only`, all processes have to make the same calls.
-
-  Attributes:
-    newest: step of the newest checkpoint, of which `wait` may find that it
-      could not be written; None if there is none.
-  """
-
-  def __init__(
-    self, directory: pathlib.Path, *, keep: int = 1, read_only: bool = False
-  ):
-    """Opens the folder, made if there is none.
+  def __init__(self, directory: pathlib.Path, *, keep: int = 1):
+    """Open the folder, and remove what an interrupted save left there.
 
     Args:
       directory: absolute path; steps are folders below it.
-      keep: how many of the newest are kept.
-      read_only: change nothing, for another process may be writing here.
+      keep: number of newest checkpoints to keep.
     """
     self._directory = directory
-    self._keep = keep
-    self._read_only = read_only
-    self._barrier = barrier.Barrier(str(directory))
-    self._manager = None if read_only else self._open()
-    self.newest = max(self._steps(), default=None)
-
-  def _open(self) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-      self._directory,
+    self._manager = ocp.CheckpointManager(
+      directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=self._keep,
-        create=True,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-        async_options=ocp.options.AsyncOptions(
-          barrier_sync_fn=self._barrier.wait,
-          # So that a full disk is found by the first process, or by threads
-          # that `Barrier` brings to an end.
-          create_directories_asynchronously=False,
-        ),
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True
       ),
     )
-
-  def _steps(self) -> list[int]:
-    """Steps of whole checkpoints, as the first process sees them."""
-    found = steps(self._directory)
-    return found if self._read_only else processes.broadcast(found)
 
   def save(
     self,
@@ -124,10 +84,10 @@ class Checkpointer:
     *,
     position: dict[str, Any],
     meta: dict[str, Any],
-  ) -> bool:
-    """Starts saving; the arrays may be overwritten as soon as it returns.
+  ) -> None:
+    """Start saving; the arrays may be overwritten as soon as it returns.
 
-    A step that is already there is left as it is: runs are deterministic, so
+    A step that exists already is left as it is: runs are deterministic, so
     its content is the same.
 
     Args:
@@ -136,26 +96,19 @@ class Checkpointer:
       position: JSON-able.
       meta: JSON-able.
 
-    Returns:
-      Whether it was started. If not, or if `wait` finds that it has failed,
-      a warning says why, and the checkpoints that are there stay.
+    Raises:
+      Exception: whatever made this or the last save fail. Checkpoints that
+        were whole before are still whole.
     """
-    assert self._manager is not None
     self.wait()
-    if step in self._steps():
-      return True
+    if step in processes.broadcast(steps(self._directory)):
+      return
     arrays = _as_dicts(state)
-    size = sum(x.nbytes for x in jax.tree.leaves(arrays))
-    problem = processes.broadcast(self._no_room(size))
-    if problem:
-      self._failed(step, problem)
-      return False
     meta = {
       **meta,
       "checksum": _checksum(position, meta),
       "fingerprint": storage.fingerprint(arrays),
     }
-    self._barrier.begin()
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -165,168 +118,120 @@ class Checkpointer:
       ),
       force=True,
     )
-    self.newest = step
-    self._saving = step
-    return True
 
-  _saving: int | None = None
-
-  def _no_room(self, size: int) -> str:
-    """Why `size` bytes cannot be written, or "". The first process asks."""
-    if not processes.is_first():
-      return ""
-    probe = self._directory / ".probe"
-    try:
-      probe.write_bytes(bytes(4096))
-      probe.unlink()
-      free = shutil.disk_usage(self._directory).free
-    except OSError as error:
-      probe.unlink(missing_ok=True)
-      return f"{type(error).__name__}: {error}"
-    if free < size:
-      return f"{size:,} bytes are needed and {free:,} are free"
-    return ""
-
-  def _failed(self, step: int, problem: str) -> None:
-    assert self._manager is not None
-    self._manager.reload()
-    self.newest = max(self._steps(), default=None)
-    if processes.is_first():
-      for path in self._directory.glob(f"{step}.*"):
-        shutil.rmtree(path, ignore_errors=True)
-      kept = "There is none before it"
-      if self.newest is not None:
-        kept = f"The one of step {self.newest} is kept"
-      _log.warning(
-        "the checkpoint of step %d could not be written to %s (%s). %s;"
-        " training goes on, and the next is tried when it is due",
-        step,
-        self._directory,
-        problem,
-        kept,
-      )
-
-  def wait(self) -> bool:
-    """Returns when what was started is on disk, or has failed: whether it is.
-
-    A failure, of any process, is told in a warning.
-    """
-    if self._saving is None:
-      return True
-    assert self._manager is not None
-    step, self._saving, problem = self._saving, None, ""
-    try:
-      self._manager.wait_until_finished()
-    except Exception as error:  # whatever a disk provokes
-      problem = f"{type(error).__name__}: {_first_line(error)}"
-    problems = [text for text in processes.gather_texts(problem) if text]
-    if problems:
-      causes = [p for p in problems if barrier.FOLLOWED not in p]
-      self._failed(step, (causes or problems)[0])
-    return not problems
-
-  def restore_latest(
-    self, like: Any, *, up_to: int | None = None, or_none: bool = False
-  ) -> Restored | None:
-    """Reads the newest good checkpoint.
-
-    Args:
-      like: a pytree of arrays (or `jax.ShapeDtypeStruct`s) that says what to
-        expect and, by their shardings, where to put it;
-        None takes what is there, as nested dicts of numpy arrays. An array may
-        have rows of zeros that were added for other devices.
-      up_to: those of later steps are removed: these are about to be made again.
-      or_none: if none can be read, all are set aside.
-
-    Returns:
-      What was read, or None if the folder has no checkpoint.
-
-    Raises:
-      ValueError: if there are checkpoints and none can be read, without
-        `or_none`.
-    """
-    bad: list[int] = []
-    if up_to is not None:
-      self._take_out([step for step in self._steps() if step > up_to])
-    for step in reversed(self._steps()):
-      restored, problem = None, ""
-      try:
-        restored = self._restore(step, like)
-      except Exception as error:  # whatever a damaged file provokes
-        problem = f"{type(error).__name__}: {_first_line(error)}"
-      if not self._read_only:
-        found = [text for text in processes.gather_texts(problem) if text]
-        problem = found[0] if found else ""
-      if problem:
-        _log.warning(
-          "checkpoint of step %d in %s cannot be used (%s); the one before"
-          " it is tried",
-          step,
-          self._directory,
-          problem,
-        )
-        bad.append(step)
-      else:
-        if bad and not self._read_only:
-          self._set_aside(bad)
-        return restored
-    if bad and or_none:
-      self._set_aside(bad)
-    elif bad:  # left where they are: an empty folder would mean a fresh start
-      raise ValueError(
-        f"none of the {len(bad)} checkpoints of {self._directory} can be read."
-        " Nothing was changed. Start again in another --workdir, or remove"
-        " this one"
-      )
-    return None
-
-  def _restore(self, step: int, like: Any) -> Restored:
-    folder = self._directory / str(step)
-    meta, position = (
-      json.loads((folder / name / "metadata").read_text(encoding="utf-8"))
-      for name in ("meta", "position")
-    )
-    arrays = storage.restore_tree(folder / "state")
-    expected = meta.pop("fingerprint")
-    if meta.pop("checksum") != _checksum(position, meta):
-      raise CorruptCheckpointError("its JSON differs from what was saved")
-    got = storage.fingerprint(arrays)
-    if got != expected:
-      wrong = sum(a != b for a, b in zip(got, expected, strict=False))
-      raise CorruptCheckpointError(
-        f"{wrong} of {len(expected)} arrays differ from those saved"
-      )
-    state = arrays if like is None else _like(arrays, like)
-    return Restored(step, state, position, meta)
-
-  def _set_aside(self, steps: list[int]) -> None:
-    aside = self._directory.with_name(self._directory.name + "_corrupt")
-    self._take_out(steps, aside)
-    _log.warning("moved what cannot be used to %s", aside)
-
-  def _take_out(
-    self, steps: list[int], aside: pathlib.Path | None = None
-  ) -> None:
-    """Moves steps to another folder, or removes them."""
-    assert self._manager is not None
-    self._manager.close()
-    if processes.is_first():
-      for step in steps:
-        if aside is not None:
-          aside.mkdir(exist_ok=True)
-          shutil.rmtree(aside / str(step), ignore_errors=True)
-          shutil.move(self._directory / str(step), aside / str(step))
-        else:
-          shutil.rmtree(self._directory / str(step))
-    self._barrier.begin()
-    self._manager = self._open()
-    self.newest = max(self._steps(), default=None)
+  def wait(self) -> None:
+    """Return when the last save is on disk; raises what made it fail."""
+    self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and releases the folder."""
-    self.wait()
-    if self._manager is not None:
-      self._manager.close()
+    """Wait, and release the folder."""
+    self._manager.close()
+
+
+def read_latest(directory: pathlib.Path) -> Restored | None:
+  """Read the newest good checkpoint in this process alone; change nothing.
+
+  Returns:
+    Nested dicts of numpy arrays, or None if the folder has no checkpoint.
+
+  Raises:
+    ValueError: if there are checkpoints and none can be read.
+  """
+  found, bad = _newest_good(directory, None, agree=False)
+  if bad and found is None:
+    raise _none_readable(directory, bad)
+  return found
+
+
+def restore_latest(
+  directory: pathlib.Path, like: Any, *, required: bool = True
+) -> Restored | None:
+  """Read the newest good checkpoint in every process; set bad ones aside.
+
+  Args:
+    directory: as for `Checkpointer`, which is opened afterwards.
+    like: pytree of arrays with the expected structure, shapes and shardings;
+      None takes what is there, as nested dicts of numpy arrays. The rows of
+      zeros that pad a sharded array may differ in number.
+    required: raise if there are checkpoints and none can be read; otherwise
+      set all aside.
+
+  Returns:
+    What was read, or None if the folder has no checkpoint.
+
+  Raises:
+    ValueError: see `required`; nothing is changed then.
+  """
+  found, bad = _newest_good(directory, like, agree=True)
+  if bad and found is None and required:
+    raise _none_readable(directory, bad)
+  if bad:
+    aside = directory.with_name(directory.name + "_corrupt")
+    if processes.is_first():
+      aside.mkdir(exist_ok=True)
+      for step in bad:
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        shutil.move(directory / str(step), aside / str(step))
+    processes.broadcast(None)
+    _log.warning("moved what cannot be used to %s", aside)
+  return found
+
+
+def _newest_good(
+  directory: pathlib.Path, like: Any, *, agree: bool
+) -> tuple[Restored | None, list[int]]:
+  """The newest good checkpoint, and the steps of bad ones after it."""
+  bad: list[int] = []
+  found = steps(directory)
+  for step in reversed(processes.broadcast(found) if agree else found):
+    restored, problem = None, ""
+    try:
+      restored = _read(directory / str(step), like)
+    except Exception as error:  # a damaged file may provoke anything
+      problem = f"{type(error).__name__}: {_first_line(error)}"
+    if agree:
+      problem = next(filter(None, processes.gather_texts(problem)), "")
+    if not problem:
+      return restored, bad
+    _log.warning(
+      "checkpoint of step %d in %s cannot be used (%s); trying the one before",
+      step,
+      directory,
+      problem,
+    )
+    bad.append(step)
+  return None, bad
+
+
+def _none_readable(directory: pathlib.Path, bad: list[int]) -> ValueError:
+  # They stay: an empty folder would mean a fresh start.
+  return ValueError(
+    f"none of the {len(bad)} checkpoints of {directory} can be read. Nothing"
+    " was changed. Start again in another --workdir, or remove this one"
+  )
+
+
+def _read(folder: pathlib.Path, like: Any) -> Restored:
+  meta, position = (
+    json.loads((folder / name / "metadata").read_text(encoding="utf-8"))
+    for name in ("meta", "position")
+  )
+  arrays = storage.restore_tree(folder / "state")
+  expected = meta.pop("fingerprint")
+  if meta.pop("checksum") != _checksum(position, meta):
+    raise CorruptCheckpointError("its JSON differs from what was saved")
+  got = storage.fingerprint(arrays)
+  if got != expected:
+    wrong = sum(a != b for a, b in zip(got, expected, strict=False))
+    raise CorruptCheckpointError(
+      f"{wrong} of {len(expected)} arrays differ from those saved"
+    )
+  state = arrays if like is None else _like(arrays, like)
+  return Restored(int(folder.name), state, position, meta)
+
+
+def _checksum(*content):
+  return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _first_line(error: Exception) -> str:
@@ -335,38 +240,34 @@ def _first_line(error: Exception) -> str:
   return line if len(line) < 300 else f"{line[:100]} ... {line[-180:]}"
 
 
-def _paths(tree: Any) -> list[list[str]]:
-  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+def _paths(tree: Any) -> list[tuple[str, ...]]:
   return [
-    [jax.tree_util.keystr((key,), simple=True) for key in path]
-    for path in paths
+    tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree)
   ]
 
 
 def _as_dicts(tree: Any) -> dict[str, Any]:
   """The tree as nested dicts: a library's own containers may change."""
-  nested: dict[str, Any] = {}
-  for path, leaf in zip(_paths(tree), jax.tree.leaves(tree), strict=True):
-    place = nested
-    for key in path[:-1]:
-      place = place.setdefault(key, {})
-    place[path[-1]] = leaf
-  return nested
+  leaves = jax.tree.leaves(tree)
+  return traverse_util.unflatten_dict(dict(zip(_paths(tree), leaves)))
 
 
 def _like(nested: dict[str, Any], tree: Any) -> Any:
-  """What `_as_dicts` made of something like `tree`, in its own containers."""
+  """Turn nested dicts of arrays into a tree like the given one, placed."""
+  arrays = traverse_util.flatten_dict(nested)
   paths = _paths(tree)
-  if len(paths) != len(jax.tree.leaves(nested)):
+  if set(arrays) != set(paths):
+    different = sorted("/".join(path) for path in set(arrays) ^ set(paths))
     raise ValueError(
-      f"expected {len(paths)} arrays, got {len(jax.tree.leaves(nested))}"
+      f"expected {len(paths)} arrays, got {len(arrays)}; only one side has"
+      f" {', '.join(different[:3])}"
     )
 
-  def follow(path, like):
-    place: Any = nested
-    for key in path:
-      place = place[key]
-    array = _with_rows(place, like.shape) if like.ndim else place
+  def place(path: tuple[str, ...], like: Any) -> Any:
+    array = arrays[path]
+    if like.ndim:
+      array = _with_rows(array, like.shape)
     if (array.shape, array.dtype) != (like.shape, like.dtype):
       raise ValueError(
         f"{'/'.join(path)}: expected {like.shape} {like.dtype}, got"
@@ -375,13 +276,12 @@ def _like(nested: dict[str, Any], tree: Any) -> Any:
     sharding = getattr(like, "sharding", None)
     return array if sharding is None else devices.put_whole(array, sharding)
 
-  leaves = jax.tree.leaves(tree)
-  leaves = [follow(*each) for each in zip(paths, leaves, strict=True)]
-  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+  placed = map(place, paths, jax.tree.leaves(tree))
+  return jax.tree.unflatten(jax.tree.structure(tree), list(placed))
 
 
 def _with_rows(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Adds, or takes away, rows of zeros: see `parallel.Devices.place`."""
+  """Add or remove the rows of zeros that `Devices.place` pads with."""
   if array.shape[1:] != shape[1:] or array[shape[0] :].any():
     return array
   missing = max(shape[0] - array.shape[0], 0)

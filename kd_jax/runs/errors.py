@@ -1,10 +1,4 @@
-"""Errors that end a run on every process at the same step."""
-
-import logging
-
-from kd_jax.runs import checkpoint
-
-_log = logging.getLogger(__name__)
+"""Errors that end a run."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -12,12 +6,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class PreemptedError(RuntimeError):
-  """The run was asked to stop, and has saved what it needs to go on."""
+  """The run was asked to stop, and has saved what it needs to resume."""
 
 
-class UnsavedStopError(PreemptedError):
-  """The run was asked to stop, and could not save what it had come to."""
+class UnsavedError(RuntimeError):
+  """A checkpoint, a metric or a result could not be written."""
 
 
-# What ends a run in all processes, at the same step.
-AGREED = (NonFiniteLossError, PreemptedError, checkpoint.UnsavedError)
+# Raised by every process at the same step: they can take leave of each other.
+AGREED = (NonFiniteLossError, PreemptedError)

@@ -139,9 +139,7 @@ def export_run(
 def _read_newest(folder: pathlib.Path, what: str) -> checkpoint.Restored:
   found = None
   if folder.exists():
-    reader = checkpoint.Checkpointer(folder, keep=1, read_only=True)
-    found = reader.restore_latest(None)
-    reader.close()
+    found = checkpoint.read_latest(folder)
   if found is None:
     raise ValueError(
       f"{folder} holds no weights yet: the run has not come to {what}"

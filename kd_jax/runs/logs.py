@@ -1,7 +1,6 @@
 """Logging set-up and the overviews that a run logs at its start."""
 
 import logging
-import threading
 from typing import Any
 
 import jax
@@ -20,19 +19,8 @@ def configure_logging() -> None:
   if not processes.is_first():
     # What is wrong with the data that a process reads, no other can tell.
     logging.getLogger("kd_jax.data").setLevel(logging.WARNING)
-  # Orbax tells every file that it touches through absl's logger, and what
-  # `checkpoint` tells of a failed save in a line on many pages.
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
-  before = threading.excepthook
-
-  def excepthook(arguments):
-    thread = arguments.thread
-    if thread is None or thread.name not in ("async_save", "save_finalize"):
-      before(arguments)
-
-  threading.excepthook = excepthook
-  # A damaged checkpoint is one line of ours, and of its tasks many pages.
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  # Orbax logs every file that it touches.
+  logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def parameter_overview(params: dict[str, Any], network: str) -> str:

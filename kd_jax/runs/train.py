@@ -5,6 +5,7 @@ keyword arguments. Restore order: the workdir's own checkpoint (the same run,
 interrupted), else a fresh start. The teacher is never in a checkpoint.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +56,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
   Raises:
     ValueError: for a config that cannot run, before anything is written.
     NonFiniteLossError: when the loss leaves the finite numbers.
-    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written;
-      UnsavedStopError if that has failed.
+    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
+    UnsavedError: when something could not be saved.
   """
   path = pathlib.Path(workdir).absolute()
   run = processes.on_all_processes(lambda: prepare(config, path))
@@ -621,12 +622,7 @@ class Trial:
   def __init__(self, run: Run):
     """Opens the checkpoints."""
     self.run_, self.workdir, self.config = run, run.workdir, run.config
-    self.checkpoints = checkpoint.Checkpointer(
-      run.workdir / "checkpoints", keep=self.config.checkpoint.keep
-    )
-    self.best_checkpoint = checkpoint.Checkpointer(run.workdir / "best", keep=1)
     self.best: dict[str, Any] = {}
-    self.best_before: dict[str, Any] = {}
     self.last_eval: dict[str, Any] = {}
     self.unscored: Evaluation | None = None
     self.totals: dict[str, float] = {}
@@ -634,8 +630,14 @@ class Trial:
   def begin(self, step: int, meta: dict[str, Any] | None) -> None:
     """Goes on from a step, with what was saved there if it is not the first."""
     # What is on disk, which may be of after the checkpoint.
-    kept = self.best_checkpoint.restore_latest(None, or_none=True)
+    best = self.workdir / "best"
+    kept = checkpoint.restore_latest(best, None, required=False)
     self.best = {} if kept is None else kept.meta["card"]["test"]
+    with self.saving("the checkpoint folders"):
+      self.checkpoints = checkpoint.Checkpointer(
+        self.workdir / "checkpoints", keep=self.config.checkpoint.keep
+      )
+      self.best_checkpoint = checkpoint.Checkpointer(best)
     if meta is not None:
       self.last_eval = meta["last_eval"]
       self.totals = meta["totals"]
@@ -657,11 +659,9 @@ class Trial:
     offset, names = found
     terms = [n for n in names if n in self.config.loss_weights] or names
     kept = "No checkpoint had been written"
-    if self.checkpoints.newest:
-      kept = (
-        f"The last checkpoint, of step {self.checkpoints.newest}, is from"
-        " before it"
-      )
+    self.wait()
+    if saved := self.saved():
+      kept = f"The last checkpoint, of step {saved}, is from before it"
     raise errors.NonFiniteLossError(
       f"step {first + offset + 1}: the loss is not finite (terms:"
       f" {', '.join(terms)}). {kept}. Lower config.optim.learning_rate (now"
@@ -681,7 +681,8 @@ class Trial:
     self.totals = {}
     values["learning_rate"] = float(run.schedule(step - 1))
     values["epoch"] = step / run.steps_per_epoch
-    self.writer.write(step, "train", values)
+    with self.saving("metrics.jsonl"):
+      self.writer.write(step, "train", values)
     return (
       f"step {step}/{run.total_steps} loss {values['loss']:.4f}"
       f" top-1 {values['top1']:.2f} %"
@@ -715,22 +716,17 @@ class Trial:
       return ""
     (step, epoch, wait, tree), self.unscored = self.unscored, None
     scores = wait()
-    self.keep_best()
-    self.writer.write(step, "eval", {**scores, "epoch": epoch})
+    with self.saving("metrics.jsonl"):
+      self.writer.write(step, "eval", {**scores, "epoch": epoch})
     self.last_eval = {**scores, "epoch": epoch}
     if not self.best or scores["top1"] > self.best["top1"]:
-      self.best_before, self.best = self.best, self.last_eval
-      if not self.best_checkpoint.save(
-        step, tree, position={}, meta={"card": self._card()}
-      ):
-        self.best = self.best_before
+      self.best = self.last_eval
+      with self.saving("the best weights"):
+        self.best_checkpoint.save(
+          step, tree, position={}, meta={"card": self._card()}
+        )
     words = logs.scores_in_words(scores)
     return f"epoch {epoch}/{self.config.epochs}: {words}"
-
-  def keep_best(self) -> None:
-    """The best is what is on disk: one that could not be written is none."""
-    if not self.best_checkpoint.wait():
-      self.best = self.best_before
 
   def _card(self):
     run = self.run_
@@ -750,28 +746,42 @@ class Trial:
     skipped: dict[str, dict[str, str]],
   ) -> None:
     """Starts saving a checkpoint."""
-    self.checkpoints.save(
-      step,
-      state,
-      position=self.run_.pipeline.get_state(),
-      meta={
-        "last_eval": self.last_eval,
-        "seconds": seconds,
-        "skipped": skipped,
-        "totals": self.totals,
-        "card": self._card(),
-      },
-    )
-
-  def require_saved(self, step: int) -> None:
-    """Refuses to end without the checkpoint of the last step."""
-    self.checkpoints.wait()
-    if self.checkpoints.newest != step or not self.best:
-      raise checkpoint.UnsavedError(
-        f"step {step}, the last, could not be saved in {self.workdir}. Make"
-        " room; the same command goes on from step"
-        f" {self.checkpoints.newest or 0}"
+    with self.saving(f"the checkpoint of step {step}"):
+      self.best_checkpoint.wait()
+      self.checkpoints.save(
+        step,
+        state,
+        position=self.run_.pipeline.get_state(),
+        meta={
+          "last_eval": self.last_eval,
+          "seconds": seconds,
+          "skipped": skipped,
+          "totals": self.totals,
+          "card": self._card(),
+        },
       )
+
+  def saved(self) -> int:
+    """Step of the newest whole checkpoint, 0 if there is none."""
+    return max(checkpoint.steps(self.workdir / "checkpoints"), default=0)
+
+  @contextlib.contextmanager
+  def saving(self, what: str) -> Iterator[None]:
+    """Names what could not be saved, and the step to resume from."""
+    try:
+      yield
+    except Exception as error:
+      raise errors.UnsavedError(
+        f"{what} could not be saved in {self.workdir} ({type(error).__name__}:"
+        f" {error}). Make room; the same command resumes from step"
+        f" {self.saved()}"
+      ) from error
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk."""
+    with self.saving("a checkpoint"):
+      self.best_checkpoint.wait()
+      self.checkpoints.wait()
 
   def conclude(
     self,
@@ -823,7 +833,8 @@ class Loop:
     self.run_, self.config, self.state = run, run.config, state
     self.trial = Trial(run)
     self.step, self.seconds, self.started = 0, 0.0, time.monotonic()
-    restored = self.trial.checkpoints.restore_latest(state)
+    folder = run.workdir / "checkpoints"
+    restored = checkpoint.restore_latest(folder, state)
     if restored is not None:
       self.state, self.step = restored.state, restored.step
       run.pipeline.set_state(restored.position)
@@ -895,20 +906,11 @@ class Loop:
     return time.monotonic() - self.tried_time >= 60 * minutes
 
   def _stopped(self) -> errors.PreemptedError:
-    self.trial.checkpoints.wait()
-    saved = self.trial.checkpoints.newest or 0
-    where = self.run_.workdir
-    text = (
+    self.trial.wait()
+    return errors.PreemptedError(
       f"stopped by {self.stop.received or 'a signal to another process'} at"
-      f" step {self.step}"
-    )
-    if saved == self.step:
-      return errors.PreemptedError(
-        f"{text}, saved in {where}: the same command goes on from there"
-      )
-    return errors.UnsavedStopError(
-      f"{text}, which could not be saved in {where}: the same command goes on"
-      f" from step {saved}"
+      f" step {self.step}, saved in {self.run_.workdir}: the same command goes"
+      " on from there"
     )
 
   def _dispatch(self):
@@ -961,20 +963,17 @@ class Loop:
     self._collect(leave=0)
     self._score()
     self.wishes[:] = 0
-    self.trial.checkpoints.wait()
-    self.trial.keep_best()
-    if self.trial.checkpoints.newest == self.step:
-      return
     skipped = self._unite_skipped()
     self.trial.save(self.step, self.state, self._elapsed(), skipped)
     self.tried_step, self.tried_time = self.step, time.monotonic()
 
   def _finish(self) -> dict[str, Any]:
     trial, skipped = self.trial, self._list_skipped()
-    trial.require_saved(self.step)
+    trial.wait()
     result = {}
     if processes.is_first():
-      result = trial.conclude(self.state, self._elapsed(), skipped)
+      with trial.saving("the result"):
+        result = trial.conclude(self.state, self._elapsed(), skipped)
     logs.say(
       f"{trial.workdir}: last epoch {logs.scores_in_words(trial.last_eval)}"
     )

@@ -82,15 +82,15 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-  """Holds FOLDER.lock: other runs on the same file system wait.
+  """Holds FOLDER/.lock: other runs on the same file system wait.
 
   Only the first process takes the lock; the others wait with it. The kernel
   releases it when the process ends, however it ends. A network file system
   must support `flock` (NFS 4, Lustre mounted with `flock`); without it, train
   the shared teacher once before the runs that need it.
   """
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  lock = filelock.FileLock(f"{folder}.lock")
+  folder.mkdir(parents=True, exist_ok=True)
+  lock = filelock.FileLock(folder / ".lock")
 
   def try_lock() -> bool:
     try:

@@ -84,8 +84,7 @@ def stop_at(monkeypatch):
 
 
 def newest(workdir):
-  reader = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
-  return reader.restore_latest(None)
+  return checkpoint.read_latest(workdir / "checkpoints")
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

@@ -17,7 +17,7 @@ from kd_jax import storage
 from kd_jax.interop import card as card_lib
 from kd_jax.interop import store
 from kd_jax.models import base
-from kd_jax.runs import checkpoint, errors, finished, train
+from kd_jax.runs import checkpoint, errors, finished, train, writers
 from kd_jax.runs import config as config_lib
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3
@@ -74,11 +74,7 @@ def compilations():
 
 
 def newest(workdir):
-  reader = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
-  try:
-    return reader.restore_latest(None)
-  finally:
-    reader.close()
+  return checkpoint.read_latest(workdir / "checkpoints")
 
 
 def steps_saved(workdir):
@@ -351,15 +347,13 @@ def test_the_best_is_what_is_on_disk(first):
   ends = shutil.ignore_patterns("export", "result.json")
   shutil.copytree(first[0], workdir, ignore=ends)
   shutil.rmtree(workdir / "checkpoints" / str(TOTAL))
-  reader = checkpoint.Checkpointer(workdir / "best", read_only=True)
-  kept = reader.restore_latest(None)
-  reader.close()
+  kept = checkpoint.read_latest(workdir / "best")
   shutil.rmtree(workdir / "best")
   # An epoch that the restart makes again, and scores otherwise.
   scores = {**first[1]["best"], "top1": 100.0, "epoch": EPOCHS}
   card = {**kept.meta["card"], "test": scores}
   writer = checkpoint.Checkpointer(workdir / "best")
-  assert writer.save(TOTAL, kept.state, position={}, meta={"card": card})
+  writer.save(TOTAL, kept.state, position={}, meta={"card": card})
   writer.close()
   config = make_config("kd", GRAIN)
   result = train.train_and_evaluate(config, str(workdir))
@@ -424,7 +418,6 @@ def test_a_cpu_run_goes_on_where_a_dispatch_is_an_epoch(first, monkeypatch):
 
 
 def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
-  """Without room for a checkpoint, and then with it."""
   config = make_config("teacher", {"epochs": 1, "checkpoint.every_steps": 0})
   begin = train.Trial.begin_evaluation
 
@@ -434,20 +427,36 @@ def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Trial, "begin_evaluation", signalled)
-    with monkeypatch.context() as full:
-      full.setattr(checkpoint.Checkpointer, "_no_room", lambda *_: "no room")
-      with pytest.raises(
-        errors.UnsavedStopError,
-        match=r"by SIGTERM at step 4, which could not be saved .* from step 0$",
-      ):
-        train.train_and_evaluate(config, str(tmp_path))
-    with pytest.raises(
-      errors.PreemptedError, match="step 4, saved in"
-    ) as saved:
+    with pytest.raises(errors.PreemptedError, match="step 4, saved in"):
       train.train_and_evaluate(config, str(tmp_path))
-  assert saved.type is errors.PreemptedError
   assert not (tmp_path / "result.json").exists()
   assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 4
+
+
+@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+def test_what_cannot_be_saved_ends_the_run(tmp_path, monkeypatch, what):
+  changes = {"epochs": 2, "checkpoint.every_steps": 3, "log.every_steps": 1}
+  config = make_config("teacher", changes)
+  full = OSError(28, "No space left on device")
+  of, name = {
+    "metrics": (writers.Writer, "write"),
+    "checkpoint": (checkpoint.Checkpointer, "save"),
+  }[what]
+  whole = getattr(of, name)
+
+  def fail(self, step, *arguments, **more):
+    if step == 6:
+      raise full
+    whole(self, step, *arguments, **more)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(of, name, fail)
+    with pytest.raises(
+      errors.UnsavedError, match=r"No space left .* resumes from step 3$"
+    ):
+      train.train_and_evaluate(config, str(tmp_path))
+  assert steps_saved(tmp_path) == [3]
+  assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 8
 
 
 def test_another_seed_is_another_run(first):
