@@ -3,7 +3,8 @@
 One final linen module per method, in a file of the method's name, and a line in
 `DISTILLERS`. `connectors` holds the learned modules between the two networks,
 `multi_teacher` the mean over several teachers. This room imports
-`kd_jax.losses`, `kd_jax.models` and `kd_jax.distributed.collectives`.
+`kd_jax.losses`, `kd_jax.models.layers`, `kd_jax.distributed.collectives` and
+`kd_jax.registry`.
 """
 
 import dataclasses

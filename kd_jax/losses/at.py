@@ -9,7 +9,7 @@ from kd_jax.losses import checks, spatial
 
 
 def _attention(x: jax.Array) -> jax.Array:
-  """[B, H, W, C] -> [B, H * W]: where the energy of the map sits."""
+  """Normalised energy of each position: [B, H, W, C] -> [B, H * W]."""
   energy = jnp.mean(jnp.square(x), axis=-1)
   return spatial.l2_normalize(energy.reshape(x.shape[0], -1))
 
@@ -18,11 +18,11 @@ def at_loss(
   student_maps: jax.Array | Sequence[jax.Array],
   teacher_maps: jax.Array | Sequence[jax.Array],
 ) -> jax.Array:
-  """Squared distance of the normalised spatial attention maps.
+  """Squared distance of normalised spatial attention maps.
 
   Q = A / ||A||_2 with A = mean over channels of f^2; the loss is the sum over
-  layers of the mean over H, W of (Q_s - Q_t)^2. The higher map of a pair is
-  average-pooled to the other's size first.
+  layers of the mean over H, W of (Q_s - Q_t)^2. The larger map of a pair is
+  first average-pooled to the size of the other.
 
   Args:
     student_maps: [B, H, W, C], or a sequence of such maps.
@@ -35,8 +35,8 @@ def at_loss(
     ValueError: for other ranks, unequal batches or numbers of maps.
 
   Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR
-  2017, equation 2 with p = 2. Departure: the mean over H, W of the squared
-  difference, as in the authors' code, instead of its norm.
+  2017, equation 2 with p = 2. Departure, as in the authors' code: the mean of
+  the squared difference instead of its norm.
 
   >>> import jax.numpy as jnp
   >>> a = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)

@@ -1,7 +1,7 @@
 """CRD: contrastive representation distillation, as pure functions.
 
-A step of the method, for embeddings v_s, v_t of unit length and two banks of
-one vector per training example:
+One step, for embeddings v_s, v_t of unit length and two banks with one vector
+per training example:
 
   indices = concatenate([positives, draw_negatives(...)])      [B, 1 + k]
   scores_s = crd_scores(v_s, bank_t, indices, temperature=...)
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from kd_jax.losses import checks, spatial
 
-# Keeps the denominators off zero, as in the authors' code.
+# Keeps denominators above 0, as in the authors' code.
 EPSILON = 1e-7
 
 
@@ -28,8 +28,8 @@ class ClassTable(NamedTuple):
 
   Attributes:
     order: [N] int32, positions of the examples, class after class.
-    class_start: [C] int32, where each class begins in `order`.
-    class_count: [C] int32, how many examples each class has.
+    class_start: [C] int32, index in `order` of each class's first example.
+    class_count: [C] int32, number of examples of each class.
   """
 
   order: jax.Array
@@ -48,8 +48,8 @@ def class_table(labels: jax.Array, num_classes: int) -> ClassTable:
     The `ClassTable`.
 
   Raises:
-    ValueError: if `labels` are not [N] integers; and, where their values are
-      known (not under jit), if one is out of range or all are one class.
+    ValueError: if `labels` are not [N] integers; outside of jit also if one is
+      out of range or all are of one class.
   """
   known = checks.known_values(labels)
   labels = checks.integer_array("train_labels", labels, rank=1)
@@ -75,7 +75,7 @@ def class_table(labels: jax.Array, num_classes: int) -> ClassTable:
 
 
 def _keys(key: jax.Array, index: jax.Array) -> jax.Array:
-  """One key per example, the same on however many devices."""
+  """One key per example, independent of the number of devices."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
@@ -98,9 +98,9 @@ def draw_negatives(
 ) -> jax.Array:
   """Draws examples of other classes, uniformly and with replacement.
 
-  Of the N - n others of a class of n examples, r is drawn from [0, N - n);
-  skipping the class's block in the sorted order gives the example. Nothing is
-  rejected, so the shapes are static.
+  For a class of n examples, r is drawn from [0, N - n) and counted in the
+  sorted order without the class's block. Nothing is rejected, so shapes are
+  static.
 
   Args:
     key: key of the step.
@@ -164,9 +164,9 @@ def crd_scores(
     bank: [N, D], unit rows of the other network.
     indices: [B, 1 + k] integers in [0, N); column 0 is the positive.
     temperature: t, above 0.
-    first_row: if `bank` is a part of a larger one, the position at which it
-      begins there. Scores of positions outside of it are 0, so that the sum
-      over all parts is the whole bank's scores.
+    first_row: if `bank` is a shard of a larger one, the position of its first
+      row there. Scores of positions outside the shard are 0, so the sum over
+      all shards gives the scores of the whole bank.
 
   Returns:
     [B, 1 + k] float32.
@@ -186,8 +186,8 @@ def crd_scores(
     indices, owned = _within(bank, indices - first_row)
     indices = jnp.where(owned, indices, 0)
   if bank.shape[0] <= indices.shape[1] * bank.shape[1]:
-    # Products with the whole bank are smaller than the gathered vectors: for
-    # CIFAR at k = 16384, 13 MB instead of 537 MB per 64 examples.
+    # Products with the whole bank take less memory than the gathered vectors:
+    # 13 MB instead of 537 MB for 64 examples of CIFAR at k = 16384.
     products = jnp.matmul(embedding, bank.T, precision=spatial.HIGHEST)
     products = jnp.take_along_axis(products, indices, axis=1)
   else:
@@ -200,14 +200,14 @@ def crd_scores(
 
 
 def _within(bank: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Rows, those outside of the bank one past its end; and which are inside."""
+  """(rows, with those outside of the bank set to its size; whether inside)."""
   size = bank.shape[0]
   owned = (rows >= 0) & (rows < size)
   return jnp.where(owned, rows, size), owned
 
 
 def crd_normalizer(scores: jax.Array, num_examples: int) -> jax.Array:
-  """N * mean(exp(scores)): the constant Z that the first batch fixes.
+  """Normaliser Z = N * mean(exp(scores)), computed once on the first batch.
 
   Args:
     scores: [B, 1 + k], see `crd_scores`.
@@ -244,8 +244,9 @@ def crd_loss(
 ) -> jax.Array:
   """Noise-contrastive loss between the two networks' embeddings.
 
-  For x = exp(scores) / Z and c = k / N, of both networks the sum of
-  -log(x_0 / (x_0 + c + eps)) - sum_j log(c / (x_j + c + eps)), eps = 1e-7.
+  The sum over both networks of
+  -log(x_0 / (x_0 + c + eps)) - sum_j log(c / (x_j + c + eps)),
+  where x = exp(scores) / Z, c = k / N and eps = 1e-7.
 
   Args:
     student_scores: [B, 1 + k], the student's embedding against the teacher's
@@ -293,18 +294,18 @@ def crd_update(
   momentum: float | jax.Array,
   first_row: jax.Array | int = 0,
 ) -> jax.Array:
-  """Moves the bank's rows of a batch towards its embeddings.
+  """Moves a batch's rows of the bank towards the batch's embeddings.
 
   bank[i] <- normalise(m * bank[i] + (1 - m) * v_i).
 
   Args:
     bank: [N, D].
     embedding: v, [B, D].
-    index: [B] integers in [0, N). Of rows with the same one (a stand-in for an
-      image that cannot be read may be in the batch already) the first counts.
+    index: [B] integers in [0, N). If one occurs twice (an image may replace one
+      that cannot be read), its first embedding counts.
     momentum: m, in [0, 1].
-    first_row: if `bank` is a part of a larger one, the position at which it
-      begins there. Positions outside of it change nothing.
+    first_row: if `bank` is a shard of a larger one, the position of its first
+      row there. Positions outside the shard change nothing.
 
   Returns:
     The new bank, [N, D].
@@ -319,7 +320,7 @@ def crd_update(
   checks.same_width("embedding", embedding, "bank", bank)
   momentum = checks.number("momentum", momentum, least=0, most=1)
   first_row = checks.integer_array("first_row", first_row, rank=0)
-  # Of several writes to one row, which remains would be the device's choice.
+  # The result of several writes to one row is undefined.
   repeated = jnp.tril(index[:, None] == index[None], -1).any(axis=1)
   index, _ = _within(bank, index - first_row)
   index = jnp.where(repeated, bank.shape[0], index)

@@ -15,8 +15,8 @@ def kd_loss(
   """Divergence of the student's softened prediction from the teacher's.
 
   T^2 * sum_c p_c * (log p_c - log q_c), p = softmax(teacher / T), q =
-  softmax(student / T). The factor T^2 keeps the size of the gradient when T
-  changes.
+  softmax(student / T). The factor T^2 keeps the gradient's size independent of
+  T.
 
   Args:
     student_logits: [B, C], floating-point.

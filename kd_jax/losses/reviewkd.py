@@ -16,14 +16,14 @@ def reviewkd_loss(
 ) -> jax.Array:
   """Hierarchical context loss: maps compared at several resolutions.
 
-  Sum over levels of [E(f) + sum_k 2^-k E(pool_k f)] / (1 + sum_k 2^-k), where
-  E is the mean squared error and pool_k, k = 1, 2, .., average-pools to those
-  of the side lengths 4, 2, 1 that are below the map's height.
+  Sum over levels of [E(f) + sum_k 2^-k E(pool_k f)] / (1 + sum_k 2^-k). E is
+  the mean squared error. pool_k, k = 1, 2, .., average-pools to the side
+  lengths 4, 2, 1, without those that are not below the map's height.
 
   Args:
     student_maps: per level [B, H, W, C], after the fusion modules; a pooled
       vector as [B, 1, 1, C].
-    teacher_maps: the teacher's, of the same shapes.
+    teacher_maps: of the teacher, of the same shapes.
 
   Returns:
     [B] float32, in squared units of the maps.

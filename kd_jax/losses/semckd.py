@@ -11,7 +11,7 @@ from kd_jax.losses import checks, spatial
 def semckd_attention(
   queries: jax.Array, keys: jax.Array, *, soft: float | jax.Array
 ) -> jax.Array:
-  """How much each student layer learns from each teacher layer.
+  """Weight of each pair of a student and a teacher layer.
 
   softmax over teacher layers j of <q_bi, k_bj> / soft, per example.
 

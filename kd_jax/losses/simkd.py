@@ -8,9 +8,9 @@ from kd_jax.losses import checks, spatial
 def simkd_loss(student_map: jax.Array, teacher_map: jax.Array) -> jax.Array:
   """Mean squared error between the projected last map and the teacher's.
 
-  mean over H, W, C of (P(f_s) - f_t)^2. It is the method's only term: no
-  labels, no logits. Both maps must have one size: pool the higher one before
-  the projector (`spatial.pool_to_smaller`).
+  mean over H, W, C of (P(f_s) - f_t)^2: the method's only term, without labels
+  or logits. Pool the larger map to the other's size before the projector
+  (`spatial.pool_to_smaller`).
 
   Args:
     student_map: P(f_s), [B, H, W, C], after the projector.

@@ -10,12 +10,14 @@ from kd_jax.losses import checks, spatial
 def similarity_matrix(
   x: jax.Array, *, axis_name: str | None = None
 ) -> jax.Array:
-  """Inner products of the examples of a batch: rows local, columns global.
+  """Inner products between the examples of a batch.
+
+  Rows are the device's own examples, columns those of all devices.
 
   Args:
     x: [B, ...], floating-point; flattened to one vector per example, so any
       rank of at least 2.
-    axis_name: mapped axis whose devices' batches form the columns, or None.
+    axis_name: mapped axis of the devices, or None for the local batch.
 
   Returns:
     [B, B * devices] float32.
@@ -23,8 +25,8 @@ def similarity_matrix(
   rows = checks.float_array("x", x)
   rows = rows.reshape(rows.shape[0], -1)
   columns = collectives.axis_gather(rows, axis_name)
-  # Full precision: methods that normalise or attend to these products amplify
-  # the rounding of a TF32 or bfloat16 product.
+  # Methods that normalise or attend to these products amplify the rounding of
+  # TF32 and bfloat16.
   return jnp.matmul(rows, columns.T, precision=spatial.HIGHEST)
 
 
@@ -34,14 +36,14 @@ def sp_loss(
   *,
   axis_name: str | None = None,
 ) -> jax.Array:
-  """Distance of the two networks' similarities between the batch's examples.
+  """Distance between the two networks' similarity matrices of a batch.
 
   ||G_s - G_t||_F^2 / B^2, G = F F^T with every row divided by its L2 norm,
   where row b of F is the flattened map of example b.
 
-  A relational loss: it is a function of the whole batch. With `axis_name`, the
-  batch is that of all devices along the axis, and what each device returns is
-  its own rows' share, scaled so that the mean over the devices is the loss.
+  A relational loss: a function of the whole batch. With `axis_name`, the batch
+  is that of all devices. Each device then returns the part of its own rows,
+  scaled so that the mean over the devices is the loss.
 
   Args:
     student_map: [B, H, W, C].

@@ -1,8 +1,8 @@
-"""Spatial sizes: pooling and resizing maps [B, H, W, C] as PyTorch does.
+"""Pooling and resizing of maps [B, H, W, C], as in PyTorch.
 
 The reference toolboxes align a student's and a teacher's maps with PyTorch's
-adaptive average pool and nearest resize; both rules differ from what
-`jax.image.resize` does, so they are spelt out here.
+adaptive average pool and nearest resize. `jax.image.resize` follows other
+rules.
 """
 
 import jax
@@ -16,7 +16,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def _pool_matrix(size: int, target: int) -> npt.NDArray[np.float32]:
-  """[target, size]: row i averages the pixels that output pixel i sees."""
+  """[target, size]: row i averages the window of output pixel i."""
   matrix = np.zeros((target, size), np.float32)
   for i in range(target):
     start = i * size // target
@@ -26,10 +26,11 @@ def _pool_matrix(size: int, target: int) -> npt.NDArray[np.float32]:
 
 
 def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Averages a map down to `size`, whatever the ratio.
+  """Average-pools a map to any size.
 
-  Output pixel i of n sees the input pixels floor(i * N / n) up to, and
-  without, ceil((i + 1) * N / n); windows overlap where n does not divide N.
+  Output pixel i of n averages the input pixels from floor(i * N / n) up to,
+  but not including, ceil((i + 1) * N / n). Windows overlap if n does not divide
+  N.
 
   Args:
     x: [B, H, W, C].
@@ -48,12 +49,12 @@ def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.mean(x.reshape((*windows, channels)), axis=(2, 4))
   rows = jnp.asarray(_pool_matrix(height, size[0]))
   columns = jnp.asarray(_pool_matrix(width, size[1]))
-  # Full precision: a mean in TF32 would lose half of the map's digits.
+  # TF32 would lose half of the map's digits.
   return jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x, precision=HIGHEST)
 
 
 def nearest_resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Resizes a map by copying: output pixel i is input floor(i * N / n).
+  """Resizes a map: output pixel i of n is input pixel floor(i * N / n).
 
   Args:
     x: [B, H, W, C].
@@ -110,8 +111,8 @@ def pool_to_smaller(
 def l2_normalize(x: jax.Array) -> jax.Array:
   """Divides each vector along the last axis by its L2 norm.
 
-  A vector shorter than 1e-12 becomes zero with a zero gradient, where dividing
-  would give NaN, or a gradient of 1e12.
+  A vector shorter than 1e-12 becomes zero, with a zero gradient: dividing would
+  give NaN or a gradient of 1e12.
   """
   squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   visible = squares > 1e-24

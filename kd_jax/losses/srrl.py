@@ -11,7 +11,7 @@ def srrl_loss(
   teacher_feature: jax.Array,
   teacher_logits: jax.Array,
 ) -> jax.Array:
-  """Matches the teacher's pooled feature and what its classifier makes of it.
+  """Squared errors of the teacher's pooled feature and of its logits.
 
   mean over C of (x - f_t)^2 + mean over K of (W x + b - z_t)^2, where x is the
   student's pooled feature after its connector and W, b the teacher's frozen

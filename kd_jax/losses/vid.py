@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from kd_jax.losses import checks, spatial
 
-# Keeps the variance off zero, where the likelihood has no bound.
+# Keeps the variance above 0, where the likelihood has no bound.
 MIN_VARIANCE = 1e-5
 
 
@@ -19,13 +19,13 @@ def vid_loss(
 ) -> jax.Array:
   """Negative log-likelihood of the teacher's map, without its constant.
 
-  mean over H, W, C of 0.5 * ((mu - t)^2 / v_c + log v_c), where the student
-  predicts a Gaussian of mean mu and of variance v per channel.
+  mean over H, W, C of 0.5 * ((mu - t)^2 / v_c + log v_c): the student predicts
+  a Gaussian with mean mu and one variance v_c per channel.
 
   Args:
     student_mean: mu, [B, H, W, C], the regressed student map.
     variance: v, [C], above 0; see `vid_variance`.
-    teacher_map: t, [B, H', W', C]. The higher map is pooled to the other.
+    teacher_map: t, [B, H', W', C]. The larger map is pooled to the other.
 
   Returns:
     [B] float32, in nats per element.
