@@ -4,22 +4,31 @@ import argparse
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from kd_jax import data
 from kd_jax.runs import logs
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-  """Add --model and --model_name: what to open."""
-  parser.add_argument(
+def add_model_arguments(
+  parser: argparse.ArgumentParser, choice: Any = None
+) -> None:
+  """Add --model and --model_name: what to open.
+
+  Args:
+    parser: to add them to.
+    choice: group of which --model is one; None: --model is required.
+  """
+  (choice or parser).add_argument(
     "--model",
-    required=True,
+    required=choice is None,
     type=pathlib.Path,
     help="an export, a finished run's workdir, or a file of weights",
   )
   parser.add_argument(
     "--model_name",
-    help="network of a file of weights (default: the one that fits)",
+    help="network of a file of weights (default: the one that fits), or the"
+    " package.module:attribute of your own network",
   )
 
 

@@ -9,8 +9,9 @@ The ending of --to names the form, see `kd_jax.interop.formats.save`.
 import argparse
 import pathlib
 
+from kd_jax import models
 from kd_jax.cli import arguments
-from kd_jax.interop import formats, store
+from kd_jax.interop import formats, opening
 from kd_jax.runs import finished
 
 
@@ -22,7 +23,7 @@ def main() -> None:
   )
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
-  source.add_argument("--model", help="an export, or a finished run's workdir")
+  arguments.add_model_arguments(parser, source)
   arguments.add_target_argument(parser)
   parser.add_argument(
     "--weights",
@@ -49,8 +50,10 @@ def main() -> None:
   )
   args = parser.parse_args()
   with arguments.exit_on_error(parser):
+    if args.model_name is not None:
+      models.entry(args.model_name)  # imports a network of the user's own
     model = (
-      store.load(args.model)
+      opening.open_model(args.model, model_name=args.model_name)
       if args.workdir is None
       else finished.run_model(args.workdir.absolute(), weights=args.weights)
     )

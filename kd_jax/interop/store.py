@@ -100,6 +100,7 @@ def load(directory: str | pathlib.Path) -> Model:
   """
   path = find(directory)
   card = card_lib.read_card(path)
+  card_lib.require_imported(card)
   # Orbax does not notice every damage.
   if _digest(path / WEIGHTS) != card["sha256"]:
     raise ValueError(

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data
-from kd_jax.interop import card, opening, store
+from kd_jax import data, storage
+from kd_jax.interop import card, opening
 from kd_jax.interop.model import Model
 from kd_jax.runs import teachers
 
@@ -217,7 +217,8 @@ def open_run(run: pathlib.Path) -> Model:
       " found none. An analysis takes the runs themselves: name the --workdir"
       " of launch.py"
     )
-  return store.load(run)
+  result = storage.read_json(run / "result.json") or {}
+  return opening.open_model(run, model_name=result.get("student"))
 
 
 def compare(

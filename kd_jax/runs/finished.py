@@ -110,6 +110,7 @@ def run_model(workdir: pathlib.Path, *, weights: str = "best") -> Model:
       " config.json. Name what --workdir of launch.py named"
     )
   kept = _read_newest(workdir / "best", "the first evaluation")
+  card_lib.require_imported(kept.meta["card"])
   model = Model(kept.meta["card"], kept.state)
   if weights == "best":
     return model

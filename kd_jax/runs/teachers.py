@@ -213,6 +213,7 @@ def load(
   where, path = spec.where, pathlib.Path(spec.checkpoint)
   is_file = files.is_weights_file(path)
   try:
+    models.entry(spec.name)  # imports a network of the user's own
     model = opening.open_model(
       path,
       # Of a file, the name says what to look for; a card says it itself.

@@ -567,7 +567,7 @@ def _abstract_batch(size, shape):
   }
 
 
-def _predict_in_fresh_process(workdir, source, examples=4):
+def _predict_in_fresh_process(workdir, source, student, examples=4):
   from PIL import Image
 
   folder = workdir / "samples"
@@ -584,9 +584,9 @@ def _predict_in_fresh_process(workdir, source, examples=4):
     Image.fromarray(image).save(path)
     paths.append(str(path))
   command = [sys.executable, "-m", "kd_jax", "predict", "--model"]
-  command += [str(workdir / "export"), *paths]
+  command += [str(workdir / "export"), "--model_name", student, *paths]
   logs.say("in a fresh process: python " + " ".join(command[1:]))
-  package = pathlib.Path(__file__).resolve().parent.parent
+  package = pathlib.Path(__file__).resolve().parents[2]
   python_path = f"{package}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
   subprocess.run(
     command,
@@ -815,7 +815,9 @@ class Trial:
       "skipped_images": skipped,
     }
     if self.config.verify_export:
-      _predict_in_fresh_process(self.workdir, run.test_source)
+      _predict_in_fresh_process(
+        self.workdir, run.test_source, self.config.student.name
+      )
     storage.write_json(self.workdir / "result.json", result)
     return result
 
