@@ -85,46 +85,46 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optim.gradient_clip = 0.0
 
   config.data = ConfigDict()
-  # "cifar10", "cifar100", "tfds:cifar10", "tfds:cifar100", "digits",
-  # "synthetic"; of image files "imagenet", "tfds:imagenet2012",
-  # "tiny-imagenet" or "folder", which is any folder of class folders.
+  # In memory: "cifar10", "cifar100", "tfds:cifar10", "tfds:cifar100", "digits",
+  # "synthetic". Image files: "imagenet", "tfds:imagenet2012", "tiny-imagenet",
+  # "folder" (any folder of class folders). Your own: "package.module:function".
   config.data.name = "cifar100"
-  # Folder that holds the publisher's files, train and val, or TFDS's data.
+  # Folder of the publisher's files, of train and val, or of TFDS's data.
   config.data.dir = "../data"
-  # "device": the data set stays on the device. "grain": read by the host.
-  # "dali": image files, by NVIDIA DALI.
+  # "device": the data set stays on the device. "grain": the host reads it.
+  # "dali": NVIDIA DALI reads image files, in an order of its own.
   config.data.pipeline = "device"
   # Pixels of zero padding around an image before its random crop; 0: no crop.
   config.data.crop_padding = 4
   # Whether half of the images are mirrored.
   config.data.flip = True
-  # Of the order and of augmentation, mixing included; None: config.seed.
+  # Seed of the order, augmentation and mixing; None: config.seed.
   config.data.seed = placeholder(int)
-  # Alpha of mixup and of CutMix, which mix neighbours in a batch, for teacher
-  # and student alike; 0: none. With both, each takes half of the batches.
+  # Alpha of mixup and of CutMix, which mix neighbours in a batch; teacher and
+  # student see the same images. 0: off. With both, each takes half the batches.
   config.data.mixup = 0.0
   config.data.cutmix = 0.0
-  # Height and width in pixels; not of CIFAR (None: 32, of image files 224, of
-  # Tiny ImageNet 64).
+  # Height and width in pixels (None: 32; image files: 224; Tiny ImageNet: 64).
+  # CIFAR has no choice.
   config.data.image_size = placeholder(int)
-  # Of image files: pixels of the shorter side before evaluation's centre crop
+  # Image files: pixels of the shorter side before evaluation's centre crop
   # (None: 256/224 of image_size; Tiny ImageNet: 64).
   config.data.resize = placeholder(int)
-  # Of image files that cannot be decoded: "error", or "skip": they are left
-  # out, counted and listed (None: "error"). A file that is gone ends the run in
-  # any case, as do 100 bad ones in a row.
+  # Image files that cannot be decoded: "error", or "skip" to leave them out,
+  # count and list them (None: "error"; "dali" has no "skip"). A missing file or
+  # 100 bad files in a row always end the run.
   config.data.on_bad_image = placeholder(str)
-  # Of image files: a random crop's share of the area, and its width / height,
-  # from least to largest. SimKD's DALI pipeline: (0.1, 1.0) and (0.8, 1.25).
+  # Image files: a random crop's share of the area, and its width / height, from
+  # least to largest. SimKD's DALI pipeline: (0.1, 1.0) and (0.8, 1.25).
   config.data.crop_area = (0.08, 1.0)
   config.data.crop_aspect = (3 / 4, 4 / 3)
-  # Of image files with "grain": processes that decode ahead; 0: this process's
-  # own threads, one for each core (None: 0 on up to 4 cores, else a process for
-  # each core).
+  # Image files with "grain": processes that decode ahead; 0: a thread per core
+  # (None: 0 on up to 4 cores, else a process per core).
   config.data.num_workers = placeholder(int)
-  # Of image files with "dali": "cpu", or "gpu" to decode on the GPUs.
+  # Image files with "dali": "cpu", or "gpu" to decode on the GPUs. On GPUs, set
+  # XLA_FLAGS=--xla_gpu_enable_command_buffer= as DALI's examples do.
   config.data.decoder = "cpu"
-  # Images of a split, and classes; "synthetic" only (None: 1024 and 10).
+  # "synthetic" only: images of a split, and classes (None: 1024 and 10).
   config.data.num_examples = placeholder(int)
   config.data.num_classes = placeholder(int)
 

@@ -136,11 +136,11 @@ BAD = {
   ),
   "data set": (
     ["--config.data.name=cifar-100"],
-    "Unknown data source 'cifar-100'. Did you mean cifar100 or",
+    "unknown data set 'cifar-100'. Did you mean cifar100 or",
   ),
   "pipeline": (
     ["--config.data.pipeline=grian"],
-    "Unknown pipeline 'grian'. Did you mean grain?",
+    "unknown pipeline 'grian'. Did you mean grain?",
   ),
   "devices": (
     ["--config.batch_size=18", "--config.parallel.num_devices=0"],

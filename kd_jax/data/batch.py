@@ -16,47 +16,47 @@ class Pipeline(abc.ABC):
 
   A batch is a dict of `image` uint8 [B, H, W, C], `label` int32 [B], `index`
   int32 [B] (position in the training set) and `mask` bool [B] (true: a real
-  example, in training all are). B is this process's share of the global
-  batch. The order is a function of (seed, epoch) only, and the same for any
-  number of processes; an epoch drops its remainder.
+  example; in training always). B is this process's share of the global batch.
+  An epoch drops its remainder. The order is a function of (seed, epoch) and the
+  same for any number of processes; DALI's also depends on their number.
 
-  One step of training is `batch = load(resident, x)`, where `x` is one row of
-  what `next_chunk` returned; under jit, `resident` is an argument. The position
+  A training step computes `batch = load(resident, x)`, where `x` is one row of
+  a chunk from `next_chunk`; under jit, `resident` is an argument. The position
   is the number of the next step.
 
   Attributes:
-    skipped: the images that this process could not decode.
+    skipped: the images that this process could not decode and left out.
   """
 
   def __init__(self, plan: "BatchPlan"):
-    """Begins with the first step."""
+    """Starts at step 0."""
     self._plan = plan
     self._step = 0
     self.skipped = Skipped()
 
   @property
   def steps_per_epoch(self) -> int:
-    """Global batches in an epoch."""
+    """Number of global batches in an epoch."""
     return self._plan.steps_per_epoch
 
   @property
   def resident(self) -> Any:
-    """Pytree of device arrays that `load` reads from, {} if none."""
+    """Pytree of device arrays that `load` reads from; {} if none."""
     return {}
 
   @property
   def step(self) -> int:
-    """Steps handed out since the first epoch's start."""
+    """Number of the next step, counted from 0."""
     return self._step
 
   @property
   def epoch(self) -> int:
-    """The epoch of the next step, counted from 0."""
+    """Epoch of the next step, counted from 0."""
     return self._step // self.steps_per_epoch
 
   @abc.abstractmethod
   def next_chunk(self, k: int) -> Any:
-    """The next `k` steps' inputs: a pytree with leaves [k, B, ...].
+    """Returns the next `k` steps' inputs: a pytree with leaves [k, B, ...].
 
     Raises:
       ValueError: `k` steps would cross the end of the epoch. As with any other
@@ -65,19 +65,22 @@ class Pipeline(abc.ABC):
 
   @staticmethod
   def load(resident: Any, x: Any) -> Batch:
-    """One step's batch from its row of a chunk; pure, works under jit."""
+    """Makes a step's batch from its row of a chunk; pure, works under jit."""
     del resident
     return x
 
   def get_state(self) -> dict[str, Any]:
-    """The position, as a dict that JSON can hold."""
+    """Returns the position, as a dict that JSON can hold.
+
+    All processes call it together: a pipeline may gather their states.
+    """
     return {**self._plan.identity(), "step": self._step}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to a position of `get_state`, exactly.
+    """Goes exactly to a position of `get_state`.
 
     Raises:
-      ValueError: the state is of another order (seed, batch size, ...).
+      ValueError: the state has another order (seed, batch size, ...).
     """
     self._plan.check_identity(state)
     self.close()
@@ -85,7 +88,7 @@ class Pipeline(abc.ABC):
 
   @abc.abstractmethod
   def close(self) -> None:
-    """Ends threads and processes; the next chunk would start them again."""
+    """Ends threads and processes; the next chunk starts them again."""
 
 
 def local_batch_size(
@@ -94,8 +97,8 @@ def local_batch_size(
   """Checks a global batch size and returns this process's share of it."""
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
-      f"batch_size is the global one: expected a multiple of the"
-      f" {process_count} processes, got {batch_size}."
+      "batch_size counts the examples of all processes: expected a multiple"
+      f" of the {process_count} processes, got {batch_size}."
     )
   if not 0 <= process_index < process_count:
     raise ValueError(
@@ -106,10 +109,10 @@ def local_batch_size(
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-  """How a training set is cut into global batches and shared out.
+  """How a training set is cut into global batches and each process's shares.
 
-  Every process takes its contiguous share of every global batch, so that the
-  shares, put side by side, are the batch that one process would have.
+  Each process takes a contiguous part of every global batch; side by side, the
+  parts are the batch that one process alone would have.
 
   Attributes:
     pipeline: name of the pipeline, which decides the order.
@@ -147,16 +150,16 @@ class BatchPlan:
 
   @property
   def local_size(self) -> int:
-    """Examples of a batch that this process takes."""
+    """Number of examples of a batch that this process takes."""
     return self.batch_size // self.process_count
 
   @property
   def local_start(self) -> int:
-    """Where this process's share of a global batch begins."""
+    """Start of this process's share in a global batch."""
     return self.process_index * self.local_size
 
   def check_chunk(self, step: int, k: int) -> None:
-    """Raises ValueError unless steps [step, step + k) are of one epoch."""
+    """Raises ValueError unless steps [step, step + k) lie in one epoch."""
     left = self.steps_per_epoch - step % self.steps_per_epoch
     if not 1 <= k <= left:
       raise ValueError(
@@ -165,7 +168,7 @@ class BatchPlan:
       )
 
   def identity(self) -> dict[str, Any]:
-    """What a saved position is only valid with."""
+    """Returns the settings that a saved position depends on."""
     return {
       "pipeline": self.pipeline,
       "num_examples": self.num_examples,
@@ -175,11 +178,11 @@ class BatchPlan:
     }
 
   def check_identity(self, state: dict[str, Any]) -> None:
-    """Raises ValueError if `state` was saved under another order."""
+    """Raises ValueError if `state` was saved with other settings."""
     for key, expected in self.identity().items():
       if state.get(key) != expected:
         raise ValueError(
-          f"The saved data position is of another order: expected {key}"
+          f"The saved data position has another order: expected {key}"
           f" {expected!r} (this run), got {state.get(key)!r} (saved). Restore"
           " the setting, or start in a new workdir."
         )

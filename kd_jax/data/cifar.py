@@ -20,7 +20,7 @@ from kd_jax.data.common import Constants, Source, check_labels
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How the publisher stores a set, and what the toolboxes normalise with."""
+  """The publisher's files of a set, and its usual normalisation."""
 
   folder: str
   archive: str
@@ -132,7 +132,7 @@ def _read_archive(
 def _read(
   name: str, layout: Layout, base: pathlib.Path, members: tuple[str, ...]
 ) -> dict[str, dict[str, Any]]:
-  """Finds the folder or the archive, and reads `members` from it."""
+  """Reads `members` from the folder or the archive."""
   if (base / layout.folder).is_dir():
     return _read_folder(base / layout.folder, members)
   if any((base / member).is_file() for member in members):
@@ -146,8 +146,8 @@ def _read(
     f" {layout.archive} in {str(base)!r}, which {exists}. Either download"
     f" {layout.archive} from the CIFAR page of the University of Toronto and"
     " put it there (it need not be unpacked), or name the folder that has it"
-    f" with --config.data.dir=FOLDER, or use the source tfds:{name}"
-    " (TensorFlow Datasets). The source 'digits' needs no file."
+    f" with --config.data.dir=FOLDER, or use the data set tfds:{name}"
+    " (TensorFlow Datasets). The data set 'digits' needs no file."
   )
 
 
@@ -159,7 +159,7 @@ def _rows(
     if key not in content:
       raise ValueError(
         f"{where} has no {key!r}, got {sorted(content)}: it is of another"
-        " data set. Check the folder, or the source's name."
+        " data set. Check the folder, or the data set's name."
       )
   data, labels = content["data"], content[layout.labels_key]
   if (

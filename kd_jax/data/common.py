@@ -1,4 +1,4 @@
-"""What all kinds of data sets share: the source classes and their checks."""
+"""Source classes of all kinds of data sets, and their checks."""
 
 import abc
 import dataclasses
@@ -100,7 +100,7 @@ class Source:
     class_names: K names, in the labels' order.
     mean: per channel, of x / 255, of the training split.
     std: per channel, of x / 255, of the training split.
-    name: what `load` was asked for.
+    name: as given to `load`.
   """
 
   images: np.ndarray
@@ -147,7 +147,7 @@ class EncodedSource(abc.ABC):
     class_names: K names, in the labels' order.
     mean: per channel, of x / 255, of the training split.
     std: per channel, of x / 255, of the training split.
-    name: what `load` was asked for.
+    name: as given to `load`.
     image_size: height and width of the network's input, in pixels.
     resize: pixels of the shorter side before evaluation's centre crop; 0:
       `round(image_size * 256 / 224)`.

@@ -1,8 +1,7 @@
-"""The device-resident pipeline: the whole set on the device, as uint8.
+"""The device pipeline: the whole set stays on the device, as uint8.
 
-CIFAR's 50,000 images are 150 MB. With them on the device, the host sends a
-step nothing but its place in the epoch's order, and shuffling, gathering,
-augmenting and normalising are part of the compiled program.
+CIFAR's 50,000 images take 150 MB. With them on the device, the host sends only
+positions. The compiled program shuffles, gathers, augments and normalises.
 """
 
 import functools
@@ -14,13 +13,13 @@ import jax.numpy as jnp
 from kd_jax.data.batch import Batch, BatchPlan, Pipeline
 from kd_jax.data.common import Source
 
-# Sets the orders' keys apart from others folded from the same seed.
+# Separates the keys of the orders from others of the same seed.
 _STREAM = 0x64617461
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
 def _epoch_order(epoch: jax.Array, *, plan: BatchPlan) -> jax.Array:
-  """This process's part of an epoch's order, int32 [steps, local batch]."""
+  """This process's part of an epoch's order, int32 [steps, B]."""
   if plan.shuffle:
     key = jax.random.fold_in(jax.random.key(plan.seed), _STREAM)
     key = jax.random.fold_in(key, epoch)
@@ -35,7 +34,7 @@ def _epoch_order(epoch: jax.Array, *, plan: BatchPlan) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("k",))
 def _rows(order: jax.Array, start: jax.Array, *, k: int) -> jax.Array:
-  # A traced start: a slice at a Python number would compile anew each time.
+  # The start is traced: each Python number would compile a new slice.
   return jax.lax.dynamic_slice_in_dim(order, start, k)
 
 
@@ -58,7 +57,7 @@ class DevicePipeline(Pipeline):
     process_count: int = 1,
     shuffle: bool = True,
   ):
-    """Places the set on the device.
+    """Puts the set on the device.
 
     Args:
       source: the training set.
@@ -73,8 +72,8 @@ class DevicePipeline(Pipeline):
     """
     if not isinstance(source, Source):
       raise ValueError(
-        "The pipeline 'device' keeps the set in the device's memory, and"
-        f" {source.name} is image files: expected a set in memory. Use the"
+        "The pipeline 'device' keeps the set in the device's memory: expected"
+        f" a set in memory, got {source.name}, which has image files. Use the"
         " pipeline 'grain'."
       )
     super().__init__(
@@ -100,7 +99,7 @@ class DevicePipeline(Pipeline):
     return self._resident
 
   def next_chunk(self, k: int) -> dict[str, jax.Array]:
-    """The next `k` steps' positions: {"index": int32 [k, B]}.
+    """Returns the next `k` steps' positions: {"index": int32 [k, B]}.
 
     Raises:
       ValueError: `k` steps would cross the end of the epoch.
@@ -126,8 +125,7 @@ class DevicePipeline(Pipeline):
     """
     index = x["index"]
     return {
-      # Positions are in range by construction; clipping spares the gather the
-      # fill value for those that are not.
+      # Positions are always in range; "clip" is faster than filling.
       "image": jnp.take(resident["image"], index, axis=0, mode="clip"),
       "label": jnp.take(resident["label"], index, axis=0, mode="clip"),
       "index": index,

@@ -33,8 +33,8 @@ def load_digits(
     from sklearn.datasets import load_digits
   except ModuleNotFoundError as error:
     raise ImportError(
-      "The source digits needs the package scikit-learn. Install it (pip"
-      " install scikit-learn), or use the source synthetic."
+      "The data set digits needs the package scikit-learn. Install it (pip"
+      " install scikit-learn), or use the data set synthetic."
     ) from error
   digits = load_digits()
   by_class = np.argsort(digits.target, kind="stable")

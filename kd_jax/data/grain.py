@@ -1,9 +1,9 @@
 """The grain pipeline: shuffled batches from host memory or from files.
 
-Grain's element here is a whole batch, made from its number. Per-image elements
-cost Python time for every image; this costs it once per batch, and gives random
-access: a position is the number of the next step, whatever the number of
-processes, threads and workers.
+Grain's element is a whole batch here, made from the number of its step. This
+costs Python time once a batch, not once an image, and gives random access: a
+position is the number of the next step, for any number of processes, threads
+and workers.
 """
 
 import multiprocessing
@@ -29,8 +29,8 @@ def _end_with(parent: Any) -> None:
 def _start_worker(index: int, count: int) -> None:
   """Sets a worker process up.
 
-  A signal to the whole process group is the training process's to answer (it
-  saves, and asks for a few batches more); a killed one leaves nobody behind.
+  It ignores SIGINT and SIGTERM, because the training process needs more batches
+  before it saves and stops. It ends when the training process dies.
   """
   del index, count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -46,10 +46,10 @@ class GrainPipeline(Pipeline):
   hands its row through. The order of epoch e is numpy's permutation under a
   generator seeded with (seed, e).
 
-  Image files are decoded and a random crop of each is resized to the network's
-  input: the same crop for a (seed, epoch, position), whoever makes it. One that
-  cannot be decoded is an error, or, where the source says "skip", is listed in
-  `skipped`, and the next of the set that can be stands in for it.
+  Image files are decoded, and a random crop of each is resized to the network's
+  input. The crop is a function of (seed, epoch, position). An image that cannot
+  be decoded is an error. If the source says "skip", it is listed in `skipped`
+  and the next good image of the set replaces it.
   """
 
   def __init__(
@@ -67,7 +67,7 @@ class GrainPipeline(Pipeline):
     crop_area: tuple[float, float] = (0.08, 1.0),
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
   ):
-    """Sets the stream up; nothing is read before the first chunk.
+    """Checks the options; nothing is read before the first chunk.
 
     Args:
       source: the training set.
@@ -78,11 +78,11 @@ class GrainPipeline(Pipeline):
       shuffle: false keeps the set's order in every epoch.
       num_threads: threads that fetch batches ahead; 0 fetches when asked.
         The batches are the same for any number of threads and workers.
-      num_workers: processes that do, instead of threads; of image files only,
-        whose decoding one process's threads do not scale far.
+      num_workers: processes that fetch, instead of threads; for image files
+        only, since the threads of one process do not scale far.
       prefetch: batches fetched ahead, if there are threads or workers.
-      crop_area: of image files: least and largest share of the picture's area.
-      crop_aspect: of image files: least and largest width / height of a crop.
+      crop_area: for image files: least and largest share of the picture's area.
+      crop_aspect: for image files: least and largest width / height of a crop.
 
     Raises:
       ValueError: a value out of range.
@@ -107,7 +107,7 @@ class GrainPipeline(Pipeline):
     if isinstance(source, Source):
       if num_workers:
         raise ValueError(
-          f"num_workers is of image files; {source.name} is in memory, and"
+          f"num_workers is for image files; {source.name} is in memory, and"
           f" every worker would copy it: expected 0, got {num_workers}."
         )
       fetch_batch = fetch.FromMemory(self._plan, source)
@@ -115,7 +115,6 @@ class GrainPipeline(Pipeline):
       check_range("crop_area", crop_area, 1)
       check_range("crop_aspect", crop_aspect, 100)
       fetch_batch = fetch.FromFiles(self._plan, source, crop_area, crop_aspect)
-    # Endless: as long as grain can count.
     self._batches = grain.MapDataset.range(self.steps_per_epoch).repeat()
     self._batches = self._batches.map_with_index(
       lambda step, number: fetch_batch(step)
@@ -131,14 +130,14 @@ class GrainPipeline(Pipeline):
     self._iterator: Any = None
 
   def _next(self) -> dict[str, np.ndarray]:
-    """The next batch of the stream, which begins at `step` when there is none.
+    """The next batch; starts a stream at the current step if there is none.
 
     Raises:
       BadImageError: see `kd_jax.data.fetch.FromFiles`.
       RuntimeError: a worker process died.
     """
     if self._iterator is None:
-      # Grain's workers have flags, also in a program that parses none.
+      # Grain's workers read absl flags, even if the program has none.
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
       stream = self._batches[self._step :].to_iter_dataset(self._threads)
@@ -149,18 +148,18 @@ class GrainPipeline(Pipeline):
       if not self._workers.num_workers:
         raise
       raise RuntimeError(
-        f"A worker process of the grain pipeline died: {error} Exit code -9 is"
-        " often memory that ran out, and -7 shared memory (/dev/shm, in"
-        " Docker --shm-size): use fewer num_workers, a smaller prefetch, or"
-        " num_threads instead."
+        f"A worker process of the grain pipeline died: {error} Exit code -9"
+        " often means out of memory, and -7 out of shared memory (/dev/shm, in"
+        " Docker --shm-size). Use fewer num_workers, a smaller prefetch, or"
+        " num_threads."
       ) from error
     for index, reason in batch.pop("skipped"):
       self.skipped.add(index, reason)
-    # Workers' arrays are of a class of grain's, over shared memory.
+    # Workers return an array class of grain's, in shared memory.
     return {name: np.asarray(value) for name, value in batch.items()}
 
   def next_chunk(self, k: int) -> dict[str, np.ndarray]:
-    """The next `k` batches, stacked: leaves [k, B, ...].
+    """Returns the next `k` batches, stacked: leaves [k, B, ...].
 
     Raises:
       ValueError: `k` steps would cross the end of the epoch.
@@ -176,7 +175,7 @@ class GrainPipeline(Pipeline):
       self.close()
       raise
     self._step += k
-    # Copies of what workers made: their shared memory is free at once.
+    # A copy frees the workers' shared memory at once.
     if k == 1 and not self._workers.num_workers:
       return {name: value[None] for name, value in batches[0].items()}
     return {
@@ -184,7 +183,7 @@ class GrainPipeline(Pipeline):
     }
 
   def close(self) -> None:
-    """Ends the workers; the next chunk would start them again."""
+    """Ends the workers; the next chunk starts them again."""
     iterator, self._iterator = self._iterator, None
     if iterator is not None:
       iterator.close()

@@ -58,12 +58,12 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
-  """Turns whatever the decoders raise into BadImageError."""
+  """Turns any error of a decoder into a BadImageError."""
   try:
     yield
   except MemoryError:
     raise
-  # A parser that stumbles over damage raises nearly anything.
+  # Damaged files make the decoders raise nearly any exception.
   except Exception as error:
     reason = str(error)
     if isinstance(error, UnidentifiedImageError):
@@ -75,7 +75,7 @@ def _named(where: str) -> Iterator[None]:
 
 
 def _open(content: bytes) -> Image.Image:
-  """Reads the header; the pixels are decoded when they are asked for."""
+  """Reads the header; `load` decodes the pixels."""
   if not content:
     raise ValueError("it is empty: 0 bytes")
   return Image.open(io.BytesIO(content), formats=_FORMATS)
@@ -148,53 +148,27 @@ def _picture(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def _resize(image: Image.Image, size: int, box: Box) -> np.ndarray:
-  """Antialiased bilinear; what `box` cuts becomes uint8 [size, size, 3]."""
+  """Resizes a box to uint8 [size, size, 3], antialiased bilinear."""
   return np.asarray(
     image.resize((size, size), Image.Resampling.BILINEAR, box=box)
   )
 
 
 def _resize_crop(image: Image.Image, size: int, box: Box) -> np.ndarray:
-  """`_resize`, to which the pixels around the crop do not exist."""
+  """Resizes a crop without looking at the pixels around it."""
   left, top = math.floor(box[0]), math.floor(box[1])
   cut = image.crop((left, top, math.ceil(box[2]), math.ceil(box[3])))
   inside = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
   return _resize(cut, size, inside)
 
 
-def evaluate_box(width: int, height: int, *, size: int, resize: int) -> Box:
-  """What `evaluate_crop` takes of a picture of these pixels.
-
-  Args:
-    width: of the picture, in pixels.
-    height: of the picture, in pixels.
-    size: height and width of the crop, in pixels.
-    resize: the shorter side before the crop; at least `size`.
-
-  Returns:
-    left, top, right, bottom, in the picture's pixels.
-
-  Raises:
-    ValueError: resize is less than size.
-  """
-  if resize < size:
-    raise ValueError(
-      f"resize must be at least the {size} pixels of the crop, got {resize}."
-    )
-  shorter = min(width, height)
-  new = [int(resize * side / shorter) for side in (width, height)]
-  left, top = (round((side - size) / 2) for side in new)
-  x, y = width / new[0], height / new[1]
-  return left * x, top * y, (left + size) * x, (top + size) * y
-
-
 def evaluate_crop(
   image: Image.Image | np.ndarray, *, size: int, resize: int
 ) -> np.ndarray:
-  """Resizes the shorter side, then cuts the centre; torchvision's evaluation.
+  """Resizes the shorter side, then crops the centre, as torchvision does.
 
-  The longer side becomes `int(resize * longer / shorter)` pixels and the crop
-  begins at `round((side - size) / 2)`, as there. Only the centre is computed.
+  The longer side becomes `int(resize * longer / shorter)` pixels, and the crop
+  begins at `round((side - size) / 2)`. Only the centre is computed.
 
   Args:
     image: RGB picture or uint8 [H, W, 3].
@@ -207,8 +181,16 @@ def evaluate_crop(
   Raises:
     ValueError: resize is less than size.
   """
+  if resize < size:
+    raise ValueError(
+      f"resize must be at least the {size} pixels of the crop, got {resize}."
+    )
   image = _picture(image)
-  box = evaluate_box(image.width, image.height, size=size, resize=resize)
+  shorter = min(image.size)
+  new = [int(resize * side / shorter) for side in image.size]
+  left, top = (round((side - size) / 2) for side in new)
+  x, y = image.width / new[0], image.height / new[1]
+  box = (left * x, top * y, (left + size) * x, (top + size) * y)
   return _resize(image, size, box)
 
 
@@ -222,10 +204,10 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
   """Draws a crop as torchvision's RandomResizedCrop does.
 
-  After Szegedy et al., Going Deeper with Convolutions, 2015: a share of the
-  picture's area, uniform; an aspect ratio, uniform in its logarithm. What does
-  not fit is drawn again, ten times; then the largest central crop whose aspect
-  ratio is in range is taken.
+  After Szegedy et al., Going Deeper with Convolutions, 2015: the share of the
+  picture's area is uniform, the aspect ratio uniform in its logarithm. A crop
+  that does not fit is drawn again, up to ten times; then the largest central
+  crop with an aspect ratio in range is taken.
 
   Args:
     width: of the picture, in pixels.
@@ -286,10 +268,10 @@ def load_random_resized_crop(
   area: tuple[float, float] = (0.08, 1.0),
   aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-  """`random_resized_crop` of an image file, large JPEGs decoded smaller.
+  """Decodes an image file and draws a crop; see `random_resized_crop`.
 
-  The same crop is drawn as from the decoded picture; only where it has far
-  more pixels than are wanted, the decoder scales down first.
+  The crop is the same as from the decoded picture. If it has far more pixels
+  than are wanted, the JPEG decoder scales the picture down first.
 
   Args:
     content: the whole file.

@@ -1,13 +1,12 @@
-"""Reads the CIFAR pickles without running anything that they name.
+"""Reads the CIFAR pickles without running any code that they name.
 
 A pickle is a program: it may call any function of any installed package. The
-publisher's files need only numbers, strings, lists, dicts and uint8 arrays,
-and that is all that can be built here.
+publisher's files need only numbers, strings, lists, dicts and uint8 arrays, so
+this reader builds nothing else.
 
-numpy's own `ndarray` and `dtype` are no exception: called with arguments of a
-file's choice, they can be made to take the file's bytes for object pointers.
-Stand-ins collect what a file says of an array, and the array is then made
-from it with checks.
+numpy's `ndarray` and `dtype` are not called either: a file could choose their
+arguments so that numpy takes its bytes for object pointers. Stand-ins collect
+the description of an array, and the array is made from it with checks.
 """
 
 import pickle
@@ -59,7 +58,7 @@ class _Array:
 
 
 class _Unpickler(pickle.Unpickler):
-  """Knows the stand-ins, and refuses every other global."""
+  """Resolves globals to the stand-ins, and refuses all others."""
 
   def __init__(self, file: BinaryIO, name: str):
     super().__init__(file, encoding="bytes")
@@ -98,8 +97,8 @@ def load(file: BinaryIO, name: str) -> dict[str, Any]:
     name: of the file, for error messages.
 
   Returns:
-    The file's dict; its keys as str whichever Python wrote it, its arrays as
-    (read-only) numpy arrays, its strings as bytes if Python 2 wrote it.
+    The file's dict. Its keys are str, its arrays read-only numpy arrays, its
+    strings bytes if Python 2 wrote them.
 
   Raises:
     UnsafePickleError: (a ValueError) the file names a global that is not
@@ -110,7 +109,7 @@ def load(file: BinaryIO, name: str) -> dict[str, Any]:
     content = _Unpickler(file, name).load()
   except UnsafePickleError:
     raise
-  # Damage surfaces as whatever the first misread instruction raises.
+  # A misread instruction raises nearly any exception.
   except Exception as error:
     raise ValueError(
       f"{name} is cut short or damaged: expected a pickled dict of the"

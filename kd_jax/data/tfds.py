@@ -20,12 +20,12 @@ from kd_jax.data.images import BadImageError
 
 _log = logging.getLogger(__name__)
 
-# Records of about 100 KB that are in memory at a time.
+# Records in memory at a time, of about 100 KB each.
 _CHUNK = 1024
 
 
 class StaleLabelsError(ValueError):
-  """A list of labels that does not fit the records beside it."""
+  """A list of labels does not fit the records beside it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,7 +34,7 @@ class RecordSource(EncodedSource):
 
   Attributes:
     records: N records, each {"image": bytes, "label": int}; pickles.
-    split: what the records are called beside `name`.
+    split: TFDS's name of the split.
   """
 
   records: Any
@@ -44,46 +44,46 @@ class RecordSource(EncodedSource):
     return len(self.records)
 
   def read_bytes(self, i: int) -> bytes:
-    """The encoded image of record `i`.
+    """Reads the encoded image of record `i`.
 
     Raises:
       BadImageError: the record cannot be read.
-      StaleLabelsError: its label is not `labels[i]`: they are of other records.
+      StaleLabelsError: its label is not `labels[i]`.
     """
     try:
       record = self.records[i]
-      # What the reader makes of a file that is cut short.
+      # How the reader returns a record that is cut short.
       if record["image"] is None or record["label"] is None:
         raise EOFError("the record is empty")
     # The record reader raises errors of its own.
     except Exception as error:
       raise BadImageError(
-        f"{self.describe(i)}: expected a record with an image, got one that"
-        f" cannot be read ({type(error).__name__}: {error})"
+        f"{self.describe(i)}: expected a record with an image, got"
+        f" {type(error).__name__}: {error}"
       ) from error
     if record["label"] != self.labels[i]:
       raise StaleLabelsError(
         f"{self.describe(i)} has the label {record['label']}, expected"
-        f" {self.labels[i]}, as when the labels were listed: the records were"
-        " prepared anew since. Delete the files kd_jax_labels_*.npy beside"
+        f" {self.labels[i]} as in the list of labels: the records have changed"
+        " since it was written. Delete the files kd_jax_labels_*.npy beside"
         " them."
       )
     return record["image"]
 
   def describe(self, i: int) -> str:
-    """The number of record `i`."""
+    """Names record `i`, for messages."""
     return f"record {i} of {self.name} ({self.split})"
 
 
 def _read_labels(records: Any, path: pathlib.Path) -> np.ndarray:
-  """The records' labels, listed in a file once and read from there again.
+  """Lists the records' labels in a file once, and reads them from there later.
 
-  A label lies in a record behind the image, so that listing them reads the
-  whole set: 1.5 minutes for ImageNet's where the disk does not hold it up.
+  A label lies in a record behind the image, so listing them reads the whole
+  set: 1.5 minutes for ImageNet if the disk is fast.
 
   Args:
     records: N records, as in `RecordSource`.
-    path: the list, written if it does not exist and the folder allows it.
+    path: of the list; written if it does not exist and the folder is writable.
 
   Returns:
     int32 [N].
@@ -112,8 +112,8 @@ def _read_labels(records: Any, path: pathlib.Path) -> np.ndarray:
     labels[chunk.start : chunk.stop] = [
       record["label"] for record in records.__getitems__(chunk)
     ]
-  # Several processes may be here: each replaces the list by an equal one.
-  # Containers on two machines may have the same process id.
+  # Several processes may write at once, each the same list. Containers on two
+  # machines may have the same process id.
   me = f"{socket.gethostname()}-{os.getpid()}"
   part = path.with_name(f"{path.name}.{me}")
   try:
@@ -123,14 +123,14 @@ def _read_labels(records: Any, path: pathlib.Path) -> np.ndarray:
   except OSError as error:
     part.unlink(missing_ok=True)
     _log.warning(
-      "Could not keep the labels in %s (%s): the next start lists them again",
+      "Could not write the labels to %s (%s): the next start lists them again",
       path,
       error,
     )
   return labels
 
 
-# What the publisher's files of a set are called here.
+# Sets of the publisher's files that hold the same images.
 _PUBLISHED = {"imagenet2012": "imagenet"}
 
 
@@ -140,16 +140,16 @@ def _import_tfds(name: str) -> Any:
     import tensorflow_datasets as tfds
   except ModuleNotFoundError as error:
     raise ImportError(
-      f"The source {name} needs the package tensorflow-datasets. Install it"
-      " (pip install tensorflow-datasets array_record), or use the source"
-      f" {_PUBLISHED.get(dataset, dataset)} (the publisher's files)."
+      f"The data set {name} needs the package tensorflow-datasets. Install it"
+      " (pip install tensorflow-datasets array_record), or use the data"
+      f" set {_PUBLISHED.get(dataset, dataset)} (the publisher's files)."
     ) from error
   return tfds
 
 
 def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
-  """The builder of a set that is prepared for random access."""
-  # Where this project keeps its data, then TFDS's own folder.
+  """The builder of a set, which it prepares for random access if needed."""
+  # The folder of the config, then TFDS's own.
   searched, other_format = [], None
   for data_dir in (directory, None):
     builder = tfds.builder(dataset, data_dir=data_dir)
@@ -173,7 +173,7 @@ def _tfds_builder(tfds: Any, dataset: str, directory: str) -> Any:
       " pip install tensorflow (needed only once) and start again, or prepare"
       f' it elsewhere with tfds.builder("{dataset}", data_dir=FOLDER,'
       ' file_format="array_record").download_and_prepare() and name that'
-      " folder with --config.data.dir=FOLDER, or use the source"
+      " folder with --config.data.dir=FOLDER, or use the data set"
       f" {_PUBLISHED.get(dataset, dataset)} (the publisher's files)."
     )
   builder = tfds.builder(

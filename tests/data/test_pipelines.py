@@ -251,7 +251,7 @@ def test_only_the_device_pipeline_keeps_the_set_on_the_device(sources):
 @pytest.mark.parametrize(
   ("name", "kind", "options", "words"),
   [
-    ("device", "files", {}, r"folder is image files.*'grain'"),
+    ("device", "files", {}, r"got folder, which has image files.*'grain'"),
     ("dali", "memory", {}, r"'dali' reads image files.*synthetic.*'grain'"),
     ("grain", "memory", {"num_workers": 2}, "synthetic is in memory"),
     ("grian", "files", {}, r"pipeline 'grian'\. Did you mean grain"),

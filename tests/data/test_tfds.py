@@ -241,7 +241,7 @@ def test_labels_of_other_records_are_noticed(imagenet, tmp_path):
     load_imagenet(tmp_path)
   np.save(listed, np.array(LABELS[::-1], np.int32))
   with pytest.raises(
-    ValueError, match=r"record 0 of .* label 999, expected 2, .*npy beside them"
+    ValueError, match=r"record 0 of .* label 999, expected 2 .*npy beside them"
   ):
     load_imagenet(tmp_path).read_bytes(0)
 
