@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kd_jax import models
-from kd_jax.interop import naming, pytorch
+from kd_jax.interop import pytorch
 
 _COUNTER = ".num_batches_tracked"
 
@@ -96,7 +96,7 @@ def count_classes(
     ValueError: if the model is unknown.
   """
   head = models.create(model_name, 1).head
-  for mapping in naming.of(model_name):
+  for mapping in models.entry(model_name).weight_names:
     bias = tensors.get(f"{mapping.rename((head,))}.bias")
     if bias is not None and bias.ndim == 1 and bias.size:
       return int(bias.size)
@@ -121,7 +121,7 @@ def guess_model(tensors: Mapping[str, np.ndarray]) -> Guess | None:
     num_classes = count_classes(name, tensors)
     if num_classes is None or TENSOR_COUNTS.get(name, len(got)) != len(got):
       continue
-    for mapping in naming.of(name):
+    for mapping in models.entry(name).weight_names:
       if pytorch.tensor_shapes(name, num_classes, mapping) == got:
         return Guess(name, num_classes)
   return None

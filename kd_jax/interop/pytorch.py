@@ -13,8 +13,10 @@ and rank say which layout it has:
 
 and any other leaf (bias, a learned scalar) keeps its name and shape. So a new
 network needs no table, as long as its modules carry the reference's names;
-where they differ (a distiller's `embed_s`, say), pass `rename`. `naming` has
-the names that torchvision and timm use for some networks.
+where they differ (a distiller's `embed_s`, say), pass `rename`. Torchvision,
+timm, SimKD and mdistiller agree on the ResNets for ImageNet; RepDistiller,
+SimKD and mdistiller on the networks for 32x32 images. The registry of
+`kd_jax.models` has the names of the other networks.
 """
 
 import functools
@@ -28,9 +30,11 @@ from flax import traverse_util
 
 from kd_jax import models
 from kd_jax.interop import naming
-from kd_jax.interop.naming import Path, Rename, module_name
+from kd_jax.models.entry import module_name
 
 Convert = Callable[[np.ndarray], np.ndarray]
+Path = tuple[str, ...]
+Rename = Callable[[Path], str]
 
 # Names in an error's list.
 _LISTED = 10
@@ -321,9 +325,11 @@ def from_state_dict(
   """
   template = _template(model_name, num_classes)
   tensors = naming.strip_prefixes(state_dict)
-  mapping = naming.recognise(
-    model_name, tensors, lambda m: _shapes(template, m.rename, ())
-  )
+
+  def matches(mapping: models.WeightNames) -> int:
+    return len(_shapes(template, mapping.rename, ()).keys() & tensors.keys())
+
+  mapping = max(models.entry(model_name).weight_names, key=matches)
   return variables_from_tensors(
     template,
     tensors,
@@ -353,7 +359,7 @@ def to_state_dict(
   bias = variables.get("params", {}).get(head, {}).get("bias")
   # Without a classifier any number will do: it is reported as missing.
   num_classes = 1 if bias is None else bias.shape[0]
-  rename = naming.of(model_name)[0].rename
+  rename = models.entry(model_name).weight_names[0].rename
   _check(
     _shapes(variables, rename, ()),
     _shapes(_template(model_name, num_classes), rename, ()),

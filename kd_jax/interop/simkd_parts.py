@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kd_jax import models
 from kd_jax.interop import model as model_lib
 from kd_jax.interop import naming, pytorch
 from kd_jax.models import fold
@@ -49,7 +50,7 @@ def to_parts(model: model_lib.Model) -> dict[str, dict[str, np.ndarray]]:
 
   alone = card["head"] is None
   student = variables if alone else part("student")
-  rename = naming.of(name)[0].rename
+  rename = models.entry(name).weight_names[0].rename
   write = pytorch.tensors_from_variables
   parts = {
     "model": write(student, rename=rename)

@@ -38,7 +38,7 @@ from benchmarks import work as work_lib
 from benchmarks.cell import SIDES, Cell
 from kd_jax import data, models
 from kd_jax.data import augment
-from kd_jax.interop import naming, pytorch
+from kd_jax.interop import pytorch
 
 CPU = pathlib.Path(step.__file__).parent / "cpu.sh"
 GPU = CPU.with_name("gpu.sh")
@@ -204,7 +204,9 @@ def test_compiled_step_copies_no_constants(weights, monkeypatch):
 @pytest.mark.parametrize("pair", [*work_lib.PAIRS, "ResNet50:ResNet18"])
 def test_networks_have_the_same_tensors(pair):
   for name in pair.split(":"):
-    expected = pytorch.tensor_shapes(name, 100, naming.of(name)[0])
+    expected = pytorch.tensor_shapes(
+      name, 100, models.entry(name).weight_names[0]
+    )
     with torch.device("meta"):
       found = torch_networks.create(name, 100).state_dict()
     counters = {n for n in found if n.endswith("num_batches_tracked")}

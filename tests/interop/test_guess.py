@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kd_jax import models
-from kd_jax.interop import guess, naming, pytorch
+from kd_jax.interop import guess, pytorch
 
 
 def tensors_of(spec, num_classes):
@@ -23,7 +23,9 @@ def test_the_table_of_counts(name, layouts):
     names = [n for n, _ in layouts[name]["state_dict"]]
     count = len([n for n in names if "num_batches" not in n])
   else:
-    count = len(pytorch.tensor_shapes(name, 7, naming.of(name)[0]))
+    count = len(
+      pytorch.tensor_shapes(name, 7, models.entry(name).weight_names[0])
+    )
   assert guess.TENSOR_COUNTS.get(name, count) == count
 
 
@@ -41,7 +43,9 @@ def test_networks_are_recognised(name, layouts):
   assert guess.guess_model(few) is None
 
 
-@pytest.mark.parametrize("mapping", naming.of("MobileNetV2_Imagenet"))
+@pytest.mark.parametrize(
+  "mapping", models.entry("MobileNetV2_Imagenet").weight_names
+)
 def test_every_toolboxes_names_are_recognised(mapping):
   shapes = pytorch.tensor_shapes("MobileNetV2_Imagenet", 5, mapping)
   tensors = {k: np.broadcast_to(0.0, shape) for k, shape in shapes.items()}

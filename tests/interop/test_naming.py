@@ -6,7 +6,8 @@ import pytest
 
 from kd_jax import models
 from kd_jax.interop import model as model_lib
-from kd_jax.interop import naming, pytorch
+from kd_jax.interop import pytorch
+from kd_jax.models.entry import module_name
 
 MOBILENET = "MobileNetV2_Imagenet"
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -58,8 +59,8 @@ def mobilenetv2(layouts):
 
 
 def test_mechanical_names():
-  assert naming.module_name(("layer1_0", "bn1")) == "layer1.0.bn1"
-  assert naming.module_name(()) == ""
+  assert module_name(("layer1_0", "bn1")) == "layer1.0.bn1"
+  assert module_name(()) == ""
 
 
 def test_timm_and_torchvision_give_equal_variables(mobilenetv2, assert_same):
@@ -70,7 +71,7 @@ def test_timm_and_torchvision_give_equal_variables(mobilenetv2, assert_same):
   jax.tree.map(np.testing.assert_array_equal, torchvision, timm)
   # It is written as torchvision and SimKD do, wherever it comes from.
   assert_same(pytorch.to_state_dict(MOBILENET, timm), mobilenetv2[0])
-  _, mapping = naming.of(MOBILENET)
+  _, mapping = models.entry(MOBILENET).weight_names
   assert mapping.toolboxes == "timm"
   written = pytorch.tensors_from_variables(timm, rename=mapping.rename)
   assert_same(written, mobilenetv2[1])
@@ -100,7 +101,7 @@ def test_a_misfit_is_reported_in_the_names_of_the_file(mobilenetv2):
   ],
 )
 def test_torchvision_and_timm_names_of_resnets(name, blocks, convs):
-  (mapping,) = naming.of(name)
+  (mapping,) = models.entry(name).weight_names
   counters = {n for n in resnet(blocks, convs) if n.endswith(NORM[-1])}
   shapes = pytorch.tensor_shapes(name, 10, mapping)
   assert shapes.keys() | counters == resnet(blocks, convs)
@@ -110,9 +111,9 @@ def test_torchvision_and_timm_names_of_resnets(name, blocks, convs):
 def test_tables_rename_every_layer_to_another(name):
   shapes = model_lib.variable_shapes(models.create(name, 3), (32, 32, 3))
   layers = {
-    naming.module_name(tuple(key.key for key in path[1:-1]))
+    module_name(tuple(key.key for key in path[1:-1]))
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
   }
-  for mapping in naming.of(name):
+  for mapping in models.entry(name).weight_names:
     assert mapping.table.keys() == layers
     assert len(set(mapping.table.values())) == len(layers)
