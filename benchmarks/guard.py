@@ -3,21 +3,17 @@
     python -m benchmarks.guard            # measures, appends to the history
     python -m benchmarks.guard --check    # measures, compares, appends nothing
 
-Seconds depend on the machine; that kd_jax's step takes so many times as long
-as eager PyTorch's, or as its own parts, hardly does. In at most two minutes on
-2 cores it measures ResNet-32x4 -> ResNet-8x4 on the cells below, turn by turn,
-and divides:
+Seconds depend on the machine; ratios hardly do. In at most two minutes on 2
+cores it measures ResNet-32x4 -> ResNet-8x4 at batch 16, turn by turn:
 
-  simkd / eager   images/s of kd_jax's SimKD step, on as many devices as a run
-                  takes, over eager PyTorch's
-  none / eager    likewise of training the student alone
-  simkd / parts   ms of the SimKD step over those of its parts, the teacher's
-                  forward pass and the student's own step
+  simkd / eager   images/s of kd_jax's SimKD step over eager PyTorch's
+  none / eager    likewise of the student alone
+  simkd / parts   ms of the SimKD step over the teacher's forward pass and the
+                  student's own step
 
-A line of benchmarks/history.jsonl is a measurement: ratios, hardware, versions,
-commit. --check compares with the last line of the same kind of hardware, and
-ends with exit code 1 if a ratio is worse by more than --tolerance. On a busy
-machine nothing is appended: other programs do not slow all cells alike.
+A line of benchmarks/history.jsonl is a measurement. --check compares with the
+last line of the same kind of hardware, and exits with code 1 if a ratio is
+worse by more than --tolerance. On a busy machine nothing is appended.
 """
 
 import argparse
@@ -30,29 +26,28 @@ from typing import Any
 from benchmarks import step
 
 HISTORY = pathlib.Path(__file__).resolve().parent / "history.jsonl"
-# Of each ratio, whether more is better.
+PAIR, BATCH = "resnet32x4:resnet8x4", 16
+# Whether more is better.
 RATIOS = {"simkd / eager": True, "none / eager": True, "simkd / parts": False}
-# Per core, in the last minute.
-IDLE = 0.5
+IDLE = 0.5  # load per core in the last minute
 _WORKS = (("none", ("jax", "eager")), ("simkd", ("jax", "eager", "teacher")))
 
 
-def measure_cells(args: argparse.Namespace) -> dict[str, Any]:
+def measure_cells(weights: str, seconds: float) -> dict[str, Any]:
   """Measures what the ratios need, as `benchmarks.step` does."""
   cells = []
   for method, sides in _WORKS:
     options = [
-      *("--pairs", args.pair, "--methods", method, "--sides", *sides),
-      *("--batch", str(args.batch), "--steps", str(args.steps)),
-      *("--turns", str(args.turns), "--dtype", "float32"),
-      *("--examples", str(4 * args.batch), "--workers", "0"),
-      *("--steps_per_dispatch", "1", "--weights", args.weights),
+      *("--pairs", PAIR, "--methods", method, "--sides", *sides),
+      *("--batch", str(BATCH), "--steps", "4", "--turns", "5"),
+      *("--dtype", "float32", "--examples", str(4 * BATCH), "--workers", "0"),
+      *("--steps_per_dispatch", "1", "--weights", weights),
     ]
     cells += step.make_cells(step.parse(options))
-  out = pathlib.Path(args.weights) / "guard.json"
+  out = pathlib.Path(weights) / "guard.json"
   out.unlink(missing_ok=True)  # to measure anew
   return step.measure_all(
-    cells, out=out, seconds=args.seconds, together=lambda _: None
+    cells, out=out, seconds=seconds, together=lambda _: None
   )
 
 
@@ -72,34 +67,32 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
       )
     ms[name] = row["result"]["ms_per_step"]
   parts = ms["simkd", "teacher"] + ms["none", "jax"]
-  return {
+  found = {
     "simkd / eager": ms["simkd", "eager"] / ms["simkd", "jax"],
     "none / eager": ms["none", "eager"] / ms["none", "jax"],
     "simkd / parts": ms["simkd", "jax"] / parts,
   }
+  return {name: round(value, 4) for name, value in found.items()}
 
 
-def entry(result: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def entry(result: dict[str, Any]) -> dict[str, Any]:
   """A line of the history."""
-  rows = result["rows"]
-  found = ratios(rows)
   hardware = result["hardware"]
+  devices = {
+    f"{row['result']['devices']} {row['result']['device']}"
+    for row in result["rows"]
+    if row["cell"]["side"] == "jax" and "devices" in row["result"]
+  }
   return {
     "commit": result["commit"],
     "date": result["date"],
-    "ratios": {name: round(value, 4) for name, value in found.items()},
-    "pair": args.pair,
-    "batch": args.batch,
+    "ratios": ratios(result["rows"]),
+    "pair": PAIR,
+    "batch": BATCH,
     "kind": {
       "cpu": hardware["cpu"],
       "cores": hardware["cores"],
-      "devices": sorted(
-        {
-          f"{row['result']['devices']} {row['result']['device']}"
-          for row in rows
-          if row["cell"]["side"] == "jax"
-        }
-      ),
+      "devices": sorted(devices),
     },
     "load_average": hardware["load_average"],
     "versions": result["versions"],
@@ -121,7 +114,7 @@ def last_like(
 def worse(
   new: dict[str, Any], old: dict[str, Any], tolerance: float
 ) -> list[str]:
-  """Says of each ratio that is worse by more than the tolerance, how much."""
+  """Says by how much each ratio is worse, if by more than the tolerance."""
   found = []
   for name, more_is_better in RATIOS.items():
     before, now = old["ratios"][name], new["ratios"][name]
@@ -134,27 +127,18 @@ def worse(
   return found
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-  """The arguments."""
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Measures, and appends or compares."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = parser.add_argument
   add("--check", action="store_true")
   add("--tolerance", type=float, default=0.15)
-  add("--pair", default="resnet32x4:resnet8x4")
-  add("--batch", type=int, default=16)
-  add("--steps", type=int, default=4)
-  add("--turns", type=int, default=5)
   add("--seconds", type=float, default=120)
   add("--weights", default="runs/benchmarks/weights")
   add("--history", default=str(HISTORY))
-  return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-  """Measures, and appends or compares."""
-  args = parse(arguments)
+  args = parser.parse_args(arguments)
   load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
   if load > IDLE * cores and not args.check:
     raise SystemExit(
@@ -162,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       f" {cores} cores, got {load:.1f}. Nothing was measured; wait until other"
       " programs are done"
     )
-  new = entry(measure_cells(args), args)
+  new = entry(measure_cells(args.weights, args.seconds))
   for name, value in new["ratios"].items():
     print(f"{name:<14} {value:.3f}")
   history = pathlib.Path(args.history)

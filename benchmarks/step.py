@@ -32,17 +32,14 @@ import json
 import operator
 import os
 import pathlib
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from benchmarks import measure
+from benchmarks import measure, processes
 from benchmarks import work as work_lib
-from benchmarks.cell import READY, SIDES, WARM, Cell
+from benchmarks.cell import SIDES, Cell
 
 NOT_RUN = "not run"
 
@@ -114,89 +111,16 @@ def make_cells(args: Any) -> list[Cell]:
   return cells
 
 
-class _Process:
-  """A program whose last line is its result, and which may wait for turns.
-
-  Attributes:
-    result: what the last line says, JSON, or {"error": why there is none};
-      None as long as the program waits for a turn.
-  """
-
-  def __init__(
-    self, process: subprocess.Popen[str], stderr: IO[str], seconds: float
-  ):
-    self.result: dict[str, Any] | None = None
-    self._process, self._stderr = process, stderr
-    self._seconds, self._late = seconds, False
-
-  def end(self) -> None:
-    """Kills it: its seconds are over."""
-    self._late = True
-    self._process.kill()
-
-  def wait(self) -> None:
-    """Until it is ready for a turn, or has its result."""
-    last = ""
-    for line in self._process.stdout or ():
-      if line.strip() == READY:
-        return
-      last = line.strip() or last
-    code = self._process.wait()
-    if self._late:
-      error = f"not done in the {self._seconds:.0f} s that were left"
-      self.result = {"error": error}
-    elif code:
-      self._stderr.seek(0)
-      said = self._stderr.read().strip().splitlines() or ["it wrote nothing"]
-      # The last line is often not the one that tells.
-      error = f"exit code {code}: {said[-1]}"
-      self.result = {"error": error, "said": said[-20:]}
-    else:
-      self.result = json.loads(last)
-
-  def take_turn(self, warm: bool = False) -> None:
-    """Lets it take a turn, after warming up if so, and waits for its end."""
-    # One that has ended takes no line, and `wait` finds its result.
-    with contextlib.suppress(BrokenPipeError):
-      print(WARM if warm else "", file=self._process.stdin, flush=True)
-    self.wait()
-
-
-@contextlib.contextmanager
-def _started(
-  command: Sequence[str], seconds: float, environment: dict[str, str]
-) -> Iterator[_Process]:
-  """A Python module's process, which ends with the context or the seconds."""
-  with (
-    tempfile.TemporaryFile("w+") as stderr,
-    subprocess.Popen(
-      [sys.executable, "-m", *command],
-      cwd=pathlib.Path(__file__).resolve().parent.parent,
-      env=environment,
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=stderr,
-      text=True,
-    ) as process,
-  ):
-    found = _Process(process, stderr, seconds)
-    timer = threading.Timer(seconds, found.end)
-    timer.start()
-    try:
-      yield found
-    finally:
-      timer.cancel()
-      process.kill()
-
-
 def _start(
   cell: Cell, seconds: float
-) -> contextlib.AbstractContextManager[_Process]:
+) -> contextlib.AbstractContextManager[processes.Process]:
   variables = dict(os.environ)
   if cell.side in ("eager", "compiled"):
     variables["JAX_PLATFORMS"] = "cpu"  # it only reads kd_jax's tables
   fields = {**cell.key, "weights": cell.weights}
-  return _started(["benchmarks.cell", json.dumps(fields)], seconds, variables)
+  return processes.started(
+    ["benchmarks.cell", json.dumps(fields)], seconds, variables
+  )
 
 
 def measure_in_processes(
@@ -214,15 +138,15 @@ def measure_in_processes(
   """
   end = time.monotonic() + seconds
   with contextlib.ExitStack() as stack:
-    processes = []
+    found = []
     for cell in cells:
       left = max(end - time.monotonic(), 1.0)
-      processes.append(stack.enter_context(_start(cell, left)))
-      processes[-1].wait()  # builds and warms up
-    while waiting := [p for p in processes if p.result is None]:
+      found.append(stack.enter_context(_start(cell, left)))
+      found[-1].wait()  # builds and warms up
+    while waiting := [p for p in found if p.result is None]:
       for process in waiting:
         process.take_turn(warm=len(cells) > 1)
-    return [process.result for process in processes if process.result]
+    return [process.result for process in found if process.result]
 
 
 def _share_flops(rows: list[dict[str, Any]]) -> None:
@@ -330,7 +254,7 @@ def _prepare(cell: Cell, seconds: float) -> dict[str, Any] | None:
   fields = json.dumps(dataclasses.asdict(work))
   command = ["benchmarks.work", fields, cell.weights]
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  with _started(command, seconds, environment) as process:
+  with processes.started(command, seconds, environment) as process:
     process.wait()
     found = process.result
   return found if found and "error" in found else None
