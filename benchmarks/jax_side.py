@@ -23,7 +23,7 @@ from kd_jax.training import step as step_lib
 
 
 class Program:
-  """The compiled training of a work, as `kd_jax.train.Run` puts it together.
+  """The compiled training of a work, as a run of kd_jax puts it together.
 
   Attributes:
     steps: optimiser updates in one dispatch.
@@ -97,6 +97,7 @@ class Program:
       teacher_variables,
       self._batch_shapes(),
       jax.ShapeDtypeStruct((), jnp.int32),
+      step_lib.make_seeds(work_lib.SEED),
     )
     optimizer = optim.sgd(
       optim.learning_rate_schedule(
@@ -113,13 +114,14 @@ class Program:
     self._state = place(
       state.create(variables["student"], distilled, optimizer)
     )
-    self._teacher_variables = place(
-      tuple(
-        fold.freeze(network, frozen, source.image_shape)
-        for network, frozen in zip(
-          arguments["teachers"], teacher_variables, strict=True
-        )
+    frozen = [
+      fold.freeze(network, v, source.image_shape)
+      for network, v in zip(
+        arguments["teachers"], teacher_variables, strict=True
       )
+    ]
+    self._constants = place(
+      step_lib.Constants(tuple(frozen), step_lib.make_seeds(work_lib.SEED))
     )
     self._resident = place(self._pipeline.resident)
     self._alone = step_lib.make_train_step(optimizer=optimizer, **arguments)
@@ -149,10 +151,8 @@ class Program:
         **work.settings,
       ),
       "loss_weights": work.weights,
-      "ramp_steps": {},
       "steps_per_epoch": self._pipeline.steps_per_epoch,
       "transform": self._transform,
-      "seed": work_lib.SEED,
     }
 
   def _transform(self, key, batch):
@@ -189,7 +189,7 @@ class Program:
       begin = time.perf_counter()
       chunk = self._devices.shard(self._pipeline.next_chunk(self.steps))
       self._state, found = self._chunk(
-        self._state, self._teacher_variables, self._resident, chunk
+        self._state, self._constants, self._resident, chunk
       )
       self.host_seconds += time.perf_counter() - begin
       self.dispatches += 1
@@ -204,14 +204,15 @@ class Program:
     """The compiled program of a dispatch, as XLA writes it."""
     chunk = self._devices.shard(self._pipeline.next_chunk(self.steps))
     lowered = self._chunk.lower(
-      self._state, self._teacher_variables, self._resident, chunk
+      self._state, self._constants, self._resident, chunk
     )
     return lowered.compile().as_text()
 
   def flops(self) -> float | None:
     """Of one step on all devices, by XLA's count of its program."""
+    variables, seeds = self._constants
     lowered = jax.jit(self._alone).lower(
-      self._state, self._teacher_variables, self._batch_shapes()
+      self._state, variables, self._batch_shapes(), seeds
     )
     cost = lowered.cost_analysis()
     return float(cost["flops"]) if cost and "flops" in cost else None

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kd_jax.distributed import collectives
 from kd_jax.models import layers
 
 
@@ -173,7 +174,15 @@ class Classifier(nn.Module, abc.ABC):
         f'{type(self).__name__} needs the random stream "dropout" to train, got'
         ' none; pass rngs={"dropout": key} to apply'
       )
-    return nn.Dropout(rate, deterministic=False, name="dropout")(x)
+    drop = nn.Dropout(rate, deterministic=False, name="dropout")
+    devices = collectives.axis_size(self.bn_axis_name)
+    if devices == 1:
+      return drop(x)
+    # Drawn for the batch of all devices, of which this one takes its rows: the
+    # result does not depend on their number.
+    scale = drop(jnp.ones((devices * len(x), *x.shape[1:]), x.dtype))
+    first = collectives.axis_index(self.bn_axis_name) * len(x)
+    return x * jax.lax.dynamic_slice_in_dim(scale, first, len(x))
 
 
 def count_parameters(params: Any) -> int:

@@ -272,8 +272,6 @@ class Run:
       "steps_per_epoch": self.steps_per_epoch,
       "transform": self._transform,
       "mixing": self._mixing(),
-      "seed": self.config.seed,
-      "data_seed": self.data_seed,
     }
 
   def _optimizer(self):
@@ -305,6 +303,7 @@ class Run:
       abstract_teachers,
       _abstract_batch(local, self.train_source.image_shape),
       jax.ShapeDtypeStruct((), jnp.int32),
+      jax.ShapeDtypeStruct((2,), jnp.uint32),
     )
     settings = self.config.optim
     schedule = optim.learning_rate_schedule(
@@ -349,19 +348,15 @@ class Run:
     images = self.normalize(batch["image"])
     student = self.student.clone(bn_axis_name=None)
     variables = student.init(student_key, images, train=False)
-    teacher_outputs, heads = loss.run_teachers(
-      self.teacher_networks, teacher_variables, images
-    )
-    distiller_variables = self._distiller(None).init(
+    distiller_variables = loss.init_distiller(
+      self._distiller(None),
       {"params": distiller_key, "distiller": memory_key},
-      student.apply(variables, images, train=False),
-      teacher_outputs,
-      batch,
-      teacher_heads=heads,
-      step=jnp.zeros((), jnp.int32),
-      epoch=jnp.ones((), jnp.int32),
-      train=True,
-      method="distill",
+      student=student,
+      student_variables=variables,
+      teachers=self.teacher_networks,
+      teacher_variables=teacher_variables,
+      images=images,
+      batch=batch,
     )
     return variables, distiller_variables
 
@@ -414,7 +409,10 @@ class Run:
       chunk, donate=True, carry_specs=specs
     )
     self.resident = self.devices.replicate(self.pipeline.resident)
-    self.frozen_teachers = self._frozen_teachers()
+    seeds = step_lib.make_seeds(self.config.seed, self.data_seed)
+    self.constants = step_lib.Constants(
+      self._frozen_teachers(), self.devices.replicate(seeds)
+    )
     self.begin_evaluation = self._evaluator(
       self.student, self.teacher_networks, self.distiller
     )
@@ -921,7 +919,7 @@ class Loop:
     size = whole - self.step % whole
     xs = run.devices.shard(run.pipeline.next_chunk(size))
     self.state, sums = run.train_chunk(
-      self.state, run.frozen_teachers, run.resident, xs
+      self.state, run.constants, run.resident, xs
     )
     wishes: Any = np.zeros(2, int)
     if jax.process_count() > 1:

@@ -10,7 +10,6 @@ import optax
 
 from kd_jax.distillers import base
 from kd_jax.training import loss, metrics
-from kd_jax.training import step as step_lib
 
 
 def make_eval_step(
@@ -36,7 +35,9 @@ def make_eval_step(
     in nats ("ce"), hits ("top1", "top5") and real examples ("count").
   """
 
-  def eval_step(variables, teacher_variables, batch):
+  def eval_step(
+    variables: Any, teacher_variables: Any, batch: loss.Batch
+  ) -> dict[str, jax.Array]:
     images = transform(jax.random.key(0), batch)
     teacher_outputs, heads = loss.run_teachers(
       teachers, teacher_variables, images
@@ -102,13 +103,16 @@ def make_eval_chunk(
     with leaves [k, B, ...]; `resident` is not used.
   """
 
-  def eval_chunk(variables, teacher_variables, resident, xs):
+  def eval_chunk(
+    variables: Any, teacher_variables: Any, resident: Any, xs: Any
+  ) -> dict[str, jax.Array]:
     del resident
-    if step_lib._length(xs) == 1:
-      return step(variables, teacher_variables, step_lib._first(xs))
+    if jax.tree.leaves(xs)[0].shape[0] == 1:
+      first = jax.tree.map(lambda x: x[0], xs)
+      return step(variables, teacher_variables, first)
     _, sums = jax.lax.scan(
       lambda carry, x: (carry, step(variables, teacher_variables, x)), 0, xs
     )
-    return jax.tree.map(lambda s: jnp.sum(s, 0), sums)
+    return {name: jnp.sum(value, 0) for name, value in sums.items()}
 
   return eval_chunk

@@ -13,15 +13,18 @@ from kd_jax.distillers import base
 from kd_jax.distributed import collectives
 from kd_jax.training import metrics
 
-Batch = dict[str, jax.Array]
-
-
+# "image", "label", "index", "mask"; after `precompute_teacher` also
+# "augmented_images" and "teacher_outputs".
+Batch = Mapping[str, Any]
+# (key, batch) -> images [B, H, W, C] as the networks take them.
 Transform = Callable[[jax.Array, Batch], jax.Array]
+# (teacher_variables, batch, step, seeds) -> batch
+PrecomputeTeacher = Callable[[Any, Batch, jax.Array, jax.Array], Batch]
 
 
 def run_teachers(
   teachers: Sequence[Any], variables: Sequence[Any], images: jax.Array
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+) -> tuple[tuple[Any, ...], tuple[base.Head, ...]]:
   """Runs the frozen teachers.
 
   Args:
@@ -41,11 +44,48 @@ def run_teachers(
 
 def teacher_heads(
   teachers: Sequence[Any], variables: Sequence[Any]
-) -> tuple[Any, ...]:
+) -> tuple[base.Head, ...]:
   """The teachers' classifiers as functions: pooled -> logits."""
   return tuple(
     functools.partial(teacher.classify, v["params"])
     for teacher, v in zip(teachers, variables, strict=True)
+  )
+
+
+def init_distiller(
+  distiller: base.Distiller,
+  rngs: Any,
+  *,
+  student: nn.Module,
+  student_variables: Any,
+  teachers: Sequence[Any],
+  teacher_variables: Sequence[Any],
+  images: jax.Array,
+  batch: Batch,
+) -> Any:
+  """Initial variables of a distiller, from the outputs of the networks.
+
+  Args:
+    distiller: the method.
+    rngs: a key, or keys of the streams "params" and "distiller".
+    student: the model.
+    student_variables: of the student.
+    teachers: the networks; `()` if there are none.
+    teacher_variables: of each.
+    images: [B, H, W, C] float, for the shapes.
+    batch: with "label" [B]; for methods with a memory also "train_labels" [N].
+  """
+  outputs, heads = run_teachers(teachers, teacher_variables, images)
+  return distiller.init(
+    rngs,
+    student.apply(student_variables, images, train=False),
+    outputs,
+    batch,
+    teacher_heads=heads,
+    step=jnp.zeros((), jnp.int32),
+    epoch=jnp.ones((), jnp.int32),
+    train=True,
+    method="distill",
   )
 
 
@@ -54,41 +94,58 @@ def make_precompute_teacher(
   teachers: Sequence[Any],
   transform: Transform,
   mixing: Mapping[str, float] | None = None,
-  seed: int,
-  data_seed: int | None = None,
-) -> Callable[[Any, Batch, jax.Array], Batch]:
-  """Builds `Step.look`; see `make_train_step` for the arguments."""
-  shown_seed = seed if data_seed is None else data_seed
+) -> PrecomputeTeacher:
+  """Builds the part of a step that needs no student.
 
-  def show(batch, step):
-    augment_key, _, _ = _keys(shown_seed, step)
+  See `step.make_train_step` for the arguments.
+
+  Returns:
+    `precompute_teacher(teacher_variables, batch, step, seeds) -> batch` with
+    "augmented_images" and "teacher_outputs". For several steps at once, `step`
+    is [k] and all leaves of the batch are [k, B, ...].
+  """
+
+  def augment_images(
+    batch: Batch, step: jax.Array, seeds: jax.Array
+  ) -> dict[str, Any]:
+    augment_key, _, _ = _keys(seeds[1], step)
     images = transform(augment_key, batch)
-    if mixing:
-      (mix_key,) = jax.random.split(augment_key, 1)
-      images, lam = augment.mix(mix_key, images, **mixing)
-      neighbours = augment.partner(batch["label"])
-      batch = {**batch, "lam": lam, "mixed_label": neighbours}
-    return {**batch, "shown": images}
+    if not mixing:
+      return {**batch, "augmented_images": images}
+    (mix_key,) = jax.random.split(augment_key, 1)
+    images, lam = augment.mix(mix_key, images, **mixing)
+    return {
+      **batch,
+      "augmented_images": images,
+      "lam": lam,
+      "mixed_label": augment.partner(batch["label"]),
+    }
 
-  def look(teacher_variables, batch, step):
-    """Of several steps at once, if `step` is [k] and all leaves [k, B, ...]."""
-    several = jnp.ndim(step) > 0
-    batch = (jax.vmap(show) if several else show)(batch, step)
-    images = batch["shown"]
-    if several:
-      images = images.reshape(-1, *images.shape[2:])
-    taught, _ = run_teachers(teachers, teacher_variables, images)
-    if several:
-      shape = batch["shown"].shape[:2]
-      taught = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), taught)
-    return {**batch, "taught": taught}
+  def precompute_teacher(
+    teacher_variables: Any, batch: Batch, step: jax.Array, seeds: jax.Array
+  ) -> Batch:
+    if jnp.ndim(step) == 0:
+      augmented = augment_images(batch, step, seeds)
+      images = augmented["augmented_images"]
+      outputs, _ = run_teachers(teachers, teacher_variables, images)
+      return {**augmented, "teacher_outputs": outputs}
+    augmented = jax.vmap(augment_images, (0, 0, None))(batch, step, seeds)
+    images = augmented["augmented_images"]
+    steps, size = images.shape[:2]
+    outputs, _ = run_teachers(
+      teachers, teacher_variables, images.reshape(-1, *images.shape[2:])
+    )
+    outputs = jax.tree.map(
+      lambda x: x.reshape(steps, size, *x.shape[1:]), outputs
+    )
+    return {**augmented, "teacher_outputs": outputs}
 
-  return look
+  return precompute_teacher
 
 
-def _keys(seed, step):
-  key = jax.random.fold_in(jax.random.key(seed), step)
-  return jax.random.split(key, 3)
+def _keys(seed: jax.Array, step: jax.Array) -> jax.Array:
+  """Keys of augmentation, of the distiller and of dropout in a step."""
+  return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
 
 
 def weighted_sum(
@@ -110,7 +167,7 @@ def weighted_sum(
   Raises:
     ValueError: if a weight other than 0 names no term, or none is left.
   """
-  total = None
+  total: jax.Array | None = None
   for name, weight in weights.items():
     if isinstance(weight, int | float) and weight == 0:
       continue
@@ -136,70 +193,80 @@ def make_loss_fn(
   teachers: Sequence[Any],
   distiller: base.Distiller,
   loss_weights: Mapping[str, float],
-  ramp_steps: Mapping[str, int],
   steps_per_epoch: int,
   transform: Transform,
+  ramp_steps: Mapping[str, int] | None = None,
   mixing: Mapping[str, float] | None = None,
-  seed: int,
-  data_seed: int | None = None,
-  axis_name: str | None,
+  axis_name: str | None = None,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-  """Builds `loss(params, collections, teacher_variables, batch, step)`.
+  """Builds the loss of this replica's batch.
 
-  See `make_train_step` for the arguments.
+  See `step.make_train_step` for the arguments.
 
   Returns:
-    The function; it returns (total loss, (new collections, sums)), both of
-    this replica's batch.
+    `loss(params, collections, teacher_variables, batch, step, seeds, part)
+    -> (total loss, (new collections, sums))`. The batch comes as it is or from
+    `precompute_teacher`. `part` numbers the parts of an accumulated batch; it
+    is None if the batch is whole.
   """
-  look = make_precompute_teacher(
-    teachers=teachers,
-    transform=transform,
-    mixing=mixing,
-    seed=seed,
-    data_seed=data_seed,
+  ramps = ramp_steps or {}
+  precompute_teacher = make_precompute_teacher(
+    teachers=teachers, transform=transform, mixing=mixing
   )
+  # Such a student draws its dropout for the batch of all devices.
+  draws_alike = getattr(student, "bn_axis_name", None) is not None
 
-  def loss_fn(params, collections, teacher_variables, batch, step):
-    if "taught" not in batch:
-      batch = look(teacher_variables, batch, step)
+  def loss_fn(
+    params: Any,
+    collections: Any,
+    teacher_variables: Any,
+    batch: Batch,
+    step: jax.Array,
+    seeds: jax.Array,
+    part: jax.Array | None = None,
+  ) -> tuple[jax.Array, Any]:
+    if "teacher_outputs" not in batch:
+      batch = precompute_teacher(teacher_variables, batch, step, seeds)
     batch = dict(batch)
-    images = batch.pop("shown")
-    teacher_outputs = batch.pop("taught")
-    heads = teacher_heads(teachers, teacher_variables)
-    _, example_key, replica_key = _keys(seed, step)
-    replica_key = jax.random.fold_in(
-      replica_key, collectives.axis_index(axis_name)
+    images = batch.pop("augmented_images")
+    teacher_outputs = batch.pop("teacher_outputs")
+    _, distiller_key, dropout_key = _keys(seeds[0], step)
+    dropout_key = jax.random.fold_in(
+      dropout_key, collectives.axis_index(None if draws_alike else axis_name)
     )
-    student_output, student_updates = student.apply(
+    if part is not None:
+      distiller_key = jax.random.fold_in(distiller_key, part)
+      dropout_key = jax.random.fold_in(dropout_key, part)
+    student_outputs, student_updates = student.apply(
       {"params": params["student"], **collections["student"]},
       images,
       train=True,
       mutable=list(collections["student"]),
-      rngs={"dropout": replica_key},
+      rngs={"dropout": dropout_key},
     )
-    student_output.checked()
+    student_outputs.checked()
+    output: base.DistillOutput
     output, distiller_updates = distiller.apply(
       {"params": params["distiller"], **collections["distiller"]},
-      student_output,
+      student_outputs,
       teacher_outputs,
       batch,
-      teacher_heads=heads,
+      teacher_heads=teacher_heads(teachers, teacher_variables),
       step=step,
       epoch=step // steps_per_epoch + 1,
       train=True,
       method="distill",
       mutable=list(collections["distiller"]),
-      rngs={"distiller": example_key},
+      rngs={"distiller": distiller_key},
     )
-    losses = {
-      # With a ramp of W steps, a term's weight grows to 1 over W steps.
-      name: value * jnp.minimum((step + 1) / ramp_steps[name], 1.0)
-      if name in ramp_steps
-      else value
-      for name, value in output.terms.items()
+    # With a ramp of W steps, a term's weight grows to 1 over W steps.
+    weights = {
+      name: weight * jnp.minimum((step + 1) / ramps[name], 1.0)
+      if weight and name in ramps
+      else weight
+      for name, weight in loss_weights.items()
     }
-    total = weighted_sum(losses, loss_weights)
+    total = weighted_sum(output.terms, weights)
     count = jnp.asarray(batch["label"].shape[0], jnp.float32)
     correct = metrics.topk_correct(output.logits, batch["label"], 1)
     sums = {"loss": total * count, "top1": jnp.sum(correct)}

@@ -1,10 +1,9 @@
-"""Metrics: sums on the device, means on the host, and where they are written.
+"""Sums on the device, means on the host.
 
 A device never divides: a step returns sums over its global batch and their
 count, so that means over any number of steps, batches or devices are exact.
 """
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.distributed import collectives
-
-_log = logging.getLogger(__name__)
-
 
 COUNT = "count"
 
@@ -26,7 +22,7 @@ def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
   Args:
     logits: [B, C].
     labels: [B] int.
-    k: at most C is used. Ties count against the label, NaNs too.
+    k: at most C is used. Ties count against the label, and NaN is no hit.
 
   Returns:
     [B] float32, 1 for a hit.
@@ -35,9 +31,8 @@ def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
   # Comparisons with NaN are false: count what is surely smaller instead of
   # what is larger, so that a diverged network scores 0 and not 100 %.
   smaller = jnp.sum((logits < own).astype(jnp.int32), axis=1)
-  return (smaller >= logits.shape[1] - min(k, logits.shape[1])).astype(
-    jnp.float32
-  )
+  hit = smaller >= logits.shape[1] - min(k, logits.shape[1])
+  return (hit & ~jnp.isnan(own[:, 0])).astype(jnp.float32)
 
 
 def global_sums(
@@ -55,7 +50,10 @@ def global_sums(
   Returns:
     The global sums, and the global count under "count".
   """
-  return collectives.axis_sum({**values, COUNT: count}, axis_name)
+  sums: dict[str, jax.Array] = collectives.axis_sum(
+    {**values, COUNT: count}, axis_name
+  )
+  return sums
 
 
 def means(sums: Mapping[str, Any]) -> dict[str, float]:

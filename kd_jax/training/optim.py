@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.extend import core
 
 
 def scaled_learning_rate(
@@ -134,14 +135,14 @@ def reached_parameters(
   """
   grad = jax.grad(loss_fn, has_aux=True)
   jaxpr = jax.make_jaxpr(lambda *a: grad(*a)[0])(params, *arguments).jaxpr
+
+  def is_literal(variable: Any) -> bool:
+    return isinstance(variable, core.Literal)
+
   # A gradient that is zero by construction is made of constants alone.
   depends = set(jaxpr.invars)
   for equation in jaxpr.eqns:
-    if any(v in depends for v in equation.invars if not _is_literal(v)):
+    if any(not is_literal(v) and v in depends for v in equation.invars):
       depends.update(equation.outvars)
-  flags = [not _is_literal(v) and v in depends for v in jaxpr.outvars]
+  flags = [not is_literal(v) and v in depends for v in jaxpr.outvars]
   return jax.tree.unflatten(jax.tree.structure(params), flags)
-
-
-def _is_literal(variable) -> bool:
-  return hasattr(variable, "val")

@@ -1,6 +1,5 @@
 """TrainState: everything that training changes, as arrays and nothing else."""
 
-import logging
 from typing import Any
 
 import jax
@@ -57,13 +56,10 @@ def create(
   )
 
 
-_log = logging.getLogger(__name__)
-
-
 def state_specs(
   state: TrainState, distiller: distillers.Distiller
 ) -> TrainState:
-  """Which arrays of a state are split over the devices, for `place`.
+  """Say which arrays of a state are split over the devices, for `place`.
 
   Args:
     state: of arrays.
@@ -73,10 +69,11 @@ def state_specs(
     The state with a spec for every array.
   """
 
-  def spec(path, _):
-    place = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    memory = place[:3] == ["collections", "distiller", "memory"]
-    split = memory and place[-1] in distiller.memory_rows
+  def spec(path: Any, _: Any) -> P:
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    memory = names[:3] == ["collections", "distiller", "memory"]
+    split = memory and names[-1] in distiller.memory_rows
     return P(collectives.AXIS) if split else P()
 
-  return jax.tree_util.tree_map_with_path(spec, state)
+  specs: TrainState = jax.tree_util.tree_map_with_path(spec, state)
+  return specs

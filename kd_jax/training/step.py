@@ -1,43 +1,76 @@
-"""The train step and the evaluation step: one of each for every method."""
+"""The train step: one for every method and any number of devices."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kd_jax.distributed import collectives
 from kd_jax.training import loss, metrics
 from kd_jax.training.state import TrainState
 
-# Pixels that a frozen teacher is shown at once: 1,024 images of 32x32, with
-# which a GPU is busy.
-_SHOWN_PIXELS = 1024 * 32 * 32
+Sums = dict[str, jax.Array]
+# Pixels that a teacher sees at once: 1,024 images of 32x32 keep a GPU busy.
+_TEACHER_PIXELS = 1024 * 32 * 32
+
+
+class Constants(NamedTuple):
+  """What a dispatch reads and no step changes.
+
+  Attributes:
+    teacher_variables: of each teacher, a tuple.
+    seeds: from `make_seeds`.
+  """
+
+  teacher_variables: Any
+  seeds: Any
+
+
+def make_seeds(seed: int, data_seed: int | None = None) -> np.ndarray:
+  """The step's seeds, uint32 [2]: of the run, and of the data.
+
+  Args:
+    seed: of dropout and of what a distiller draws.
+    data_seed: of augmentation and mixing; None: `seed`.
+
+  Raises:
+    ValueError: if a seed is not in 0..2**32-1.
+  """
+  seeds = (seed, seed if data_seed is None else data_seed)
+  if not all(0 <= value < 2**32 for value in seeds):
+    raise ValueError(f"expected seeds in 0..{2**32 - 1}, got {seeds}")
+  return np.array(seeds, np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-  """A train step: `step(state, teacher_variables, batch) -> (state, sums)`.
+class TrainStep:
+  """`step(state, teacher_variables, batch, seeds) -> (state, sums)`.
 
   Attributes:
-    learn: the same, of a batch as it comes or as `look` has shown it.
-    look: (teacher_variables, batch, number of the step) -> the batch with what
-      needs no student, the images ("shown") and the teacher's output
-      ("taught"); None if they are not to be had before the step.
+    student_step: the whole step; skips the part that `precompute_teacher` has
+      done for the batch.
+    precompute_teacher: `(teacher_variables, batch, step, seeds) -> batch` with
+      augmented images and teacher outputs, of one step or of several; None if
+      the batch is cut into parts, which are augmented and mixed by themselves.
   """
 
-  learn: Callable[[TrainState, Any, loss.Batch], tuple[TrainState, dict]]
-  look: Callable[[Any, loss.Batch, jax.Array], loss.Batch] | None = None
+  student_step: Callable[..., tuple[TrainState, Sums]]
+  precompute_teacher: loss.PrecomputeTeacher | None = None
 
   def __call__(
-    self, state: TrainState, teacher_variables: Any, batch: loss.Batch
-  ) -> tuple[TrainState, dict]:
+    self,
+    state: TrainState,
+    teacher_variables: Any,
+    batch: loss.Batch,
+    seeds: Any,
+  ) -> tuple[TrainState, Sums]:
     """Takes the step."""
-    return self.learn(state, teacher_variables, batch)
+    return self.student_step(state, teacher_variables, batch, seeds)
 
 
 def make_train_step(
@@ -46,66 +79,86 @@ def make_train_step(
   axis_name: str | None = None,
   accumulate_steps: int = 1,
   **loss_arguments: Any,
-) -> Step:
+) -> TrainStep:
   """Builds the train step of one replica.
 
+  All randomness is derived from the seeds and the number of the step, and is
+  the same on any number of devices, with one exception: dropout of a student
+  that does not share its batch statistics is each device's own. Dropout and
+  the distiller's draws differ between the parts of an accumulated batch.
+
   Args:
-    optimizer: made by `optim.sgd`.
+    optimizer: for example `optim.sgd`.
     axis_name: the mapped axis that holds the other replicas, or None.
     accumulate_steps: parts into which the batch is cut; the gradient is the
       mean over them, BatchNorm and batch-relational losses see one at a time.
-    **loss_arguments: of `make_loss_fn`:
+    **loss_arguments: of `loss.make_loss_fn`:
       student: the model.
       teachers: frozen networks, none, one or several.
       distiller: the method.
       loss_weights: term -> weight; a term of weight 0 is not computed.
-      ramp_steps: term -> steps over which its weight grows to full size.
       steps_per_epoch: for the number of the epoch.
-      transform: (key, batch) -> images [B, H, W, C] as the models want them.
+      transform: (key, batch) -> images [B, H, W, C] as the networks take them.
+      ramp_steps: term -> steps over which its weight grows to full size.
       mixing: None, or `augment.mix`'s mixup and cutmix.
-      seed: of all randomness, which is derived from it and the step alone.
-      data_seed: of augmentation and mixing; None: `seed`.
 
   Returns:
-    The step.
+    The step; its sums are of "loss", "top1" and each term that has a weight,
+    over the examples of all replicas, whose number is "count".
   """
   loss_fn = loss.make_loss_fn(axis_name=axis_name, **loss_arguments)
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def gradients(state, teacher_variables, batch):
+  def gradients(
+    state: TrainState, teacher_variables: Any, batch: loss.Batch, seeds: Any
+  ) -> tuple[Any, Any, Sums]:
     if accumulate_steps == 1:
-      (_, aux), grads = value_and_grad(
-        state.params, state.collections, teacher_variables, batch, state.step
+      (_, (collections, sums)), grads = value_and_grad(
+        *(state.params, state.collections, teacher_variables),
+        *(batch, state.step, seeds),
       )
-      return grads, *aux
+      return grads, collections, sums
 
-    def part(carry, piece):
+    def add_part(carry: Any, part: Any) -> tuple[Any, Sums]:
       total, collections = carry
       (_, (collections, sums)), grads = value_and_grad(
-        state.params, collections, teacher_variables, piece, state.step
+        *(state.params, collections, teacher_variables),
+        *(part[1], state.step, seeds, part[0]),
       )
-      total = jax.tree.map(jnp.add, total, grads)
-      return (total, collections), sums
+      return (jax.tree.map(jnp.add, total, grads), collections), sums
 
     # Every n-th row, so that the parts hold the same examples on however many
     # devices the batch is spread.
-    pieces = jax.tree.map(
+    parts = jax.tree.map(
       lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1),
       batch,
     )
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     (grads, collections), sums = jax.lax.scan(
-      part, (zeros, state.collections), pieces
+      add_part,
+      (zeros, state.collections),
+      (jnp.arange(accumulate_steps), parts),
     )
     grads = jax.tree.map(lambda g: g / accumulate_steps, grads)
     return grads, collections, jax.tree.map(lambda s: jnp.sum(s, 0), sums)
 
-  def train_step(state, teacher_variables, batch):
-    grads, collections, sums = gradients(state, teacher_variables, batch)
+  def student_step(
+    state: TrainState, teacher_variables: Any, batch: loss.Batch, seeds: Any
+  ) -> tuple[TrainState, Sums]:
+    seeds = jnp.asarray(seeds)
+    grads, collections, sums = gradients(state, teacher_variables, batch, seeds)
     grads = collectives.axis_mean(grads, axis_name)
     # Shared statistics are equal already; local ones are averaged, so that
     # the state is the same on every device.
-    collections = _average_statistics(collections, axis_name)
+    collections = {
+      module: {
+        name: collectives.axis_mean(value, axis_name)
+        if name == "batch_stats"
+        else value
+        for name, value in parts.items()
+      }
+      for module, parts in collections.items()
+    }
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = state.replace(
       step=state.step + 1,
@@ -117,76 +170,70 @@ def make_train_step(
     return state, metrics.global_sums(sums, count, axis_name)
 
   if accumulate_steps > 1:
-    return Step(train_step)
-  names = ("teachers", "transform", "mixing", "seed", "data_seed")
-  look = {n: loss_arguments[n] for n in names if n in loss_arguments}
-  return Step(train_step, loss.make_precompute_teacher(**look))
-
-
-def _average_statistics(collections, axis_name):
-  return {
-    module: {
-      name: collectives.axis_mean(value, axis_name)
-      if name == "batch_stats"
-      else value
-      for name, value in parts.items()
-    }
-    for module, parts in collections.items()
-  }
+    return TrainStep(student_step)
+  names = ("teachers", "transform", "mixing")
+  arguments = {n: loss_arguments[n] for n in names if n in loss_arguments}
+  return TrainStep(student_step, loss.make_precompute_teacher(**arguments))
 
 
 def make_train_chunk(
-  step: Step, load: Callable[..., loss.Batch]
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+  step: TrainStep, load: Callable[..., loss.Batch]
+) -> Callable[..., tuple[TrainState, Sums]]:
   """Wraps a step to take k steps in one dispatch.
 
-  The teacher does not change, so that it need not wait for the student: it is
-  shown the batches of several steps at once, as many as divide k and have not
-  too many pixels together. A batch of 64 small images would leave most of a
-  large GPU idle.
+  A teacher need not wait for the student: it sees the batches of several steps
+  at once, since a batch of 64 small images would leave most of a large GPU
+  idle.
 
   Args:
     step: made by `make_train_step`.
     load: (resident data, one step's slice) -> batch, of the pipeline.
 
   Returns:
-    `train_chunk(state, teacher_variables, resident, xs) -> (state, sums [k])`
-    for `xs` with leaves [k, B, ...].
+    `train_chunk(state, constants, resident, xs) -> (state, sums [k])` for `xs`
+    with leaves [k, B, ...] and `constants` of type `Constants`.
   """
 
-  def train_chunk(state, teacher_variables, resident, xs):
-    def body(state, x):
-      return step(state, teacher_variables, load(resident, x))
+  def train_chunk(
+    state: TrainState, constants: Any, resident: Any, xs: Any
+  ) -> tuple[TrainState, Sums]:
+    teacher_variables, seeds = constants
+    seeds = jnp.asarray(seeds)
+    steps = jax.tree.leaves(xs)[0].shape[0]
 
-    def several(look, state, group):
+    def take_step(state: TrainState, x: Any) -> tuple[TrainState, Sums]:
+      return step(state, teacher_variables, load(resident, x), seeds)
+
+    first = jax.tree.map(lambda x: x[0], xs)
+    if steps == 1:  # XLA's CPU convolutions are slower in a loop
+      state, sums = take_step(state, first)
+      return state, jax.tree.map(lambda s: s[None], sums)
+    at_once = 1
+    precompute_teacher = step.precompute_teacher
+    if precompute_teacher is not None and jax.tree.leaves(teacher_variables):
+      shape = jax.eval_shape(load, resident, first)["image"].shape
+      at_once = precomputed_steps(steps, shape)
+    if precompute_teacher is None or at_once == 1:
+      return jax.lax.scan(take_step, state, xs)
+
+    def take_steps(state: TrainState, group: Any) -> tuple[TrainState, Sums]:
       batches = jax.vmap(load, (None, 0))(resident, group)
-      numbers = state.step + jnp.arange(_length(group))
+      numbers = state.step + jnp.arange(at_once)
       return jax.lax.scan(
-        lambda state, batch: step(state, teacher_variables, batch),
+        lambda state, batch: step(state, teacher_variables, batch, seeds),
         state,
-        look(teacher_variables, batches, numbers),
+        precompute_teacher(teacher_variables, batches, numbers, seeds),
       )
 
-    if _length(xs) == 1:  # XLA's CPU convolutions are slower in a loop
-      state, sums = body(state, _first(xs))
-      return state, jax.tree.map(lambda s: s[None], sums)
-    together = 1
-    if step.look is not None and jax.tree.leaves(teacher_variables):
-      shape = jax.eval_shape(load, resident, _first(xs))["image"].shape
-      together = steps_together(_length(xs), shape)
-    if together == 1:
-      return jax.lax.scan(body, state, xs)
-    groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), xs)
-    state, sums = jax.lax.scan(
-      functools.partial(several, step.look), state, groups
-    )
+    groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), xs)
+    state, sums = jax.lax.scan(take_steps, state, groups)
     return state, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums)
 
   return train_chunk
 
 
-def steps_together(steps: int, shape: Sequence[int]) -> int:
-  """Of how many steps a teacher is shown the batches at once.
+def precomputed_steps(steps: int, shape: Sequence[int]) -> int:
+  """The number of steps whose batches a teacher sees at once.
 
   Args:
     steps: of a dispatch.
@@ -195,13 +242,5 @@ def steps_together(steps: int, shape: Sequence[int]) -> int:
   Returns:
     A divisor of `steps`.
   """
-  most = min(max(_SHOWN_PIXELS // math.prod(shape[:3]), 1), steps)
+  most = min(max(_TEACHER_PIXELS // math.prod(shape[:3]), 1), steps)
   return max(n for n in range(1, most + 1) if steps % n == 0)
-
-
-def _length(xs) -> int:
-  return jax.tree.leaves(xs)[0].shape[0]
-
-
-def _first(xs):
-  return jax.tree.map(lambda x: x[0], xs)

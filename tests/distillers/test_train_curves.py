@@ -115,16 +115,14 @@ def test_six_steps(method, curves, rebuild, fill_distiller, quick):
       teachers=(teacher,),
       distiller=distiller,
       loss_weights={name: weight for name, weight in weights.items() if weight},
-      ramp_steps={},
       steps_per_epoch=6,
       transform=lambda key, batch: batch["image"],
-      seed=0,
     )
   )
   state = state_lib.create(student_variables, variables, optimizer)
   losses = []
   for batch in batches:
-    state, sums = step(state, (frozen,), batch)
+    state, sums = step(state, (frozen,), batch, step_lib.make_seeds(0))
     losses.append(float(sums["loss"] / sums["count"]))
   np.testing.assert_allclose(losses, expected["loss"], rtol=tolerance)
 
