@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import jax_side, step, torch_networks, torch_side
 from benchmarks import work as work_lib
-from kd_jax import data
+from kd_jax import data, models
 from kd_jax.data import augment
-from kd_jax.interop import naming, pytorch
+from kd_jax.interop import pytorch
 
 TINY = work_lib.Work(
   teacher="_tiny_wide",
@@ -167,7 +167,9 @@ def test_compiled_step_copies_no_constants(weights, monkeypatch):
 @pytest.mark.parametrize("pair", [*work_lib.PAIRS, "ResNet50:ResNet18"])
 def test_networks_have_the_same_tensors(pair):
   for name in pair.split(":"):
-    expected = pytorch.tensor_shapes(name, 100, naming.of(name)[0])
+    expected = pytorch.tensor_shapes(
+      name, 100, models.entry(name).weight_names[0]
+    )
     with torch.device("meta"):
       found = torch_networks.create(name, 100).state_dict()
     counters = {n for n in found if n.endswith("num_batches_tracked")}
