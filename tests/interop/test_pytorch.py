@@ -24,16 +24,34 @@ def numbered(state_dict):
   }
 
 
-def test_round_trip_is_exact(layout, assert_same):
+def test_names_and_shapes(layout):
+  (first, *_) = models.entry(layout["name"]).weight_names
+  shapes = pytorch.tensor_shapes(layout["name"], layout["num_classes"], first)
+  assert shapes == {
+    name: tuple(shape)
+    for name, shape in layout["state_dict"]
+    if not name.endswith("num_batches_tracked")
+  }
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("resnet8x4", "ResNet50_cifar", "wrn_16_1", "vgg8", "MobileNetV2"),
+    *("ShuffleV1", "ShuffleV2", "ResNet18", "MobileNetV2_Imagenet"),
+    "ShuffleV2_Imagenet",
+  ],
+)
+def test_round_trip_is_exact(name, layouts, assert_same):
+  """One network of each family; the others have the same kinds of layers."""
+  layout = layouts[name]
   tensors = numbered(layout["state_dict"])
-  variables = pytorch.from_state_dict(
-    layout["name"], layout["num_classes"], tensors
-  )
+  variables = pytorch.from_state_dict(name, layout["num_classes"], tensors)
   assert all(
     isinstance(leaf, np.ndarray) and leaf.dtype == np.float32
     for leaf in jax.tree.leaves(variables)
   )
-  back = pytorch.to_state_dict(layout["name"], variables)
+  back = pytorch.to_state_dict(name, variables)
   assert_same(back, tensors)
   assert all(tensor.flags.c_contiguous for tensor in back.values())
 
