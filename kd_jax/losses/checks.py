@@ -183,8 +183,9 @@ def number(
     )
   known = known_values(value)
   if known is not None:
+    # NaN and infinities are outside of the open default limits.
     inside = (known > above) & (known >= least)
-    inside &= (known < below) & (known <= most) & np.isfinite(known)
+    inside &= (known < below) & (known <= most)
     if not inside.all():
       limits = {
         "above": above,

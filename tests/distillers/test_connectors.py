@@ -31,7 +31,12 @@ def test_hint_regressor_meets_the_teacher(size_s, size_t, name, kernel, target):
   assert variables["params"][name]["kernel"].shape == kernel
 
 
-def test_hint_regressor_refuses_what_it_cannot_do():
+def test_hint_regressor_on_maps_that_are_not_square():
+  given = jax.random.key(0), jnp.ones((1, 8, 6, 3)), jnp.ones((1, 5, 4, 3))
+  shapes = jax.eval_shape(
+    lambda: connectors.HintRegressor().init(*given, train=True)
+  )
+  assert shapes["params"]["conv"]["kernel"].shape == (4, 3, 3, 3)
   with pytest.raises(ValueError, match=r"8x4 cannot be regressed to 5x6"):
     connectors.HintRegressor().init(
       jax.random.key(0),

@@ -183,7 +183,8 @@ def test_hyper_parameters(name, case):
     for rows in (values, values[:, None]):
       try:
         found = run(rows)
-      except ValueError:
+      except ValueError as error:
+        assert f"{key}: expected" in str(error)
         continue
       expected = [run(float(v))[i] for i, v in enumerate(values)]
       np.testing.assert_allclose(found, expected, rtol=1e-5)
