@@ -81,11 +81,7 @@ def test_another_step_or_index_draws_anew():
   index = jnp.arange(200)
   first, *others = (
     np.stack(draw(key, i))
-    for key, i in (
-      (KEY, index),
-      (jax.random.key(8), index),
-      (KEY, index + 200),
-    )
+    for key, i in ((KEY, index), (jax.random.key(8), index), (KEY, index + 200))
   )
   for other in others:  # equal draws by chance: 1 in 162
     assert (first == other).all(0).mean() < 0.05

@@ -133,7 +133,7 @@ def test_only_images_count_wherever_they_lie(tmp_path):
   write(tmp_path / "train" / "stray.png")
   source = data.load("folder", split="train", dir=tmp_path)
   assert sorted(relative(source, tmp_path)) == [
-    *("train/a/deep/er/y.jpg", "train/a/x.JPEG", "train/a/z.WebP"),
+    *("train/a/deep/er/y.jpg", "train/a/x.JPEG", "train/a/z.WebP")
   ]
   assert source.class_names == ("a",)
 

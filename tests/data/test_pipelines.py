@@ -264,10 +264,7 @@ def test_what_does_not_fit_is_refused(make, options, words):
 
 @pytest.mark.parametrize(
   ("name", "package", "kind"),
-  [
-    ("grain", "grain", "files"),
-    ("dali", "nvidia.dali", "files"),
-  ],
+  [("grain", "grain", "files"), ("dali", "nvidia.dali", "files")],
 )
 def test_a_missing_package_is_named(name, package, make, monkeypatch):
   monkeypatch.delitem(sys.modules, f"kd_jax.data.{name}", raising=False)
