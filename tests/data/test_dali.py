@@ -80,10 +80,6 @@ def batches(pipeline, chunks):
   return out
 
 
-def assert_equal(got, expected):
-  jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
 def centre(source, i):
   """Evaluation's crop with Pillow."""
   image = images.load(source.read_bytes(i), "x")
@@ -148,7 +144,7 @@ def test_shards_partition_every_epoch(shards, source):
   assert len({str(p.get_state()["checkpoints"]) for p in parts}) == shards
 
 
-def test_a_position_belongs_to_a_number_of_shards(source, caplog):
+def test_a_position_belongs_to_a_number_of_shards(source, caplog, assert_equal):
   half = create(source, process_index=1, process_count=2)
   batches(half, [3])
   state = half.get_state()
@@ -172,14 +168,14 @@ def test_a_position_belongs_to_a_number_of_shards(source, caplog):
   assert_equal(batches(again, [1, 3]), after[1:])
 
 
-def test_threads_change_nothing(source):
+def test_threads_change_nothing(source, assert_equal):
   expected = batches(create(source), [1, 4, 5])
   for threads in (0, 1):
     got = batches(create(source, num_threads=threads), [1, 4, 5])
     assert_equal(got, expected)
 
 
-def test_batches_stay_as_they_were(source):
+def test_batches_stay_as_they_were(source, assert_equal):
   """They are views of DALI's memory, which it must not use again."""
   pipeline = create(source)
   kept = batches(pipeline, [1] * 3 * STEPS)
@@ -189,7 +185,7 @@ def test_batches_stay_as_they_were(source):
   assert_equal([batch["image"] for batch in kept], before)
 
 
-def test_what_gpus_decode_is_joined_there():
+def test_what_gpus_decode_is_joined_there(assert_equal):
   """Only how; no GPU is needed."""
   chunk_sharding = devices.make_devices(num_devices=4).batch_sharding
   spec = jax.sharding.PartitionSpec(*chunk_sharding.spec[1:])
@@ -213,7 +209,7 @@ def test_what_gpus_decode_is_joined_there():
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_evaluation_sees_every_image_once(source, processes):
+def test_evaluation_sees_every_image_once(source, processes, assert_equal):
   for process in range(processes):
     arguments = (source, 4, process, processes)
     stream = data.eval_stream(*arguments, pipeline="dali")
@@ -270,7 +266,7 @@ TABLE = JPEG.index(b"\xff\xc4")
   ids=["missing", "empty", "text", "cut", "bad table"],
 )
 def test_a_bad_file_is_an_error_and_the_position_stays(
-  write, content, kind, words
+  write, content, kind, words, assert_equal
 ):
   files = {f"{i}": encode(picture(30, 40, i)) for i in range(24)}
   source = write(files | {"bad": JPEG})

@@ -7,10 +7,8 @@ import os
 import pathlib
 import signal
 
-import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from kd_jax import data
 from kd_jax.data import images, skipped
@@ -19,13 +17,8 @@ COUNT, BATCH, STEPS = 45, 8, 5
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-  root = tmp_path_factory.mktemp("images")
-  rng = np.random.default_rng(0)
-  (root / "train" / "a").mkdir(parents=True)
-  for i in range(COUNT):
-    image = rng.integers(0, 256, (9 + i % 4, 12 - i % 5, 3), np.uint8)
-    Image.fromarray(image).save(root / "train" / "a" / f"{i:02d}.png")
+def files(tmp_path_factory, write_images):
+  root = write_images(tmp_path_factory.mktemp("images"), "train", COUNT)
   return data.load("folder", split="train", dir=root, image_size=4)
 
 
@@ -47,10 +40,6 @@ def batches(pipeline, chunks):
   return out
 
 
-def assert_equal(got, expected):
-  jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
 def damaged(source, positions, on_bad_image):
   """The same set with files of zero bytes at these positions."""
   paths = list(source.paths)
@@ -63,7 +52,7 @@ def damaged(source, positions, on_bad_image):
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_threads_change_nothing(kind, request):
+def test_threads_change_nothing(kind, request, assert_equal):
   source = request.getfixturevalue(kind)
   expected = batches(make(source), [STEPS, 3, 2, STEPS])
   threaded = make(source, num_threads=3, prefetch=7)
@@ -143,7 +132,9 @@ def test_the_next_image_stands_in_for_a_bad_one(files):
 
 
 @pytest.mark.parametrize("on_bad_image", ["error", "skip"])
-def test_a_missing_file_is_an_error_and_the_position_stays(on_bad_image, files):
+def test_a_missing_file_is_an_error_and_the_position_stays(
+  on_bad_image, files, assert_equal
+):
   source = damaged(files, [17], on_bad_image)
   path = pathlib.Path(source.paths[17])
   path.unlink()
@@ -167,7 +158,7 @@ def test_many_bad_images_in_a_row_are_an_error(files, monkeypatch):
     pipeline.next_chunk(1)
 
 
-def test_worker_processes_change_nothing(files):
+def test_worker_processes_change_nothing(files, assert_equal):
   """Order, crops, resume, skips; an error; a signal; a death."""
   source = damaged(files, [3], "skip")
   alone = make(source)

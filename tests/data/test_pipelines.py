@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from kd_jax import data
 from kd_jax.data import images
@@ -27,17 +26,11 @@ each_of_ours = pytest.mark.parametrize(("name", "kind"), CASES[1:])
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
+def sources(tmp_path_factory, write_images):
   memory = data.load(
     "synthetic", split="train", num_examples=COUNT, image_size=4, num_classes=7
   )
-  root = tmp_path_factory.mktemp("images")
-  rng = np.random.default_rng(0)
-  for i in range(COUNT):
-    folder = root / "train" / f"class {i // 7}"
-    folder.mkdir(parents=True, exist_ok=True)
-    image = rng.integers(0, 256, (9 + i % 4, 12 - i % 5, 3), np.uint8)
-    Image.fromarray(image).save(folder / f"{i:02d}.png")
+  root = write_images(tmp_path_factory.mktemp("images"), "train", COUNT)
   files = data.load("folder", split="train", dir=root, image_size=4)
   return {"memory": memory, "files": files}
 
@@ -71,10 +64,6 @@ def batches(pipeline, chunks):
 
 def indices(pipeline, chunks):
   return np.stack([batch["index"] for batch in batches(pipeline, chunks)])
-
-
-def assert_equal(got, expected):
-  jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def expected_images(source, seed, epoch, index):
@@ -139,13 +128,13 @@ def test_without_shuffling_the_sets_order_is_kept(make):
 
 
 @each_pipeline
-def test_chunks_of_any_size_give_the_same_batches(make):
+def test_chunks_of_any_size_give_the_same_batches(make, assert_equal):
   assert_equal(batches(make(), [2, 3, 4, 1]), batches(make(), [1] * 10))
 
 
 @each_pipeline
 @pytest.mark.parametrize("position", [0, 3, STEPS, STEPS + 2])
-def test_a_position_is_restored_exactly(position, make):
+def test_a_position_is_restored_exactly(position, make, assert_equal):
   pipeline = make(seed=9)
   batches(pipeline, [1] * position)
   state = json.loads(json.dumps(pipeline.get_state()))
@@ -171,7 +160,7 @@ def test_an_epochs_order_does_not_depend_on_the_batch_size(make):
 
 @each_of_ours
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_processes_shares_make_up_the_batch(processes, make):
+def test_the_processes_shares_make_up_the_batch(processes, make, assert_equal):
   alone = make()
   expected = batches(alone, [2, 3, 4])
   state = alone.get_state()
@@ -191,7 +180,7 @@ def test_the_processes_shares_make_up_the_batch(processes, make):
 
 
 @each_pipeline
-def test_what_is_refused(make):
+def test_what_is_refused(make, assert_equal):
   pipeline = make()
   for field, value in {
     **{"seed": 1, "batch_size": 4, "shuffle": False, "num_examples": 44},
@@ -219,7 +208,7 @@ def test_what_is_refused(make):
 
 
 @each_pipeline
-def test_load_works_inside_a_compiled_scan(make):
+def test_load_works_inside_a_compiled_scan(make, assert_equal):
   pipeline = make()
   expected = batches(make(), [STEPS, STEPS])
   traces = []

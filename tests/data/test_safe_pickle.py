@@ -17,35 +17,21 @@ def read(content: bytes) -> dict:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 3, 4])
-@pytest.mark.parametrize(
-  "module", [b"numpy.core.multiarray", b"numpy._core.multiarray"]
-)
-def test_reads_plain_data_under_both_names_of_numpys_module(protocol, module):
+def test_reads_plain_data_of_every_protocol(protocol):
   value = {b"data": ARRAY, "labels": [1, 2], "text": ["a", b"b"], "x": 0.5}
-  content = pickle.dumps(value, protocol)
-  # In text protocols and in protocol 4, a name is preceded by its length or
-  # ended by a newline: rewrite the opcode, not just the name.
-  for old in (b"numpy.core.multiarray", b"numpy._core.multiarray"):
-    content = content.replace(b"c" + old + b"\n", b"c" + module + b"\n")
-    content = content.replace(
-      b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(module)]) + module
-    )
-  # A frame's length would be wrong now; frames are optional.
-  if content[2:3] == b"\x95":
-    content = content[:2] + content[11:]
-  assert module in content
-  got = read(content)
-  assert set(got) == {"data", "labels", "text", "x"}
-  np.testing.assert_array_equal(got["data"], ARRAY)
-  assert got["data"].dtype == np.uint8
-  assert got["labels"] == [1, 2] and got["text"] == ["a", b"b"]
-  assert got["x"] == 0.5
+  got = read(pickle.dumps(value, protocol))
+  array = got.pop("data")
+  np.testing.assert_array_equal(array, ARRAY)
+  assert array.dtype == np.uint8
+  assert got == {"labels": [1, 2], "text": ["a", b"b"], "x": 0.5}
 
 
-def test_reads_strings_and_arrays_as_python_2_wrote_them():
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_reads_strings_and_arrays_as_python_2_wrote_them(core):
+  """numpy's module was renamed with numpy 2."""
   raw = ARRAY.tobytes()
   content = (
-    b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n"
+    b"\x80\x02}(U\x04datacnumpy." + core + b".multiarray\n_reconstruct\n"
     b"cnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     b"(K\x01K\x04K\x06\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
     b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
