@@ -1,6 +1,6 @@
 """Batch normalisation with PyTorch's statistics and a hand-written gradient.
 
-`docs/speed.md` has the times that the hand-written parts save.
+`results/notes/speed_history.md` has the times that the hand-written parts save.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Convolutions and max-pools, with faster algorithms for CPUs.
 
-Everything here computes what XLA's own operation computes. `docs/speed.md` has
-the times that each special case saves.
+Everything here computes what XLA's own operation computes.
+`results/notes/speed_history.md` has the times that each special case saves.
 """
 
 import functools
