@@ -226,7 +226,7 @@ def parse_launch(monkeypatch):
     flags.FLAGS.unparse_flags()
     for name in (
       *("config", "workdir", "coordinator_address", "num_processes"),
-      *("process_id", "local_processes"),
+      *("process_id", "local_processes", "shard"),
     ):
       flags.FLAGS[name].unparse()
     with warnings.catch_warnings():

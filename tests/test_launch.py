@@ -1,29 +1,33 @@
-"""launch.py: flags, exit codes, and every bad input that the issue names.
+"""launch.py: flags, exit codes, and mistakes in words.
 
-Whatever is wrong is said in words, before anything is trained or written.
+Every mistake is found before anything is trained or written.
 """
 
 import importlib.metadata
 import logging
 import os
 import pathlib
-import pickle
 import signal
 import subprocess
 import sys
 
 import filelock
-import numpy as np
 import pytest
 
 from configs import base
 from kd_jax.distributed import launcher, processes
+from kd_jax.reporting import report, runs
 from kd_jax.runs import errors, grid, train
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 KD = f"{REPO}/configs/kd_cifar.py"
 SMOKE = ("--config", f"{KD}:smoke")
-TINY = ("--config.student.name=_tiny", "--config.teacher.name=_tiny_wide")
+QUICKSTART = ("--config", f"{REPO}/configs/quickstart.py:smoke")
+TINY = (
+  "--config.student.name=_tiny",
+  "--config.teacher.name=_tiny_wide",
+  "--config.parallel.num_devices=1",
+)
 
 
 @pytest.fixture
@@ -31,88 +35,65 @@ def nothing_happens(tmp_path, monkeypatch):
   """In an empty current folder, in which nothing may be trained or written."""
   monkeypatch.chdir(tmp_path)
 
-  def refuse(self):
+  def refuse(*_):
     raise AssertionError("a run was started")
 
-  monkeypatch.setattr(train.Run, "train", refuse)
+  monkeypatch.setattr(train.processes, "require_shared", refuse)
   yield
   assert list(tmp_path.rglob("*")) == []
 
 
-def contents(folder):
-  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+@pytest.fixture
+def trained(monkeypatch):
+  """The arguments of the calls that would train."""
+  calls = []
+  monkeypatch.setattr(train, "train_and_evaluate", lambda *a: calls.append(a))
+  return calls
 
 
-FLAGS = {
-  "no config": ((), "name a config, as in --config configs/quickstart.py"),
-  "no value": (("--config",), "Missing value for flag --config"),
-  "no such config": (
-    ("--config", "configs/kd_cifa.py", "--config.seed=1"),
-    "--config configs/kd_cifa.py: no such file. Did you mean"
-    " configs/kd_cifar.py or",
-  ),
-  "not a file": (
-    ("--workdir=a/b.py", "--config=kd"),
-    "--config kd: no such file. The configs are: configs/at_cifar.py, ",
-  ),
-  "argument": (
-    ("--config", f"{KD}:smok"),
-    "ValueError: config argument: expected '' or 'smoke' (CONFIG.py:smoke), got"
-    " 'smok'; fields are set with --config.FIELD=VALUE",
-  ),
-  "field": (
-    (*SMOKE, "--config.optim.learning_rat=1"),
-    "--config.optim.learning_rat=1: no such field. Did you mean"
-    ' "learning_rate" instead of "learning_rat"?',
-  ),
-  "field of the method": (
-    (*SMOKE, "--config.distiller.temprature=2"),
-    "--config.distiller.temprature=2: no such field. Did you mean"
-    ' "temperature" instead of "temprature"?',
-  ),
-  "section": (
-    (*SMOKE, "--config.optum.momentum=2"),
-    '--config.optum.momentum=2: no such field. Did you mean "optim" instead of',
-  ),
-  "field like no other": (
-    (*SMOKE, "--config.distiller.xyzzy=2"),
-    "--config.distiller.xyzzy=2: no such field. Fields are those of"
-    " configs/base.py and of the config file",
-  ),
-  "below a field": (
-    (*SMOKE, "--config.optim.momentum.x=2"),
-    "--config.optim.momentum.x=2: no such field.",
-  ),
-  "field of a cell": (
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ((), "name a config, as in --config configs/quickstart.py"),
+    (("--config",), "Missing value for flag --config"),
     (
-      *("--config", f"{REPO}/configs/quickstart.py"),
-      "--config.grid.simkd.distiller.facto=4",
+      ("--config", "configs/kd_cifa.py", "--config.seed=1"),
+      "--config configs/kd_cifa.py: no such file. Did you mean"
+      " configs/kd_cifar.py or",
     ),
-    'no such field. Did you mean "factor" instead of "facto"?',
-  ),
-  "flag": (
-    (*SMOKE, "--wrkdir=x"),
-    "Unknown command line flag 'wrkdir'. Did you mean: workdir ?",
-  ),
-  "type": (
-    (*SMOKE, "--config.epochs=many"),
-    "flag --config.epochs=many: invalid literal for int() with base 10: 'many'",
-  ),
-  "some of three": (
-    (*SMOKE, "--num_processes=2"),
-    "--num_processes without --coordinator_address, --process_id: expected all",
-  ),
-  "both kinds": (
-    (*SMOKE, "--local_processes=2", "--process_id=0"),
-    "--local_processes starts all processes itself: leave out --process_id",
-  ),
-  "positional": ((*SMOKE, "x", "y"), "unexpected arguments: x y"),
-}
-
-
-@pytest.mark.parametrize("case", FLAGS)
-def test_wrong_flags_are_one_clear_line(case, launch, nothing_happens, capsys):
-  arguments, words = FLAGS[case]
+    (
+      ("--workdir=a/b.py", "--config=kd"),
+      "--config kd: no such file. The configs are: configs/at_cifar.py, ",
+    ),
+    (("--config", f"{KD}:smok"), "ValueError: config argument: expected ''"),
+    (
+      (*SMOKE, "--config.optim.learning_rat=1"),
+      "--config.optim.learning_rat=1: no such field. Did you mean"
+      ' "learning_rate" instead of "learning_rat"?',
+    ),
+    (
+      (*SMOKE, "--config.optum.momentum=2"),
+      'no such field. Did you mean "optim" instead of',
+    ),
+    (
+      (*SMOKE, "--config.distiller.xyzzy=2"),
+      "--config.distiller.xyzzy=2: no such field. Fields are those of"
+      " configs/base.py and of the config file",
+    ),
+    ((*SMOKE, "--config.optim.momentum.x=2"), "momentum.x=2: no such field."),
+    (
+      (*QUICKSTART, "--config.grid.simkd.distiller.facto=4"),
+      'no such field. Did you mean "factor" instead of "facto"?',
+    ),
+    ((*SMOKE, "--wrkdir=x"), "flag 'wrkdir'. Did you mean: workdir ?"),
+    ((*SMOKE, "--config.epochs=many"), "flag --config.epochs=many: invalid"),
+    ((*SMOKE, "--num_processes=2"), "--num_processes without --coordinator_a"),
+    ((*QUICKSTART, "--shard=4/4"), "--shard: expected I/N with I from 0 to"),
+    ((*SMOKE, "x", "y"), "unexpected arguments: x y"),
+  ],
+)
+@pytest.mark.usefixtures("nothing_happens")
+def test_wrong_flags_are_one_clear_line(arguments, words, launch, capsys):
   assert launch(*arguments) == 2
   output = capsys.readouterr()
   assert output.out == ""
@@ -121,104 +102,71 @@ def test_wrong_flags_are_one_clear_line(case, launch, nothing_happens, capsys):
   assert words in output.err
 
 
-BAD = {
-  "model": (
-    ["--config.student.name=resnet8x44"],
-    "unknown model 'resnet8x44'. Did you mean resnet8x4 or ",
-  ),
-  "teacher": (
-    ["--config.teacher.name=wrn_40_3"],
-    "unknown model 'wrn_40_3'. Did you mean wrn_40_2 or ",
-  ),
-  "method": (
-    ["--config.distiller.name=smikd"],
-    "unknown method 'smikd'. Did you mean simkd",
-  ),
-  "data set": (
-    ["--config.data.name=cifar-100"],
-    "unknown data set 'cifar-100'. Did you mean cifar100 or",
-  ),
-  "pipeline": (
-    ["--config.data.pipeline=grian"],
-    "unknown pipeline 'grian'. Did you mean grain?",
-  ),
-  "devices": (
-    ["--config.batch_size=18", "--config.parallel.num_devices=0"],
-    "config.batch_size: expected a multiple of 4 (4 devices x 1"
-    " accumulate_steps), got 18. Take 16, or fewer devices with"
-    " config.parallel.num_devices",
-  ),
-  "number of devices": (
-    ["--config.parallel.num_devices=9"],
-    "config.parallel.num_devices: expected 0 (all) to 4 (cpu devices seen), got"
-    " 9",
-  ),
-  "mapping": (
-    ["--config.parallel.mapping=xmap"],
-    "config.parallel.mapping: expected 'shard_map' or 'pmap', got 'xmap'",
-  ),
-  "no such checkpoint": (
-    ["--config.teacher.checkpoint=/no/such"],
-    "config.teacher.checkpoint: /no/such does not exist: expected the workdir"
-    " of a finished run or an export. Leave it empty to train the teacher"
-    " first",
-  ),
-  "dispatch": (
-    ["--config.steps_per_dispatch=3"],
-    "config.steps_per_dispatch: expected a divisor of the 4 steps of an epoch,"
-    " got 3. Near it: 1, 2, 4; 0 settles it",
-  ),
-  "schedule": (
-    ["--config.optim.schedule=cosin"],
-    "config.optim.schedule: expected one of 'step', 'cosine', 'constant', got"
-    " 'cosin'",
-  ),
-  "hint layer": (
-    [
-      *("--config", f"{REPO}/configs/fitnet_cifar.py:smoke"),
-      "--config.distiller.hint_layer=stage9",
-    ],
-    "the student has no feature 'stage9'; it has stem_preact, stem, stage1",
-  ),
-  "semckd": (
-    [
-      *("--config", f"{REPO}/configs/semckd_cifar.py:smoke"),
-      *("--config.batch_size=6", "--config.parallel.num_devices=1"),
-    ],
-    "semckd: expected a batch size divisible by 4 (its embeddings are a quarter"
-    " as wide as the batch), got 6; change the batch size",
-  ),
-  "factor": (
-    [
-      *("--config", f"{REPO}/configs/simkd_cifar.py:smoke"),
-      "--config.distiller.factor=0",
-    ],
-    "factor: expected 1 to ",
-  ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, launch, nothing_happens, capsys):
-  arguments, words = BAD[case]
-  if "--config" not in arguments:
-    arguments = [*SMOKE, *arguments]
-  named = [a.partition("=")[0] for a in arguments]
-  tiny = [a for a in TINY if a.partition("=")[0] not in named]
-  if "--config.parallel.num_devices" not in named:
-    tiny.append("--config.parallel.num_devices=1")
-  assert launch(*arguments, *tiny) == 2
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ("student.name=resnet8x44", "'resnet8x44'. Did you mean resnet8x4 or "),
+    ("teacher.name=wrn_40_3", "'wrn_40_3'. Did you mean wrn_40_2 or "),
+    ("distiller.name=smikd", "unknown method 'smikd'. Did you mean simkd"),
+    ("data.name=cifar-100", "'cifar-100'. Did you mean cifar100 or"),
+    (
+      "data.name=cifar10 data.dir=/none",
+      "No cifar10 data: expected the folder",
+    ),
+    ("data.pipeline=grian", "'grian'. Did you mean grain?"),
+    (
+      "batch_size=18 parallel.num_devices=0",
+      "config.batch_size: expected a multiple of 4 (4 devices x 1"
+      " accumulate_steps), got 18. Take 16, or fewer devices with"
+      " config.parallel.num_devices",
+    ),
+    (
+      "parallel.num_devices=9",
+      "config.parallel.num_devices: expected 0 (all) to 4 (cpu devices seen),"
+      " got 9",
+    ),
+    ("parallel.mapping=xmap", "expected 'shard_map' or 'pmap', got 'xmap'"),
+    (
+      "teacher.checkpoint=/no/such",
+      "config.teacher.checkpoint: /no/such does not exist: expected the workdir"
+      " of a finished run or an export. Leave it empty to train the teacher",
+    ),
+    (
+      "steps_per_dispatch=3",
+      "expected a divisor of the 4 steps of an epoch, got 3. Near it: 1, 2, 4;",
+    ),
+    (
+      "optim.schedule=cosin",
+      "expected one of 'step', 'cosine', 'constant', got 'cosin'",
+    ),
+    (
+      "fitnet_cifar distiller.hint_layer=stage9",
+      "the student has no feature 'stage9'; it has",
+    ),
+    (
+      "semckd_cifar batch_size=6",
+      "semckd: expected a batch size divisible by 4 (its embeddings are a"
+      " quarter as wide as the batch), got 6; change the batch size",
+    ),
+    ("simkd_cifar distiller.factor=0", "factor: expected 1 to "),
+  ],
+)
+@pytest.mark.usefixtures("nothing_happens")
+def test_bad_input(arguments, words, launch, capsys):
+  first, *more = arguments.split()
+  config = first if first.endswith("_cifar") else "kd_cifar"
+  fields = more if first == config else [first, *more]
+  given = [f"--config.{field}" for field in fields]
+  named = [flag.partition("=")[0] for flag in given]
+  given += [flag for flag in TINY if flag.partition("=")[0] not in named]
+  assert launch("--config", f"{REPO}/configs/{config}.py:smoke", *given) == 2
   assert words in capsys.readouterr().err
 
 
-def tiny_config():
-  weights = {"ce": 1.0, "kd": 1.0}
-  config = base.distillation("kd", weights=weights, student="_tiny")
-  config = base.finish(config, "smoke")
-  config.student.name, config.teacher.name = "_tiny", "_tiny_wide"
-  config.data.image_size = 8
-  config.parallel.num_devices = 1
-  return config
+@pytest.mark.usefixtures("nothing_happens")
+def test_missing_data(launch, capsys):
+  assert launch("--config", KD, "--config.data.dir=/no/such") == 2
+  assert "No cifar100 data: expected the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -238,203 +186,74 @@ def tiny_config():
     ),
   ],
 )
-def test_bad_free_form_sections(section, value, words, nothing_happens):
-  config = tiny_config()
+@pytest.mark.usefixtures("nothing_happens")
+def test_bad_free_form_sections(section, value, words):
+  weights = {"ce": 1.0, "kd": 1.0}
+  config = base.distillation("kd", weights=weights, student="_tiny")
+  config = base.finish(config, "smoke")
+  config.teacher.name = "_tiny_wide"
+  config.data.image_size = 8
+  config.parallel.num_devices = 1
   config[section] = value
   with pytest.raises(ValueError, match=words):
     train.train_and_evaluate(config.lock(), "run")
 
 
-def cifar(folder, *, labels=None, cut=None):
-  """CIFAR-10 in the publisher's layout, of 20 images a file."""
-  folder = folder / "cifar-10-batches-py"
-  folder.mkdir()
-  names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-  rng = np.random.default_rng(0)
-  for name in names:
-    content = {
-      "data": rng.integers(0, 256, (20, 3072), dtype=np.uint8),
-      "labels": labels or [i % 10 for i in range(20)],
-    }
-    (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-  meta = {"label_names": [f"class {i}" for i in range(10)]}
-  (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
-  if cut:
-    path = folder / cut
-    path.write_bytes(path.read_bytes()[:-3000])
-
-
-DATA = {
-  "missing": (
-    None,
-    [
-      "No cifar10 data: expected the folder cifar-10-batches-py or the file"
-      " cifar-10-python.tar.gz in ",
-      "Either download cifar-10-python.tar.gz",
-      "or name the folder that has it with --config.data.dir=FOLDER",
-      "or use the source tfds:cifar10",
-    ],
-  ),
-  "cut short": ({"cut": "data_batch_3"}, ["data_batch_3", "cut short"]),
-  "labels": (
-    {"labels": [0] * 19 + [10]},
-    ["must be in 0..9 (10 classes), got 10 at position 19"],
-  ),
-}
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_bad_data(case, launch, nothing_happens, capsys, tmp_path_factory):
-  given, words = DATA[case]
-  folder = tmp_path_factory.mktemp("data")
-  if given is not None:
-    cifar(folder, **given)
-  code = launch(
-    *("--config", KD, "--config.data.name=cifar10"),
-    f"--config.data.dir={folder}",
-  )
-  assert code == 2
-  error = capsys.readouterr().err
-  assert [word for word in words if word not in error] == []
-
-
-def test_good_data_gets_as_far_as_training(tmp_path, monkeypatch, launch):
-  """The data of `test_bad_data` fails for its fault alone."""
-  cifar(tmp_path)
-  monkeypatch.setattr(train.Run, "train", lambda self: {"steps": 0})
-  assert not launch(
-    *("--config", KD, "--config.data.name=cifar10", *TINY),
-    *(f"--config.data.dir={tmp_path}", f"--workdir={tmp_path / 'run'}"),
-    "--config.parallel.num_devices=1",
-  )
-  assert (tmp_path / "run" / "config.json").exists()
-
-
-# Before `nothing_happens` in a test's arguments: they may have to be trained.
-
-
-@pytest.fixture
-def kd_run(smoke_run):
-  return smoke_run("kd_cifar")
-
-
-@pytest.fixture
-def simkd_run(smoke_run):
-  return smoke_run("simkd_cifar")
-
-
-@pytest.fixture
-def plain_run(smoke_run):
-  return smoke_run("teacher_cifar")
-
-
-def teacher_arguments(checkpoint, *extra):
-  return (*SMOKE, f"--config.teacher.checkpoint={checkpoint}", *extra)
-
-
-def test_teacher_of_another_class_count(
-  plain_run, launch, nothing_happens, capsys
-):
-  arguments = teacher_arguments(
-    plain_run, "--config.teacher.name=resnet8", "--config.data.num_classes=5"
-  )
-  assert launch(*arguments) == 2
+def test_a_teacher_for_other_images(smoke_run, launch, capsys):
+  teacher = smoke_run("simkd_cifar")
   assert (
-    "config.teacher.checkpoint: expected a teacher of 5 classes, as the data"
-    f" has, got 10 in {plain_run}, trained on synthetic. Name a teacher of this"
-    " data set, or set config.data.name"
-  ) in capsys.readouterr().err
-
-
-def test_weights_of_another_model(plain_run, launch, nothing_happens, capsys):
-  assert launch(*teacher_arguments(plain_run)) == 2
-  assert (
-    "config.teacher.checkpoint: expected weights of resnet8x2"
-    f" (config.teacher.name), got resnet8 in {plain_run}. Set"
-    " --config.teacher.name=resnet8, or leave the name empty"
-  ) in capsys.readouterr().err
-
-
-def test_simkd_student_teaches_at_its_own_image_size_only(
-  simkd_run, launch, nothing_happens, capsys
-):
-  arguments = teacher_arguments(
-    simkd_run, "--config.teacher.name=resnet8", "--config.data.image_size=8"
+    launch(
+      *SMOKE,
+      f"--config.teacher.checkpoint={teacher}",
+      *("--config.teacher.name=resnet8", "--config.data.image_size=8"),
+    )
+    == 2
   )
-  assert launch(*arguments) == 2
   assert (
     "config.teacher.checkpoint: expected a teacher for images of [8, 8, 3], as"
     " the data has, got a simkd student for [16, 16, 3]"
   ) in capsys.readouterr().err
 
 
-def test_unfinished_run_is_no_teacher(
-  tmp_path_factory, launch, nothing_happens, capsys
-):
-  unfinished = tmp_path_factory.mktemp("unfinished")
-  (unfinished / "config.json").write_text("{}")
-  assert launch(*teacher_arguments(unfinished)) == 2
-  error = capsys.readouterr().err
-  assert f"{unfinished} holds a run that is not finished" in error
-  assert f"python -m kd_jax export --workdir {unfinished} --to DIR" in error
+def contents(folder):
+  return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_folder_of_nothing_is_no_teacher(
-  tmp_path_factory, launch, nothing_happens, capsys
-):
-  empty = tmp_path_factory.mktemp("empty")
-  assert launch(*teacher_arguments(empty)) == 2
-  assert (
-    f"{empty}: expected the workdir of a finished run (config.json) or an"
-    " export (model.json), got a folder with neither"
-  ) in capsys.readouterr().err
-
-
-def test_workdir_of_another_config(kd_run, launch, nothing_happens, capsys):
-  before = contents(kd_run)
-  assert launch(*SMOKE, "--config.seed=1", f"--workdir={kd_run}") == 2
-  error = capsys.readouterr().err
-  assert f"{kd_run} holds a run of another config:\n" in error
-  assert "\n  seed: 0 there, 1 here\n" in error
-  assert "\nNothing was changed. Give another --workdir, or" in error
-  assert contents(kd_run) == before
-
-
-def test_finished_run_is_left_alone(kd_run, launch, nothing_happens, caplog):
-  before = contents(kd_run)
+def test_a_workdir_that_is_taken_or_finished(smoke_run, launch, capsys, caplog):
+  workdir = smoke_run("kd_cifar")
+  before = contents(workdir)
+  arguments = (*SMOKE, "--config.parallel.num_devices=1")
+  assert launch(*arguments, "--config.seed=1", f"--workdir={workdir}") == 2
+  assert "\n  seed: 0 there, 1 here\n" in capsys.readouterr().err
   caplog.set_level(logging.INFO, "kd_jax")
-  assert launch(*SMOKE, f"--workdir={kd_run}") == 0
-  assert f"{kd_run} is finished: nothing to do" in caplog.text
-  assert contents(kd_run) == before
+  assert launch(*arguments, f"--workdir={workdir}") == 0
+  assert f"{workdir} is finished: nothing to do" in caplog.text
+  assert contents(workdir) == before
 
 
 @pytest.mark.parametrize(
-  ("config", "flags", "workdir"),
+  ("config", "arguments", "workdir"),
   [
     ("kd_cifar.py", (), "runs/kd_cifar"),
     ("kd_cifar.py:smoke", (), "runs/kd_cifar_smoke"),
     ("kd_cifar.py:smoke", ("--workdir=x/y",), "x/y"),
   ],
 )
-def test_workdir(config, flags, workdir, launch, monkeypatch):
-  calls = []
-  monkeypatch.setattr(train, "train_and_evaluate", lambda *a: calls.append(a))
-  assert launch("--config", f"{REPO}/configs/{config}", *flags) == 0
-  ((settled, folder),) = calls
+def test_workdir(config, arguments, workdir, launch, trained):
+  assert launch("--config", f"{REPO}/configs/{config}", *arguments) == 0
+  ((settled, folder),) = trained
   assert folder == workdir
   assert settled.distiller.name == "kd"
 
 
-def test_overrides_arrive(launch, monkeypatch):
-  calls = []
-  monkeypatch.setattr(train, "train_and_evaluate", lambda *a: calls.append(a))
+def test_overrides_arrive(launch, trained):
   assert not launch(
     *SMOKE,
     *("--config.optim.learning_rate=0.25", "--config.optim.milestones=(1,2)"),
     *("--config.teacher.checkpoint=x", "--noconfig.data.flip"),
     "--config.distiller.temperature=2",
   )
-  ((config, _),) = calls
+  ((config, _),) = trained
   assert config.optim.learning_rate == 0.25
   assert config.optim.milestones == (1, 2)
   assert config.teacher.checkpoint == "x"
@@ -443,35 +262,97 @@ def test_overrides_arrive(launch, monkeypatch):
   assert config.is_locked
 
 
-def test_a_grid_goes_to_the_grid(launch, monkeypatch):
+ARRAY = {"COUNT": "3", "ID": "7", "MIN": "3", "STEP": "2"}
+
+
+@pytest.mark.parametrize(
+  ("text", "array", "expected"),
+  [
+    (None, {}, (0, 1)),
+    ("1/4", ARRAY, (1, 4)),
+    (None, ARRAY, (2, 3)),
+    (None, {**ARRAY, "ID": "6"}, None),
+    (None, {**ARRAY, "ID": "9"}, None),
+    ("4/4", {}, None),
+    ("1", {}, None),
+    ("-1/4", {}, None),
+  ],
+)
+def test_parse_shard(text, array, expected):
+  environ = {f"SLURM_ARRAY_TASK_{k}": v for k, v in array.items()}
+  if expected is not None:
+    assert launcher.parse_shard(text, environ) == expected
+    return
+  with pytest.raises(ValueError, match="--shard"):
+    launcher.parse_shard(text, environ)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_grid_is_run_by_shards_and_reported(
+  fails, launch, monkeypatch, write, tmp_path, capsys
+):
+  write(tmp_path / "kd", 50.0)
   calls = []
-  monkeypatch.setattr(grid, "run_grid", lambda *a: calls.append(a))
-  assert not launch("--config", f"{REPO}/configs/quickstart.py:smoke")
-  assert calls[0][1] == "runs/quickstart_smoke"
+
+  def run(config, workdir, *, shard):
+    del config
+    calls.append((workdir, shard))
+    if fails:
+      raise errors.CellsFailedError("1 of 2 cells failed")
+
+  monkeypatch.setattr(grid, "run_grid", run)
+  monkeypatch.setattr(
+    report, "write_report", lambda *_: ("table", ["report.html"])
+  )
+  monkeypatch.setattr(runs, "find_runs", lambda _: [tmp_path / "kd"])
+  code = launch(*QUICKSTART, f"--workdir={tmp_path}", "--shard=1/2")
+  assert calls == [(str(tmp_path), (1, 2))]
+  output = capsys.readouterr()
+  assert "shard 1/2" in output.out and "\ntable\nreport.html" in output.out
+  assert code == fails
+  assert ("1 of 2 cells failed" in output.err) == fails
 
 
-def test_a_stopped_run_may_be_requeued(launch, monkeypatch, capsys):
+@pytest.mark.usefixtures("nothing_happens")
+def test_one_run_has_no_shards(launch, capsys):
+  assert launch(*SMOKE, "--shard=0/2") == 2
+  assert "--shard: expected a config with several runs" in (
+    capsys.readouterr().err
+  )
+
+
+@pytest.mark.parametrize(
+  ("error", "code"),
+  [
+    (errors.PreemptedError("stopped by SIGTERM at step 3"), 75),
+    (errors.UnsavedError("step 3 could not be saved"), 1),
+    (errors.NonFiniteLossError("step 3: the loss is not finite"), 1),
+    (ImportError("tfds needs tensorflow"), 2),
+  ],
+)
+def test_the_end_of_a_run_in_words(error, code, launch, monkeypatch, capsys):
   def stop(*_):
-    raise errors.PreemptedError("stopped by SIGTERM at step 3")
+    raise error
 
   monkeypatch.setattr(train, "train_and_evaluate", stop)
-  assert launch(*SMOKE) == 75
-  assert "stopped by SIGTERM at step 3" in capsys.readouterr().err
+  assert launch(*SMOKE) == code
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.endswith(str(error))
 
 
-def test_a_run_that_could_not_save_has_failed(launch, monkeypatch, capsys):
-  def stop(*_):
-    raise errors.UnsavedError("step 3 could not be saved")
+def test_a_fault_keeps_its_traceback(launch, monkeypatch):
+  def fail(*_):
+    raise KeyError("fault")
 
-  monkeypatch.setattr(train, "train_and_evaluate", stop)
-  assert launch(*SMOKE) == 1
-  assert capsys.readouterr().err == "UnsavedError: step 3 could not be saved\n"
+  monkeypatch.setattr(train, "train_and_evaluate", fail)
+  with pytest.raises(KeyError, match="fault"):
+    launch(*SMOKE)
 
 
 def test_stopped_while_another_trains_the_teacher(
   launch, monkeypatch, tmp_path, capsys
 ):
-  """There is nothing to save, and the rest is done again."""
+  """There is nothing to save."""
   before = signal.getsignal(signal.SIGTERM)
 
   def held(*_, **__):
@@ -481,30 +362,32 @@ def test_stopped_while_another_trains_the_teacher(
   monkeypatch.setattr(
     processes.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM)
   )
-  arguments = (*SMOKE, *TINY, "--config.parallel.num_devices=1")
-  assert launch(*arguments, f"--workdir={tmp_path / 'run'}") == 75
-  said = "launch.py: stopped by SIGTERM: the same command goes on\n"
-  assert capsys.readouterr().err.endswith(said)
+  assert launch(*SMOKE, *TINY, f"--workdir={tmp_path / 'run'}") == 75
+  assert "launch.py: stopped by SIGTERM." in capsys.readouterr().err
   assert not (tmp_path / "run" / "checkpoints").exists()
   assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_local_processes_get_the_other_flags(launch, monkeypatch):
-  calls = []
-  monkeypatch.setattr(launcher, "start_local", lambda *a: calls.append(a) or 75)
-  assert launch(*SMOKE, "--local_processes", "2", "--workdir=x") == 75
-  ((count, command),) = calls
-  assert count == 2
+  commands = []
+  monkeypatch.setattr(
+    launcher.subprocess, "Popen", lambda command, **_: commands.append(command)
+  )
+  monkeypatch.setattr(launcher, "_wait", lambda _: 75)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  with pytest.raises(AttributeError):  # there is no process to look after
+    launch(*SMOKE, "--local_processes", "1", "--workdir=x")
+  (command,) = commands
   assert command[0] == sys.executable and command[1].endswith("launch.py")
-  assert command[2:] == [*SMOKE, "--workdir=x"]
+  assert command[2:5] == [*SMOKE, "--workdir=x"]
+  assert command[6:] == ["--num_processes=1", "--process_id=0"]
 
 
 def test_devices_that_cannot_be_shared_out(launch, monkeypatch, capsys):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
   assert launch(*SMOKE, "--local_processes=2") == 2
-  error = capsys.readouterr().err
-  assert error.startswith("launch.py: --local_processes: expected a divisor of")
+  assert "--local_processes: expected a divisor of" in capsys.readouterr().err
 
 
 def test_real_process(tmp_path):
@@ -540,17 +423,11 @@ ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
   ],
 )
 def test_a_cpus_operations_are_ordered(
-  platforms, jaxlib, before, after, monkeypatch, launch
+  platforms, jaxlib, before, after, monkeypatch
 ):
   monkeypatch.setenv("JAX_PLATFORMS", platforms)
   monkeypatch.setenv("XLA_FLAGS", before)
-  version = importlib.metadata.version
-  monkeypatch.setattr(
-    importlib.metadata,
-    "version",
-    lambda name: jaxlib if name == "jaxlib" else version(name),
-  )
-  monkeypatch.setattr(pathlib.Path, "exists", lambda self: True)  # a GPU
-  launch()  # loads the module
-  sys.modules["launch"].order_cpu_operations()
+  monkeypatch.setattr(importlib.metadata, "version", lambda _: jaxlib)
+  monkeypatch.setattr(launcher.glob, "glob", lambda _: ["/dev/nvidia0"])
+  launcher.set_xla_flags()
   assert os.environ["XLA_FLAGS"] == after

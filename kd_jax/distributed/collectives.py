@@ -1,4 +1,8 @@
-"""Collectives over a mapped axis; the identity where the axis is None."""
+"""Collectives over a mapped axis.
+
+With `axis_name=None` they return what they get, so that the code that calls
+them also runs as a plain function on one device.
+"""
 
 from typing import Any
 
@@ -46,10 +50,10 @@ def axis_gather(x: Any, axis_name: str | None) -> Any:
 
 
 def vary_like(x: jax.Array, *others: jax.Array) -> list[jax.Array]:
-  """The others, as arrays that differ from device to device where x does.
+  """Marks the others as varying over the axes over which `x` varies.
 
-  Only a shard_map that tracks replication (`check_vma`) sees a difference: a
-  gradient written by hand has to be of the kind of its array.
+  Matters only in a shard_map that tracks replication (`check_vma`): a gradient
+  written by hand must vary over the same axes as its array.
   """
 
   def axes_of(x):
@@ -67,18 +71,19 @@ def vary_like(x: jax.Array, *others: jax.Array) -> list[jax.Array]:
 def axis_moments(
   mean: jax.Array, variance: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array]:
-  """Mean and variance over the devices' examples, in one exchange.
+  """Mean and variance of all devices' examples, in one all-gather.
+
+  Adds the variance of the means to the mean of the variances (Chan et al.,
+  "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances",
+  1979), which subtracts no large squares from each other.
 
   Args:
-    mean: [C], of this device's examples, of which all have equally many.
-    variance: [C], of them around that mean.
+    mean: [C], of this device's examples; all devices have equally many.
+    variance: [C], of this device's examples around that mean.
     axis_name: mapped axis of the devices, or None.
 
   Returns:
-    Both of all devices' examples together: the mean of the variances, and the
-    variance of the means (Chan et al., "Updating Formulae and a Pairwise
-    Algorithm for Computing Sample Variances", 1979). No large squares are
-    subtracted from each other.
+    (mean, variance), each [C].
   """
   if axis_name is None:
     return mean, variance
@@ -90,7 +95,11 @@ def axis_moments(
 
 
 def gather_processes(value: Any) -> np.ndarray:
-  """Every process's value, [processes, ...]; of 32 bits or less."""
+  """Gathers a number or array of every process, of at most 32 bits a number.
+
+  Returns:
+    [processes, ...].
+  """
   value = np.asarray(value)
   if jax.process_count() == 1:
     return value[None]

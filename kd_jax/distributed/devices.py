@@ -1,9 +1,4 @@
-"""Devices: the collectives, and the one place that maps a step over them.
-
-Every collective of the package goes through the functions below. With
-`axis_name=None` they do nothing, so that the code that calls them runs, and is
-tested, as a plain function.
-"""
+"""Devices: the mesh, placing arrays, and mapping a function over devices."""
 
 import dataclasses
 import functools
@@ -20,16 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax.distributed import collectives
 
-# Into how many devices a CPU is cut: each holds the data set.
+# Each of them holds the data set.
 _MOST_CPU_DEVICES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-  """The devices of a run, and how a per-replica function is mapped over them.
+  """The devices of a run.
 
   Attributes:
-    mesh: a mesh with the one axis `AXIS`.
+    mesh: a mesh with one axis, `collectives.AXIS`.
     mapping: "shard_map" or "pmap".
   """
 
@@ -38,20 +33,20 @@ class Devices:
 
   @property
   def batch_sharding(self) -> NamedSharding:
-    """Of leaves [k, B, ...]: B spread over the devices."""
+    """Sharding of leaves [k, B, ...], with B split over the devices."""
     return NamedSharding(self.mesh, P(None, collectives.AXIS))
 
   def replicate(self, tree: Any) -> Any:
-    """Copies a pytree of arrays, the same in all processes, to every device."""
+    """Copies a pytree of arrays, equal in all processes, to every device."""
     return self.place(tree, jax.tree.map(lambda _: P(), tree))
 
   def place(self, tree: Any, specs: Any) -> Any:
-    """Puts a pytree of arrays where a pytree of specs says.
+    """Places a pytree of arrays as a pytree of specs says.
 
     Args:
-      tree: arrays, whole and the same in all processes.
-      specs: for every array P(), on all devices, or P(AXIS), its rows split
-        over them, with rows of zeros added if they do not divide.
+      tree: whole arrays, equal in all processes.
+      specs: for each array P(), a copy on each device, or P(AXIS), its rows
+        split over the devices and padded with zeros to a multiple of them.
 
     Returns:
       The placed arrays.
@@ -67,7 +62,7 @@ class Devices:
     return jax.tree.map(put, tree, specs)
 
   def shard(self, xs: Any) -> Any:
-    """Places this process's [k, B, ...] leaves with B spread over devices."""
+    """Places this process's [k, B, ...] leaves, split along B."""
     sharding = self.batch_sharding
 
     def place(x):
@@ -82,10 +77,12 @@ class Devices:
     return jax.tree.map(place, xs)
 
   def count(self, *flags: bool) -> jax.Array:
-    """In how many processes each flag is set; does not wait for them.
+    """Counts the processes that set each flag; returned asynchronously.
 
-    The sum is queued behind the work that the devices have, and is there for
-    who fetches it later.
+    The devices compute the sum after the work that they already have.
+
+    Returns:
+      int32, [flags].
     """
     mine = self.mesh.local_mesh.devices.size
     rows = np.zeros((mine, len(flags)), np.int32)
@@ -109,21 +106,18 @@ class Devices:
   ) -> Callable[..., Any]:
     """Compiles `fn(carry, constants, resident, xs)` over the devices.
 
-    `xs` has leaves [k, B, ...], split along B; all else, results included, is
-    replicated, and `fn` has to make its results equal on all devices (means
-    and sums over `AXIS`). Replication is not tracked (`check_vma=False`):
-    under shard_map's tracking the transpose of using a replicated parameter
-    is already a sum over the axis, and the mean of the gradients that the
-    step takes would leave them too large by the number of devices.
+    `xs` has leaves [k, B, ...], split along B. All other arguments and the
+    results are replicated; `fn` must make its results equal on all devices
+    (with means and sums over `AXIS`).
 
     Args:
-      fn: the per-replica function.
-      donate: whether `carry`'s memory may be reused for the result.
-      carry_specs: how `carry` is placed, if not all of it is replicated; `fn`
-        then returns (carry, what is replicated). Not for "pmap".
+      fn: the function of one replica.
+      donate: whether the result may reuse `carry`'s memory.
+      carry_specs: pytree of specs of `carry`, if parts of it are split; `fn`
+        then returns (carry, replicated results). Not for "pmap".
 
     Returns:
-      The compiled function, with the arguments of `fn`.
+      The compiled function; takes the arguments of `fn`.
     """
     if self.mapping == "pmap":
       return self._pmap(fn)
@@ -133,6 +127,8 @@ class Devices:
       mesh=self.mesh,
       in_specs=(carry, P(), P(), P(None, collectives.AXIS)),
       out_specs=P() if carry_specs is None else (carry, P()),
+      # With tracking, the gradient of a replicated parameter is already a sum
+      # over the axis; the step takes the mean itself.
       check_vma=False,
     )
     return jax.jit(mapped, donate_argnums=(0,) if donate else ())
@@ -157,7 +153,7 @@ class Devices:
     def call(carry, constants, resident, xs):
       if jax.process_count() == 1:
         return mapped(carry, constants, resident, jax.tree.map(split, xs))
-      # Of other processes' devices pmap wants to know nothing.
+      # pmap takes no arrays that other processes hold parts of.
       whole = jax.tree.map(_local_copy, (carry, constants, resident))
       result = mapped(*whole, jax.tree.map(split, xs))
       return self.replicate(jax.tree.map(_local_copy, result))
@@ -170,7 +166,7 @@ def _local_copy(x):
 
 
 def put_whole(x: Any, sharding: NamedSharding) -> jax.Array:
-  """Places a whole array, the same in all processes, as a sharding says."""
+  """Places a whole array, equal in all processes, as a sharding says."""
   if sharding.is_fully_addressable:
     return jax.device_put(x, sharding)
   host = np.asarray(x)
@@ -180,20 +176,20 @@ def put_whole(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def split_cpu(*batch_sizes: int) -> None:
-  """Makes a device of each core of a CPU, if all batches divide by them.
+  """Makes each core of a CPU a device, if all batch sizes divide by them.
 
-  Of a program for one device, XLA spreads only the large operations over the
-  cores; of several devices' programs, everything runs side by side (faster by a
-  third on 2 cores, see docs/speed.md). To be called before JAX is first used.
-  Leaves alone what JAX_NUM_CPU_DEVICES or XLA_FLAGS have settled, and changes
-  nothing on accelerators.
+  XLA runs only the large operations of a device's program on several cores;
+  with a device per core, everything runs in parallel (see docs/speed.md). Call
+  it before JAX is first used. Does nothing if JAX_NUM_CPU_DEVICES or XLA_FLAGS
+  set the number, on accelerators, or in one of several processes.
 
   Args:
-    *batch_sizes: of all that is to be trained, in examples.
+    *batch_sizes: of all runs to come, in examples.
   """
   named = getattr(jax.config, "jax_num_cpu_devices", -1)
   forced = "xla_force_host_platform_device_count"
-  if named > 0 or forced in os.environ.get("XLA_FLAGS", ""):
+  chosen = named > 0 or forced in os.environ.get("XLA_FLAGS", "")
+  if chosen or jax.distributed.is_initialized():
     return
   size = math.gcd(*batch_sizes)
   most = min(len(os.sched_getaffinity(0)), _MOST_CPU_DEVICES)
@@ -207,7 +203,7 @@ def make_devices(
   """Picks the devices of a run.
 
   Args:
-    num_devices: how many, in JAX's order; 0 takes all.
+    num_devices: number of devices, in JAX's order; 0 takes all.
     mapping: "shard_map" or "pmap".
 
   Returns:
@@ -232,7 +228,7 @@ def make_devices(
       "config.parallel.mapping: expected 'shard_map' or 'pmap', got"
       f" {mapping!r}"
     )
-  # Equally many of each process, side by side, as the pipelines share out.
+  # Each process's devices are neighbours: its pipeline loads their part of B.
   each = (num_devices or len(available)) // processes
   chosen = [
     device

@@ -1,6 +1,7 @@
-"""Starts several processes on this machine and validates the process flags."""
+"""What launch.py does before JAX is imported: flags, variables, processes."""
 
 import glob
+import importlib.metadata
 import os
 import re
 import signal
@@ -9,12 +10,65 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import IO
 
-from kd_jax.distributed import signals
-
-# Seconds that local processes have to end by themselves when one has failed.
+# Seconds that the other local processes get to end after one has failed.
 GRACE = 20.0
+
+
+def set_xla_flags() -> None:
+  """Has XLA run a CPU's operations one after the other: see docs/speed.md.
+
+  Does nothing if the user has set that flag, or a GPU does the work.
+  """
+  flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
+  flags = os.environ.get("XLA_FLAGS", "")
+  on_cpu = os.environ.get("JAX_PLATFORMS") == "cpu"
+  # XLA does not start with a flag that its version lacks.
+  jaxlib = importlib.metadata.version("jaxlib")
+  known = jaxlib.startswith(("0.10.", "0.11.", "0.12."))
+  if known and flag not in flags and (on_cpu or not _find_gpus()):
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
+
+
+def _find_gpus() -> list[str]:
+  return [str(i) for i in range(len(glob.glob("/dev/nvidia[0-9]*")))]
+
+
+def parse_shard(
+  text: str | None, environ: Mapping[str, str]
+) -> tuple[int, int]:
+  """Returns (index, count) of this process's share of a grid.
+
+  Args:
+    text: value of --shard, "I/N"; None takes the task of a SLURM array.
+    environ: the environment.
+
+  Raises:
+    ValueError: for a shard that does not exist.
+  """
+  if text is not None:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or int(match[1]) >= int(match[2]):
+      raise ValueError(
+        f"--shard: expected I/N with I from 0 to N - 1, got {text!r}"
+      )
+    return int(match[1]), int(match[2])
+  if "SLURM_ARRAY_TASK_COUNT" not in environ:
+    return 0, 1
+  task, first, step, count = (
+    int(environ[f"SLURM_ARRAY_TASK_{name}"])
+    for name in ("ID", "MIN", "STEP", "COUNT")
+  )
+  index, rest = divmod(task - first, step)
+  if rest or index >= count:
+    raise ValueError(
+      "--shard: a SLURM array divides a grid only if its indices are evenly"
+      f" spaced, as in --array=0-7. Task {task} of {count} from {first} is not"
+      " of such an array: give --shard I/N"
+    )
+  return index, count
 
 
 def check_flags(
@@ -24,10 +78,10 @@ def check_flags(
   process_id: int | None,
   local_processes: int | None,
 ) -> None:
-  """Refuses flags that do not go together.
+  """Checks that the flags about processes go together.
 
   Raises:
-    ValueError: that says which.
+    ValueError: if they do not.
   """
   given = {
     "--coordinator_address": coordinator_address,
@@ -48,14 +102,12 @@ def check_flags(
     return
   if not named:
     return
-  if len(named) < len(given):
+  if coordinator_address is None or num_processes is None or process_id is None:
     missing = [name for name in given if name not in named]
     raise ValueError(
       f"{', '.join(named)} without {', '.join(missing)}: expected all three of"
       f" {', '.join(given)}, or none"
     )
-  assert coordinator_address is not None and num_processes is not None
-  assert process_id is not None
   if not re.fullmatch(r".+:\d+", coordinator_address):
     raise ValueError(
       "--coordinator_address: expected HOST:PORT of process 0, got"
@@ -68,26 +120,28 @@ def check_flags(
     )
 
 
-def _share_of_devices(count: int, index: int) -> dict[str, str]:
-  """The environment that gives a local process its share of the devices.
+def share_of_devices(count: int, index: int) -> dict[str, str]:
+  """Returns the variables that give a local process its share of devices.
+
+  Args:
+    count: number of local processes.
+    index: this one's.
 
   Raises:
-    ValueError: if there are fewer GPUs than processes, or they do not divide.
+    ValueError: if the devices cannot be divided evenly.
   """
   if "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-      files = glob.glob("/dev/nvidia[0-9]*")
-      gpus = [str(i) for i in range(len(files))]
-    else:
+    gpus = _find_gpus()
+    if named is not None:
       gpus = [gpu for gpu in named.split(",") if gpu]
+    if len(gpus) % count:
+      raise ValueError(
+        f"--local_processes: expected a divisor of the {len(gpus)} GPUs, got"
+        f" {count}. Choose GPUs with CUDA_VISIBLE_DEVICES, or take the CPU"
+        " with JAX_PLATFORMS=cpu"
+      )
     if gpus:
-      if len(gpus) % count:
-        raise ValueError(
-          f"--local_processes: expected a divisor of the {len(gpus)} GPUs, got"
-          f" {count}. Choose GPUs with CUDA_VISIBLE_DEVICES, or take the CPU"
-          " with JAX_PLATFORMS=cpu"
-        )
       size = len(gpus) // count
       mine = gpus[index * size : (index + 1) * size]
       return {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
@@ -100,41 +154,34 @@ def _share_of_devices(count: int, index: int) -> dict[str, str]:
   return {"JAX_NUM_CPU_DEVICES": str(devices // count)}
 
 
-def _free_port() -> int:
-  with socket.socket() as listener:
-    listener.bind(("127.0.0.1", 0))
-    return listener.getsockname()[1]
-
-
 def start_local(count: int, command: Sequence[str]) -> int:
-  """Runs a command as `count` processes of this machine, to the end.
+  """Runs a command as `count` processes on this machine, to the end.
 
-  Of the first, everything is shown; of the others, what they write to stderr,
-  after their number. SIGTERM and SIGINT are passed on. When one fails, the
-  others have `GRACE` seconds to notice, and are then killed.
+  Shows all output of the first process, and stderr of the others with their
+  number before each line. Passes SIGTERM and SIGINT on. When a process fails,
+  the others get `GRACE` seconds to end before they are killed.
 
   Args:
-    count: how many.
-    command: to which the flags that `initialize` takes are added.
+    count: number of processes.
+    command: --local_processes is left out, and the flags that
+      `processes.initialize` needs are added.
 
   Returns:
-    The exit code of the first that failed (128 + the signal that killed it),
-    or 0.
+    Exit code of the first process that failed (128 + the number of the signal
+    that killed it), or 0.
 
   Raises:
-    ValueError: if the devices cannot be shared out.
+    ValueError: if the devices cannot be divided evenly.
   """
   environments = [
-    {**os.environ, **_share_of_devices(count, i)} for i in range(count)
+    {**os.environ, **share_of_devices(count, i)} for i in range(count)
   ]
   address = f"127.0.0.1:{_free_port()}"
   children: list[subprocess.Popen] = []
-  pumps = []
-  passed_on: list[int] = []
+  pumps: list[threading.Thread] = []
 
   def pass_on(number, frame):
     del frame
-    passed_on.append(number)
     for child in children:
       if child.poll() is None:
         child.send_signal(number)
@@ -147,21 +194,23 @@ def start_local(count: int, command: Sequence[str]) -> int:
     for index, environment in enumerate(environments):
       child = subprocess.Popen(
         [
-          *command,
+          *_without_flag("local_processes", command),
           f"--coordinator_address={address}",
           f"--num_processes={count}",
           f"--process_id={index}",
         ],
         env=environment,
-        # Ctrl-C goes to a terminal's whole group: it is passed on once.
+        # Without its own group, Ctrl-C would reach a child twice.
         start_new_session=True,
         stdout=None if index == 0 else subprocess.DEVNULL,
         stderr=None if index == 0 else subprocess.PIPE,
       )
       children.append(child)
-      if index:
+      if child.stderr:
         pumps.append(
-          threading.Thread(target=_pump, args=(index, child), daemon=True)
+          threading.Thread(
+            target=_pump, args=(index, child.stderr), daemon=True
+          )
         )
         pumps[-1].start()
     return _wait(children)
@@ -176,13 +225,32 @@ def start_local(count: int, command: Sequence[str]) -> int:
       signal.signal(number, handler)
 
 
-def _pump(index, child):
-  for line in child.stderr:
+def _without_flag(flag: str, argv: Sequence[str]) -> list[str]:
+  kept, skip = [], False
+  for arg in argv:
+    name, equals, _ = arg.lstrip("-").partition("=")
+    if skip:
+      skip = False
+    elif arg.startswith("-") and name == flag:
+      skip = not equals
+    else:
+      kept.append(arg)
+  return kept
+
+
+def _free_port() -> int:
+  with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    return listener.getsockname()[1]
+
+
+def _pump(index: int, stderr: IO[bytes]) -> None:
+  for line in stderr:
     sys.stderr.write(f"[{index}] {line.decode(errors='replace')}")
     sys.stderr.flush()
 
 
-def _wait(children) -> int:
+def _wait(children: list[subprocess.Popen]) -> int:
   code, deadline = 0, None
   while True:
     left = [i for i, child in enumerate(children) if child.poll() is None]
@@ -191,16 +259,17 @@ def _wait(children) -> int:
       code = children[failed[0]].returncode
       deadline = time.monotonic() + GRACE
       if code < 0:
-        name = signal.Signals(-code).name
+        _say(f"process {failed[0]} was ended by {signal.Signals(-code).name}")
         code = 128 - code
-        signals.complain(f"process {failed[0]} was ended by {name}")
     if not left:
       return code
     if deadline is not None and time.monotonic() > deadline:
-      signals.complain(
-        f"ending process {', '.join(map(str, left))}, which waited"
-      )
+      _say(f"ending process {', '.join(map(str, left))}, which waited")
       for index in left:
         children[index].kill()
       deadline = None
     time.sleep(0.05)
+
+
+def _say(text: str) -> None:
+  print(f"launch.py: {text}", file=sys.stderr, flush=True)

@@ -1,12 +1,11 @@
-"""Processes: how many take part, what they agree on, and how they end.
+"""Processes: joining them, and what they have to agree on.
 
-A run may be spread over many processes, on one machine or on many. Which, is
-decided here: by SLURM's, Open MPI's or Kubernetes' environment, which JAX reads
-itself, by flags, or by `start_local`, which starts several on this machine.
-After `initialize`, everything that one process alone knows (its clock, its
-signals, what it sees of the disk) goes through the functions below before a
-decision is based on it: processes that decide differently wait for each other
-forever. All of them do nothing in a single process.
+A run may use many processes on one or many machines. JAX finds them through
+the environment of SLURM, Open MPI or Kubernetes, or `initialize` gets them as
+arguments. Processes that decide differently wait for each other forever. So
+whatever only one process knows (its clock, its signals, its view of the disk)
+goes through the functions below before a decision depends on it. All of them
+also work in a single process.
 """
 
 import contextlib
@@ -27,41 +26,38 @@ from kd_jax.distributed import collectives
 
 Result = TypeVar("Result")
 
+_BLOCK = 4096  # bytes
 
-# Longest text that `together` passes on, in bytes.
-_TEXT = 4096
-
-
-# Seconds until a network file system must have shown a new file.
-_VISIBLE = 20.0
+# Seconds until a network file system must show a new file.
+VISIBLE = 20.0
 
 
 class RefusedError(ValueError):
-  """What cannot run, found by some process and raised in all."""
+  """Invalid setup, raised on every process."""
 
 
 def is_first() -> bool:
-  """Whether this process writes what one process writes."""
+  """Whether this is process 0, which writes files and prints."""
   return jax.process_index() == 0
 
 
 def detect(environ: Mapping[str, str]) -> str | None:
-  """The launcher that started this process as one of several tasks.
+  """Finds the launcher that started this process as one of several tasks.
 
-  An allocation alone is none: a shell inside `salloc` knows the job and the
-  number of its tasks, but only `srun` starts them.
+  A SLURM allocation alone is not enough: only `srun` starts the tasks that a
+  shell inside `salloc` sees announced.
 
   Args:
     environ: the environment.
 
   Returns:
-    JAX's name of it, "slurm", "ompi" or "k8s", or None.
+    JAX's name of the launcher, "slurm", "ompi" or "k8s", or None.
   """
   if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
     return "slurm"
   if int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
     return "ompi"
-  # An indexed job's pod; another pod, say of a notebook, has no index.
+  # Only pods of an indexed job have an index; a notebook's pod has none.
   if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
     return "k8s"
   return None
@@ -78,13 +74,14 @@ def initialize(
 
   Args:
     coordinator_address: HOST:PORT of process 0; None asks the environment.
-    num_processes: how many.
-    process_id: of this one.
-    heartbeat_seconds: after which a process that is silent counts as dead,
-      and ends all others.
+    num_processes: number of processes.
+    process_id: index of this process.
+    heartbeat_seconds: a process that is silent for so long counts as dead,
+      which ends all others.
 
   Raises:
-    ValueError: if they cannot be found, or do not have equally many devices.
+    ValueError: if the processes do not find each other, or have different
+      numbers of devices.
   """
   method = None if coordinator_address else detect(os.environ)
   if coordinator_address is None and method is None:
@@ -94,9 +91,9 @@ def initialize(
       "config.parallel.heartbeat_seconds: expected 5 or more, got"
       f" {heartbeat_seconds}"
     )
-  logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+  logging.getLogger("jax").setLevel(logging.WARNING)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  # It would take SIGTERM for itself; `train` agrees about signals.
+  # JAX would handle SIGTERM itself; the training loop does.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
@@ -106,7 +103,7 @@ def initialize(
       cluster_detection_method=method or "deactivate",
       heartbeat_timeout_seconds=heartbeat_seconds,
     )
-  except Exception as error:  # whatever a network provokes
+  except Exception as error:  # networks raise all kinds
     where = coordinator_address or f"what {method} says"
     raise ValueError(
       f"the processes have not found each other by {where}"
@@ -123,12 +120,13 @@ def initialize(
 
 
 def all_gather_object(value: Any) -> list[Any]:
-  """Every process's value, JSON-able, in their order."""
+  """Gathers a JSON-able value of every process, in their order."""
   if jax.process_count() == 1:
     return [value]
   text = json.dumps(value).encode()
   sizes = collectives.gather_processes(np.int32(len(text)))
-  content = np.zeros(sizes.max(), np.uint8)
+  # Few sizes, so that few programs are compiled.
+  content = np.zeros(-(-sizes.max() // _BLOCK) * _BLOCK, np.uint8)
   content[: len(text)] = np.frombuffer(text, np.uint8)
   rows = collectives.gather_processes(content)
   return [
@@ -138,33 +136,22 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-  """The first process's value, JSON-able; what others give is ignored."""
+  """Returns process 0's JSON-able value; the others' values are ignored."""
   return all_gather_object(value if is_first() else None)[0]
 
 
-def gather_texts(text: str) -> list[str]:
-  """Every process's text, cut at 4096 bytes."""
-  content = np.zeros(_TEXT, np.uint8)
-  encoded = text.encode()[:_TEXT]
-  content[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-  return [
-    row.tobytes().rstrip(b"\0").decode(errors="ignore")
-    for row in collectives.gather_processes(content)
-  ]
-
-
 def on_all_processes(work: Callable[[], Result]) -> Result:
-  """Does the same in every process; what fails in one, fails in all.
+  """Does the same on every process; if one fails, all do.
 
   Args:
-    work: without collectives, so that it may fail anywhere.
+    work: uses no collectives, so that it may fail anywhere.
 
   Returns:
     This process's result.
 
   Raises:
-    RefusedError: in all processes, if there was a ValueError, ImportError or
-      OSError in some; a single process raises its error itself.
+    RefusedError: on all processes, if some raised a ValueError, ImportError or
+      OSError; a single process raises its own error.
   """
   if jax.process_count() == 1:
     return work()
@@ -173,26 +160,25 @@ def on_all_processes(work: Callable[[], Result]) -> Result:
     result = work()
   except (ValueError, ImportError, OSError) as error:
     problem, caught = f"{type(error).__name__}: {error}", error
-  problems = gather_texts(problem)
-  found = {i: text for i, text in enumerate(problems) if text}
-  if found:
-    first = min(found)
-    same = set(found.values()) == {found[first]} and len(found) == len(problems)
+  problems = all_gather_object(problem)
+  first = next((i for i, text in enumerate(problems) if text), None)
+  if first is not None:
+    same = len(set(problems)) == 1
     which = "" if same else f"process {first} of {len(problems)}: "
-    raise RefusedError(which + found[first]) from caught
+    raise RefusedError(which + problems[first]) from caught
   return cast(Result, result)
 
 
 def require_same(what: str, mine: str, remedy: str) -> None:
-  """Checks that something is the same in all processes.
+  """Checks that something is the same on all processes.
 
   Args:
-    what: the setting that says it, for the error.
-    mine: what it is here, in a few words.
-    remedy: how to put it right if they differ.
+    what: the setting that determines it, for the error.
+    mine: this process's value, in a few words.
+    remedy: what to do if they differ.
 
   Raises:
-    RefusedError: in all processes, if some have something else than the first.
+    RefusedError: on all processes, if some differ from process 0.
   """
   found = all_gather_object([mine, socket.gethostname()])
   first, host = found[0]
@@ -208,13 +194,13 @@ def require_same(what: str, mine: str, remedy: str) -> None:
 
 
 def require_shared(folder: pathlib.Path) -> None:
-  """Checks that what the first process writes in a folder, all others see.
+  """Checks that every process sees what process 0 writes to a folder.
 
   Args:
-    folder: absolute path; it may not exist yet, and is then not left behind.
+    folder: absolute path; if it does not exist, it is removed afterwards.
 
   Raises:
-    RefusedError: in all processes, if some do not see it.
+    RefusedError: on all processes, if some do not see it.
   """
   if jax.process_count() == 1:
     return
@@ -229,21 +215,19 @@ def require_shared(folder: pathlib.Path) -> None:
     return [token.name, [str(p) for p in made]]
 
   name, made = broadcast(on_all_processes(make))
-  # In this process's own folder, which may have the same name elsewhere.
-  token, deadline = folder / name, time.monotonic() + _VISIBLE
+  # Another folder of the same name has no file of this name.
+  token, deadline = folder / name, time.monotonic() + VISIBLE
   while not token.exists() and time.monotonic() < deadline:
     if token.parent.exists():
-      os.listdir(token.parent)  # refreshes what a network file system cached
+      os.listdir(token.parent)  # refreshes a network file system's cache
     time.sleep(0.1)
-  here = "" if token.exists() else socket.gethostname()
-  blind = {i: host for i, host in enumerate(gather_texts(here)) if host}
+  hosts = all_gather_object("" if token.exists() else socket.gethostname())
+  who = ", ".join(f"{i} ({host})" for i, host in enumerate(hosts) if host)
   if is_first():
     token.unlink()
-    if blind:
-      for path in made:
-        pathlib.Path(path).rmdir()
-  if blind:
-    who = ", ".join(f"{i} ({host})" for i, host in blind.items())
+    for path in made if who else ():
+      pathlib.Path(path).rmdir()
+  if who:
     raise RefusedError(
       f"--workdir {folder}: expected a folder that all {jax.process_count()}"
       f" processes share, got one where process {who} does not see what process"
@@ -253,10 +237,10 @@ def require_shared(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def holding(try_lock: Callable[[], bool]) -> Iterator[None]:
-  """Waits until the first process holds a lock; the others wait with it.
+  """Waits until process 0 holds a lock; the others wait with it.
 
   Args:
-    try_lock: takes the lock if it is free, and says whether it has.
+    try_lock: takes the lock if it is free, and returns whether it did.
   """
   while not broadcast(is_first() and try_lock()):
     time.sleep(0.5)
@@ -264,11 +248,13 @@ def holding(try_lock: Callable[[], bool]) -> Iterator[None]:
 
 
 def end(code: int) -> None:
-  """Ends this process at once if others take part, without waiting for them.
+  """Ends this process at once if it is one of several.
 
-  They may be waiting for this one; JAX's orderly shutdown would wait for them.
+  JAX's orderly shutdown waits for the others, which may wait for this one.
   """
   if jax.distributed.is_initialized() and jax.process_count() > 1:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    # A full disk may hold the log too.
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+      sys.stderr.flush()
     os._exit(code)

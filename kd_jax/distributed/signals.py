@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT: stop after a checkpoint, or exit cleanly."""
 
 import contextlib
-import logging
 import signal
 import sys
 import threading
@@ -10,24 +9,24 @@ from typing import Any
 
 from kd_jax.distributed import processes
 
+_WATCHED = (signal.SIGTERM, signal.SIGINT)
+
 
 class _Stop(SystemExit):
-  """Ends the process; asyncio, in which Orbax works, hands on such alone."""
+  """Ends the process. asyncio, which Orbax uses, lets SystemExit through."""
 
 
 @contextlib.contextmanager
 def ended_by_signals(code: int) -> Iterator[None]:
-  """Makes SIGTERM and SIGINT end this process, with what it holds released.
+  """Makes SIGTERM and SIGINT end this process, releasing what it holds.
 
-  For where nothing has to be saved first: what is finished is whole on the
-  disk, and the rest is done again. Of several processes each ends by itself.
-  A second signal acts as it would have without this.
+  For phases in which nothing needs saving. Each process ends by itself. A
+  second signal has its usual effect.
 
   Args:
     code: the exit code.
   """
-  watched = (signal.SIGTERM, signal.SIGINT)
-  before = {number: signal.getsignal(number) for number in watched}
+  before = {number: signal.getsignal(number) for number in _WATCHED}
   received = ""
 
   def stop(number, frame):
@@ -37,12 +36,16 @@ def ended_by_signals(code: int) -> Iterator[None]:
     signal.signal(number, before[number])
     raise _Stop(code)
 
-  for number in watched:
+  for number in _WATCHED:
     signal.signal(number, stop)
   try:
     yield
   except _Stop:
-    complain(f"stopped by {received}: the same command goes on")
+    print(
+      f"launch.py: stopped by {received}. Run the same command again to resume",
+      file=sys.stderr,
+      flush=True,
+    )
     processes.end(code)
     raise
   finally:
@@ -50,33 +53,23 @@ def ended_by_signals(code: int) -> Iterator[None]:
       signal.signal(number, handler)
 
 
-def complain(text: str) -> None:
-  """Prints a line to stderr."""
-  print(f"launch.py: {text}", file=sys.stderr, flush=True)
-
-
-_log = logging.getLogger(__name__)
-
-
 class StopSignals:
-  """Notes SIGTERM and SIGINT instead of dying, while the context lasts.
+  """Context that notes SIGTERM and SIGINT instead of dying.
 
-  A second signal of the same kind acts as it would have without it.
+  A second signal of the same kind has its usual effect.
 
   Attributes:
-    received: the signal's name, or None.
+    received: name of the signal, or None.
   """
 
-  _WATCHED = (signal.SIGTERM, signal.SIGINT)
-
   def __init__(self):
-    """Watches nothing yet."""
+    """Watches nothing until entered."""
     self.received: str | None = None
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> "StopSignals":
     if threading.current_thread() is threading.main_thread():
-      for number in self._WATCHED:
+      for number in _WATCHED:
         self._before[number] = signal.signal(number, self._note)
     return self
 

@@ -29,6 +29,9 @@ from kd_jax.distributed import devices, processes
 
 _log = logging.getLogger(__name__)
 
+# Seconds that a save waits for processes that neither finish nor end.
+TIMEOUT = 1200
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -69,11 +72,19 @@ class Checkpointer:
       directory: absolute path; steps are folders below it.
       keep: number of newest checkpoints to keep.
     """
-    self._directory = directory
-    self._manager = ocp.CheckpointManager(
-      directory,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, cleanup_tmp_directories=True
+    self._directory, self._keep = directory, keep
+    if processes.is_first():
+      directory.mkdir(parents=True, exist_ok=True)
+      for path in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(path)
+    # Not CheckpointManager: where a save has failed, its thread waits for the
+    # other processes until the timeout before it says so.
+    self._checkpointer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(),
+      async_options=ocp.options.AsyncOptions(timeout_secs=TIMEOUT),
+      # Two checkpointers may be saving at once.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        barrier_sync_key_prefix=directory.name
       ),
     )
 
@@ -109,23 +120,26 @@ class Checkpointer:
       "checksum": _checksum(position, meta),
       "fingerprint": storage.fingerprint(arrays),
     }
-    self._manager.save(
-      step,
+    self._checkpointer.save(
+      self._directory / str(step),
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(arrays),
         position=ocp.args.JsonSave(position),
         meta=ocp.args.JsonSave(meta),
       ),
-      force=True,
     )
 
   def wait(self) -> None:
     """Return when the last save is on disk; raises what made it fail."""
-    self._manager.wait_until_finished()
+    self._checkpointer.wait_until_finished()
+    if processes.is_first():
+      for step in steps(self._directory)[: -self._keep]:
+        shutil.rmtree(self._directory / str(step))
 
   def close(self) -> None:
     """Wait, and release the folder."""
-    self._manager.close()
+    self.wait()
+    self._checkpointer.close()
 
 
 def read_latest(directory: pathlib.Path) -> Restored | None:
@@ -190,7 +204,7 @@ def _newest_good(
     except Exception as error:  # a damaged file may provoke anything
       problem = f"{type(error).__name__}: {_first_line(error)}"
     if agree:
-      problem = next(filter(None, processes.gather_texts(problem)), "")
+      problem = next(filter(None, processes.all_gather_object(problem)), "")
     if not problem:
       return restored, bad
     _log.warning(

@@ -13,5 +13,9 @@ class UnsavedError(RuntimeError):
   """A checkpoint, a metric or a result could not be written."""
 
 
+class CellsFailedError(RuntimeError):
+  """Runs of a grid have failed; the others have been run."""
+
+
 # Raised by every process at the same step: they can take leave of each other.
-AGREED = (NonFiniteLossError, PreemptedError)
+AGREED = (NonFiniteLossError, PreemptedError, CellsFailedError)

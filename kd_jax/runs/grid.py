@@ -23,10 +23,6 @@ from kd_jax.runs import errors, train
 _REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
 
 
-class CellsFailedError(RuntimeError):
-  """Cells of a grid have failed; the others have been run."""
-
-
 def is_grid(config: ConfigDict) -> bool:
   """Whether a config asks for several runs."""
   return bool(config.grid) or config.trials != 1
@@ -140,7 +136,7 @@ def run_grid(
   mine = names[index::count]
   if failed:
     lines = [f"  {name}: {text}" for name, text in failed.items()]
-    raise CellsFailedError(
+    raise errors.CellsFailedError(
       f"{len(failed)} of {len(mine)} cells failed; the same command tries them"
       " again:\n" + "\n".join(lines)
     )

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import quickstart
 from kd_jax.distributed import signals
 from kd_jax.reporting import runs, tables
-from kd_jax.runs import grid, identity, train
+from kd_jax.runs import errors, grid, identity, train
 from kd_jax.runs import workdir as workdir_lib
 
 
@@ -156,7 +156,7 @@ def test_a_broken_cell_is_reported_and_the_others_are_there(
   hot = {"optim": {"learning_rate": 1e30}}
   config = make({"a_hot": hot, "b": {}, "c_lost": {}})
   (tmp_path / "c_lost").write_text("a file where a folder should be")
-  with pytest.raises(grid.CellsFailedError) as caught:
+  with pytest.raises(errors.CellsFailedError) as caught:
     grid.run_grid(config, str(tmp_path))
   lines = str(caught.value).splitlines()
   assert lines[0].startswith("2 of 3 cells failed")
@@ -165,7 +165,9 @@ def test_a_broken_cell_is_reported_and_the_others_are_there(
   # Again: what is there is left alone, what failed is tried.
   (tmp_path / "c_lost").unlink()
   before = (tmp_path / "b" / "result.json").stat().st_mtime_ns
-  with pytest.raises(grid.CellsFailedError, match=r"1 of 3 cells.*\n  a_hot: "):
+  with pytest.raises(
+    errors.CellsFailedError, match=r"1 of 3 cells.*\n  a_hot: "
+  ):
     grid.run_grid(config, str(tmp_path))
   assert (tmp_path / "b" / "result.json").stat().st_mtime_ns == before
   assert workdir_lib.result(tmp_path / "c_lost")
