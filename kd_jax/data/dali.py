@@ -179,7 +179,7 @@ class DaliPipeline(Pipeline):
       seed: of order and crops, 0 or more.
       process_index: this process.
       process_count: of all processes.
-      shuffle: false keeps the order of the shards' files in every epoch.
+      shuffle: false keeps the order of the files, a part for each shard.
       crop_area: least and largest share of a picture that a crop takes.
       crop_aspect: least and largest width / height of a crop.
       device: "cpu", or "gpu" to decode and resize on this process's GPUs
@@ -231,7 +231,7 @@ class DaliPipeline(Pipeline):
   def _make_iterator(self) -> DALIGenericIterator:
     """DALI at the current step."""
     seeds = np.random.SeedSequence((self._plan.seed, self._first_step))
-    # DALI's seeds are of 31 bits at least; the order's is shared by all shards.
+    # All shards have the same order. DALI takes 31 bits of a seed in any case.
     order, *crops = (seeds.generate_state(1 + self._num_shards) >> 1).tolist()
     graphs = [
       _train_graph(
@@ -272,21 +272,22 @@ class DaliPipeline(Pipeline):
       BadImageError, UnreadableError: see `_next`. The position stays.
     """
     self._plan.check_chunk(self._step, k)
-    step = self._step + k
+    outputs = []
     try:
       if self._iterator is None:
         self._iterator = self._make_iterator()
-      outputs = [_next(self._iterator) for _ in range(k)]
-      if (step - self._first_step) % self.steps_per_epoch == 0:
-        # DALI pads an incomplete batch at the end of its pass; drop it.
-        with contextlib.suppress(StopIteration):
-          while True:
-            _next(self._iterator)
+      for done in range(self._step + 1, self._step + k + 1):
+        outputs.append(_next(self._iterator))
+        if (done - self._first_step) % self.steps_per_epoch == 0:
+          # DALI pads an incomplete batch at the end of its pass; drop it.
+          with contextlib.suppress(StopIteration):
+            while True:
+              _next(self._iterator)
       self._checkpoints = self._iterator.checkpoints()
     except BaseException:
       self.close()
       raise
-    self._step = step
+    self._step += k
     images, index = ([output[key] for output in outputs] for key in _OUTPUTS)
     if self._on_gpus:
       return self._join(images, index, self._source.labels)
@@ -297,6 +298,10 @@ class DaliPipeline(Pipeline):
       "index": positions,
       "mask": np.ones(positions.shape, bool),
     }
+
+  def _describe_shards(self) -> str:
+    """What DALI's checkpoints are only valid with."""
+    return f"{self._num_shards} x {'gpu' if self._on_gpus else 'cpu'}"
 
   def get_state(self) -> dict[str, Any]:
     """Returns the position; all processes call this together."""
@@ -310,22 +315,21 @@ class DaliPipeline(Pipeline):
     return {
       **super().get_state(),
       "first_step": self._first_step,
-      "num_shards": self._num_shards,
+      "shards": self._describe_shards(),
       "checkpoints": merged,
     }
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to a position of `get_state`.
 
-    With another number of shards than the state's, the step is the same and a
-    new pass over the data begins there: images of this epoch may be repeated.
+    If the state has another number of shards or another decoder, the step is the
+    same and a new pass over the data begins there: images may be repeated.
 
     Raises:
-      ValueError: the state is of another order (seed, batch size, ...).
+      ValueError: the state has another order (seed, batch size, ...).
     """
     super().set_state(state)
-    saved = state.get("num_shards")
-    if saved == self._num_shards:
+    if state.get("shards") == self._describe_shards():
       self._first_step = state["first_step"]
       checkpoints = state["checkpoints"]
       self._checkpoints = [
@@ -335,11 +339,11 @@ class DaliPipeline(Pipeline):
       ]
       return
     _log.warning(
-      "DALI's position was saved for %s shards and there are %d now (one a"
+      "DALI's position was saved for shards %s, and this run has %s (one a"
       " process, or one a GPU that decodes): a new pass over the training set"
       " begins at step %d",
-      saved,
-      self._num_shards,
+      state.get("shards"),
+      self._describe_shards(),
       self._step,
     )
     self._first_step, self._checkpoints = self._step, []

@@ -151,12 +151,13 @@ def test_a_position_belongs_to_a_number_of_shards(source, caplog, assert_equal):
   assert list(state["checkpoints"]) == ["1"]
   alone = create(source)
   alone.set_state(state)
-  assert "saved for 2 shards and there are 1 now" in caplog.text
+  assert "shards 2 x cpu, and this run has 1 x cpu" in caplog.text
   assert alone.step == 3
   # A pass of its own, with another order than the first one's.
-  after = batches(alone, [2, 3])
-  index = np.concatenate([batch["index"] for batch in after])
+  after = batches(alone, [2, 5])  # the second chunk crosses the end of the pass
+  index = np.concatenate([batch["index"] for batch in after[:STEPS]])
   assert len(np.unique(index)) == STEPS * BATCH
+  assert all(len(np.unique(batch["index"])) == BATCH for batch in after)
   first = np.concatenate([b["index"] for b in batches(create(source), [STEPS])])
   assert (index != first).any()
   # From there on it is exact again, over the end of the pass.
@@ -165,7 +166,7 @@ def test_a_position_belongs_to_a_number_of_shards(source, caplog, assert_equal):
   saved = alone.get_state()
   again = create(source)
   again.set_state(saved)
-  assert_equal(batches(again, [1, 3]), after[1:])
+  assert_equal(batches(again, [1, 2, 3]), after[1:])
 
 
 def test_threads_change_nothing(source, assert_equal):
