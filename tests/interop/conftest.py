@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import torch
 
 from kd_jax import models
 from kd_jax.interop import model as model_lib
@@ -86,3 +87,31 @@ def _assert_same(got, expected):
 def assert_same():
   """assert_same(got, expected): dicts of equal arrays, dtypes included."""
   return _assert_same
+
+
+def _torch_projector(inputs, channels, factor):
+  """SimKD's projector as its loop builds it: published layers, in order."""
+  torch.manual_seed(0)
+  middle, layers = channels // factor, []
+  for a, b, kernel in (
+    (inputs, middle, 1),
+    (middle, middle, 3),
+    (middle, channels, 1),
+  ):
+    norm = torch.nn.BatchNorm2d(b)
+    with torch.no_grad():
+      for tensor in (norm.running_mean, norm.bias):
+        tensor.uniform_(-0.1, 0.1)
+      for tensor in (norm.running_var, norm.weight):
+        tensor.uniform_(0.8, 1.2)
+    conv = torch.nn.Conv2d(a, b, kernel, padding=kernel // 2, bias=False)
+    layers += [conv, norm, torch.nn.ReLU()]
+  module = torch.nn.Module()
+  module.transfer = torch.nn.Sequential(*layers)
+  return module.eval()
+
+
+@pytest.fixture(scope="session")
+def torch_projector():
+  """torch_projector(inputs, channels, factor) -> the module."""
+  return _torch_projector

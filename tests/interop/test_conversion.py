@@ -149,38 +149,13 @@ def test_sources_and_targets_that_do_not_fit(golden_file, tmp_path):
 # A student of SimKD's own training loop.
 
 
-def make_projector(s_n, t_n, factor):
-  """The projector as that loop builds it: the published layers, in order."""
-  torch.manual_seed(0)
-  middle = t_n // factor
-  layers = []
-  for inputs, outputs, kernel in (
-    (s_n, middle, 1),
-    (middle, middle, 3),
-    (middle, t_n, 1),
-  ):
-    norm = torch.nn.BatchNorm2d(outputs)
-    with torch.no_grad():
-      for tensor in (norm.running_mean, norm.bias):
-        tensor.uniform_(-0.1, 0.1)
-      for tensor in (norm.running_var, norm.weight):
-        tensor.uniform_(0.8, 1.2)
-    conv = torch.nn.Conv2d(
-      inputs, outputs, kernel, padding=kernel // 2, bias=False
-    )
-    layers += [conv, norm, torch.nn.ReLU()]
-  module = torch.nn.Module()
-  module.transfer = torch.nn.Sequential(*layers)
-  return module.eval()
-
-
 @pytest.fixture(scope="module")
-def simkd_files(tmp_path_factory, draw):
+def simkd_files(tmp_path_factory, draw, torch_projector):
   """A student's file and its teacher's, with what is in them."""
 
   def make(student, channels, factor):
     folder = tmp_path_factory.mktemp("simkd")
-    made = {"projector": make_projector(channels, 32, factor)}
+    made = {"projector": torch_projector(channels, 32, factor)}
     networks = {"student": student, "teacher": "_tiny_wide"}
     for seed, (part, name) in enumerate(networks.items()):
       variables = draw(models.create(name, 10), seed=seed)

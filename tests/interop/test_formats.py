@@ -252,16 +252,6 @@ class ResNet8(torch.nn.Module):
     return self.layer3(self.layer2(self.layer1(x)))
 
 
-def projector(inputs, channels):
-  sizes = ((inputs, channels // 2, 1), (channels // 2, channels // 2, 3))
-  layers = []
-  for size in (*sizes, (channels // 2, channels, 1)):
-    layers += [*conv(*size), torch.nn.ReLU()]
-  module = torch.nn.Module()
-  module.transfer = torch.nn.Sequential(*layers)
-  return module
-
-
 def within(flat, part):
   """The tensors whose names begin with a part's."""
   return {
@@ -271,7 +261,7 @@ def within(flat, part):
   }
 
 
-def torch_logits(content, images, head, folded=False):
+def torch_logits(content, images, head, projector=None, folded=False):
   known = data.constants("digits")
   x = (images / 255 - known.mean) / known.std
   x = torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32))
@@ -283,7 +273,7 @@ def torch_logits(content, images, head, folded=False):
       return network.fc(maps.mean((2, 3))).numpy()
     pooled = []
     for i, (height, _, channels) in enumerate(head["teacher_maps"]):
-      module = projector(8, channels)
+      module = projector(8, channels, 2)
       tensors = content["proj"]
       if len(head["teacher_maps"]) > 1:
         tensors = within(tensors, str(i))
@@ -297,7 +287,9 @@ def torch_logits(content, images, head, folded=False):
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_pytorch_predicts_the_same(ending, model, expected, images, tmp_path):
+def test_pytorch_predicts_the_same(
+  ending, model, expected, images, tmp_path, torch_projector
+):
   head, to = model.card["head"], tmp_path / f"student{ending}"
   formats.save(model, to)
   if ending == ".pth":
@@ -307,7 +299,8 @@ def test_pytorch_predicts_the_same(ending, model, expected, images, tmp_path):
     if head is not None:
       parts = ("model", "proj", "classifier")
       content = {part: within(content, part) for part in parts}
-  assert error(torch_logits(content, images, head), expected) < 1e-5
+  logits = torch_logits(content, images, head, torch_projector)
+  assert error(logits, expected) < 1e-5
 
 
 def test_damaged_files_of_parts(simkd, tmp_path):
