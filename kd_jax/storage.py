@@ -1,23 +1,30 @@
 """Files written whole and verified when read: JSON, metrics, arrays."""
 
 import functools
+import glob
 import gzip
 import json
 import logging
 import math
 import os
 import pathlib
+import shutil
 import socket
-from typing import Any
+import time
+import zlib
+from collections.abc import Iterable
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 
 from kd_jax.distributed import collectives
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def fingerprint(tree: Any) -> list[int]:
@@ -140,28 +147,247 @@ def restore_tree(directory: pathlib.Path) -> Any:
     ) from error
 
 
+def write_whole(path: pathlib.Path, content: bytes | str) -> None:
+  """Write a file: a reader sees the old content or the new, never half.
+
+  Args:
+    path: of the file; its folder exists.
+    content: text is written as UTF-8.
+
+  Raises:
+    OSError: if it cannot be written; the old file is unchanged then, and
+      nothing else is left.
+  """
+  written = draft(path)
+  data = content.encode() if isinstance(content, str) else content
+  try:
+    with written.open("wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    written.replace(path)
+  except BaseException:
+    written.unlink(missing_ok=True)
+    raise
+
+
+def draft(path: pathlib.Path) -> pathlib.Path:
+  """A hidden path beside `path`, of this process alone, to write it whole.
+
+  Drafts of `path` that a killed process has left are removed.
+  """
+  host = socket.gethostname()
+  for left in path.parent.glob(f".{glob.escape(path.name)}.*.draft"):
+    theirs, _, pid = left.name.removesuffix(".draft").rpartition("-")
+    alive = pid.isdigit() and pathlib.Path("/proc", pid).exists()
+    here = theirs == f".{path.name}.{host}"
+    if (here and not alive) or time.time() - left.stat().st_mtime > _ABANDONED:
+      shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+  # Containers on two machines may have the same process id.
+  return path.with_name(f".{path.name}.{host}-{os.getpid()}.draft")
+
+
+# Seconds after which another machine is taken to have given a draft up.
+_ABANDONED = 24 * 3600
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+  """JSON of a tree; numbers that are not finite become null."""
+  text = json.dumps(content)
+  # NaN and Infinity are not JSON.
+  plain = json.loads(text, parse_constant=lambda _: None)
+  return json.dumps(plain, indent=indent) + "\n"
+
+
 def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new, never half."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-  temporary.replace(path)
+  """Write a tree as JSON; see `write_whole` and `to_json`."""
+  write_whole(path, to_json(content, indent=2))
+
+
+# More than any file of a run, and less than fills a computer's memory.
+_MAX_JSON = 16 << 20
+_MAX_METRICS = 256 << 20
+_MAX_DEPTH = 64
+
+
+class Score(float):
+  """A number in JSON, or null, which is read as NaN."""
+
+
+def read_json(
+  path: pathlib.Path, schema: Any = Any, remedy: str = ""
+) -> T | None:
+  """Read a JSON file; None if there is no file.
+
+  Args:
+    path: of the file.
+    schema: what it holds, a type for `msgspec.convert`. Fields that a
+      `TypedDict` does not have are left out.
+    remedy: what to do about a wrong file, the end of the error.
+
+  Raises:
+    ValueError: if it is not JSON of this schema.
+    OSError: if it cannot be read.
+  """
+  if not path.exists():
+    return None
+  content = parse_json(_read(path, _MAX_JSON, remedy), path, remedy)
+  return convert(content, schema, path, remedy)
+
+
+def _read(path: pathlib.Path, limit: int, remedy: str) -> bytes:
+  """The bytes of a file, or of a file compressed by gzip (.gz)."""
+  if not path.is_file():
+    raise ValueError(f"{path}: expected a file, got something else. {remedy}")
+  opened = gzip.open if path.suffix == ".gz" else open
+  try:
+    with opened(path, "rb") as file:
+      raw = file.read(limit + 1)
+  except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    raise ValueError(
+      f"{path}: expected a gzip file, got one that is damaged or cut short"
+      f" ({error}). {remedy or _RESTORE}"
+    ) from error
+  if len(raw) > limit:
+    raise ValueError(
+      f"{path}: expected at most {limit:,} bytes of JSON, got more."
+      f" {remedy or _RESTORE}"
+    )
+  return raw
+
+
+_RESTORE = "Restore it, or give another --workdir"
+
+
+def parse_json(raw: bytes | str, where: object, remedy: str = "") -> Any:
+  """Parse JSON strictly: UTF-8, no name twice, no endless nesting.
+
+  NaN, Infinity and numbers beyond float64 are read as null.
+
+  Args:
+    raw: the text.
+    where: names the file in errors.
+    remedy: the end of the error.
+
+  Raises:
+    ValueError: if it is something else.
+  """
+  try:
+    text = raw.decode() if isinstance(raw, bytes) else raw
+    content = json.loads(
+      text,
+      object_pairs_hook=_unique,
+      parse_constant=lambda _: None,
+      parse_float=_parse_float,
+    )
+    level, depth = [content], 0
+    while level := [child for node in level for child in _children(node)]:
+      depth += 1
+      if depth > _MAX_DEPTH:
+        raise RecursionError
+    if "\\u" in text:  # half of a pair of surrogates is no character
+      json.dumps(content, ensure_ascii=False).encode()
+  except RecursionError:
+    problem = f"more than {_MAX_DEPTH} levels of brackets"
+  except UnicodeError:
+    problem = "a file that is not UTF-8"
+  except json.JSONDecodeError as error:
+    problem = f"a file that ends or breaks at character {error.pos}"
+  except ValueError as error:  # of `_unique`, or an endless integer
+    problem = str(error)
+  else:
+    return content
+  raise ValueError(
+    f"{where}: expected JSON, got {problem}. {remedy or _RESTORE}"
+  )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  tree = dict(pairs)
+  if len(tree) != len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"two fields {twice[:40]!r}")
+  return tree
+
+
+def _parse_float(text: str) -> float | None:
+  value = float(text)
+  return value if math.isfinite(value) else None
+
+
+def _children(node: Any) -> Iterable[Any]:
+  if isinstance(node, dict):
+    return node.values()
+  return node if isinstance(node, list) else ()
+
+
+def convert(
+  content: Any, schema: type[T], where: object, remedy: str = ""
+) -> T:
+  """Check parsed JSON against a schema.
+
+  Args:
+    content: of `parse_json`.
+    schema: see `read_json`.
+    where: names the file in errors.
+    remedy: the end of the error.
+
+  Raises:
+    ValueError: naming the place in the file, what was expected and what came.
+  """
+  try:
+    return msgspec.convert(content, schema, dec_hook=_score)
+  except (msgspec.ValidationError, OverflowError) as error:
+    what, _, place = str(error).partition(" - at `")
+    place = place.removesuffix("`").removeprefix("$").removeprefix(".")
+    raise ValueError(
+      f"{where}{', at ' if place else ''}{place}: {what[:1].lower()}{what[1:]}."
+      f" {remedy or _RESTORE}"
+    ) from error
+
+
+def _score(kind: type, value: Any) -> Any:
+  if kind is not Score:
+    raise TypeError(kind)
+  if value is None:
+    return Score("nan")
+  if isinstance(value, int | float) and not isinstance(value, bool):
+    return Score(value)
+  raise ValueError(f"Expected `float` or `null`, got `{type(value).__name__}`")
+
+
+class _Record(TypedDict):
+  step: int
+  kind: str
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads a `metrics.jsonl`; a last line cut short by a crash is left out.
+  """Read a `metrics.jsonl`; a last line cut short by a crash is left out.
 
   Args:
     path: of the file, or of one compressed by gzip, whose name ends in .gz.
+
+  Returns:
+    A record of each line; null is read as NaN.
+
+  Raises:
+    ValueError: if it is something else, naming the line.
   """
-  raw = path.read_bytes()
-  if path.suffix == ".gz":
-    raw = gzip.decompress(raw)
   records = []
-  for line in raw.decode("utf-8").splitlines():
+  lines = _read(path, _MAX_METRICS, _RESTORE).splitlines(keepends=True)
+  for number, line in enumerate(lines, 1):
+    where = f"{path}, line {number}"
     try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
+      record = parse_json(line, where)
+    except ValueError:
+      if number < len(lines) or line.endswith(b"\n"):
+        raise
       _log.warning("%s: left out a line that was cut short", path)
+      continue
+    convert(record, _Record, where)
+    values = convert(record, dict[str, int | float | str | None], where)
+    records.append({k: math.nan if v is None else v for k, v in values.items()})
   return records
 
 
@@ -178,26 +404,3 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
   for key, value in tree.items():
     flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
   return flat
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """The content of a JSON file, None if there is no file.
-
-  Raises:
-    ValueError: if it is not JSON.
-  """
-  if not path.exists():
-    return None
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{path}: expected JSON, got a file that ends or breaks at"
-      f" character {error.pos}. Restore it, or give another --workdir"
-    ) from error
-
-
-def draft(path: pathlib.Path) -> pathlib.Path:
-  """A hidden file beside a path, of this process alone, to write it whole."""
-  # Containers on two machines may have the same process id.
-  return path.with_name(f".{socket.gethostname()}-{os.getpid()}-{path.name}")

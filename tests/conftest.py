@@ -19,12 +19,18 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
   ]
   os.environ["XLA_FLAGS"] = " ".join(flags)
 
+import hypothesis
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "allow")
+# The same examples each time; scripts/fuzz.py tries others.
+hypothesis.settings.register_profile(
+  "suite", derandomize=True, deadline=None, max_examples=100
+)
+hypothesis.settings.load_profile("suite")
 
 TESTS = pathlib.Path(__file__).resolve().parent
 REPO = TESTS.parent

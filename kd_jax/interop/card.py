@@ -3,14 +3,53 @@
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from kd_jax import storage
+from msgspec import Meta
+
+from kd_jax import distillers, models, storage
 
 FORMAT = "kd_jax export 2"
 CARD = "model.json"
 # Options of `data.load`, besides the name, that change what a model sees.
 DATA_OPTIONS = ("image_size", "resize", "num_examples", "num_classes")
+
+_Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+_Shape = Annotated[list[_Size], Meta(min_length=3, max_length=3)]
+
+
+class _Normalization(TypedDict):
+  mean: list[float]
+  std: list[float]
+  of: NotRequired[str]
+
+
+class _Head(TypedDict):
+  distiller: dict[str, Any]
+  teachers: list[str]
+  weights: list[float]
+  teacher_maps: list[_Shape]
+
+
+class _Card(TypedDict):
+  """See `make`; `store.write` adds the fields that may be missing."""
+
+  format: Literal["kd_jax export 2"]
+  architecture: str
+  num_classes: _Size
+  image_shape: _Shape
+  dtype: Literal["float32", "bfloat16", "float16"]
+  batch_norm_folded: bool
+  head: _Head | None
+  class_names: list[str]
+  normalization: _Normalization
+  trained_on: str
+  data_options: dict[str, int | None]
+  resize: NotRequired[_Size | None]
+  method: str
+  test: dict[str, storage.Score]
+  parameters: NotRequired[_Size]
+  sha256: NotRequired[str]
 
 
 def make(
@@ -103,8 +142,8 @@ def require_imported(card: Mapping[str, Any]) -> None:
   A card is data, so building its model must not import a module that the
   reader of the card never named.
   """
-  head = card["head"] or {"distiller": {"name": ""}}
-  for name in (card["architecture"], head["distiller"]["name"]):
+  head = card["head"] or {"distiller": {}}
+  for name in (card["architecture"], head["distiller"].get("name", "")):
     module, colon, _ = str(name).partition(":")
     if colon and module not in sys.modules:
       raise ValueError(
@@ -121,11 +160,83 @@ def describe(card: Mapping[str, Any]) -> str:
   return f"{words}, {card['num_classes']} classes"
 
 
+def check(content: Any, where: object) -> dict[str, Any]:
+  """Check a model card: its types, and that its values make sense.
+
+  Args:
+    content: parsed JSON.
+    where: names the file in errors.
+
+  Returns:
+    The card.
+
+  Raises:
+    ValueError: naming the field, what was expected and what came.
+  """
+  if not isinstance(content, dict) or content.get("format") != FORMAT:
+    got = content.get("format") if isinstance(content, dict) else content
+    raise ValueError(
+      f"{where}: expected a model card of format {FORMAT!r}, got"
+      f" {str(got)[:40]!r}. {_REMEDY}"
+    )
+  card: Any = storage.convert(content, _Card, where, _REMEDY)
+  require_imported(card)
+  norm, head = card["normalization"], card["head"] or _NO_HEAD
+  channels, count = card["image_shape"][2], len(head["teachers"])
+  try:
+    models.entry(card["architecture"])
+    if card["head"] is not None:
+      distillers.create_for_teachers(
+        weights=head["weights"], **head["distiller"]
+      )
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{where}: {error}. {_REMEDY}") from error
+  for name, good, expected in (
+    (
+      "class_names",
+      len(card["class_names"]) == card["num_classes"],
+      "one a class",
+    ),
+    ("normalization.mean", len(norm["mean"]) == channels, "one a channel"),
+    (
+      "normalization.std",
+      len(norm["std"]) == channels and all(v > 0 for v in norm["std"]),
+      "one a channel, above 0",
+    ),
+    (
+      "head.weights",
+      len(head["weights"]) == count and all(v > 0 for v in head["weights"]),
+      "one a teacher, above 0",
+    ),
+    ("head.teacher_maps", len(head["teacher_maps"]) == count, "one a teacher"),
+  ):
+    if not good:
+      got: Any = card
+      for part in name.split("."):
+        got = got[part]
+      raise ValueError(
+        f"{where}, at {name}: expected {expected}, got {str(got)[:60]}."
+        f" {_REMEDY}"
+      )
+  return card
+
+
+_REMEDY = "Export or copy the model again"
+_NO_HEAD: dict[str, Any] = dict.fromkeys(
+  ("weights", "teachers", "teacher_maps"), ()
+)
+
+
 def read_card_or_none(directory: pathlib.Path) -> dict[str, Any] | None:
-  """Read the model card of an export; None if the folder is not one."""
-  card = storage.read_json(directory / CARD)
-  if isinstance(card, dict) and card.get("format") == FORMAT:
-    return card
+  """Read the model card of an export; None if the folder is not one.
+
+  Raises:
+    ValueError: if its card is damaged.
+  """
+  path = directory / CARD
+  content = storage.read_json(path, remedy=_REMEDY)
+  if isinstance(content, dict) and content.get("format") == FORMAT:
+    return check(content, path)
   return None
 
 
@@ -133,7 +244,7 @@ def read_card(directory: pathlib.Path) -> dict[str, Any]:
   """Read the model card of an export.
 
   Raises:
-    ValueError: if the folder is not an export.
+    ValueError: if the folder is not an export, or its card is damaged.
   """
   card = read_card_or_none(directory)
   if card is None:

@@ -32,7 +32,15 @@ from kd_jax.data import augment
 from kd_jax.distributed import collectives, devices, processes, signals
 from kd_jax.interop import card, model
 from kd_jax.models import base, fold
-from kd_jax.runs import checkpoint, errors, identity, logs, teachers, writers
+from kd_jax.runs import (
+  checkpoint,
+  errors,
+  identity,
+  logs,
+  records,
+  teachers,
+  writers,
+)
 from kd_jax.runs import config as config_lib
 from kd_jax.runs import finished as finished_lib
 from kd_jax.runs import workdir as workdir_lib
@@ -488,7 +496,9 @@ class Run:
       What the result says of them: a dict, a list of several, {} of none.
     """
     path = self.workdir / "teacher.json"
-    kept = processes.broadcast(storage.read_json(path))
+    kept = processes.broadcast(
+      records.read_teachers(self.workdir, len(self.teacher_specs))
+    )
     abouts = []
     for i, spec in enumerate(self.teacher_specs):
       if not spec.checkpoint:
@@ -496,7 +506,7 @@ class Run:
         self.teachers[i] = processes.on_all_processes(
           functools.partial(self._find_teacher, spec)
         )
-      known = kept[i] if isinstance(kept, list) else kept
+      known = kept and kept[i]
       about = self._place_teacher(i, spec, known)
       logs.say(
         f"teacher {spec.name}: {logs.scores_in_words(about)}"

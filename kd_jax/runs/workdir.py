@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from kd_jax import storage
 from kd_jax.distributed import processes
 from kd_jax.runs import identity as identity_lib
+from kd_jax.runs import records
 
 
 def finished(
@@ -42,7 +43,7 @@ def finished(
   Raises:
     ValueError: if it holds a run of another config.
   """
-  found = storage.read_json(workdir / "config.json")
+  found = records.read_config(workdir)
   if found is None:
     return None
   theirs, ours = (
@@ -108,7 +109,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 def result(workdir: pathlib.Path) -> dict[str, Any] | None:
   """The content of `result.json`, None for a run that is not finished."""
-  return storage.read_json(workdir / "result.json")
+  return records.read_result(workdir)
 
 
 def hardware() -> str:

@@ -11,6 +11,7 @@ from configs import base
 from kd_jax import storage
 from kd_jax.runs import identity
 from kd_jax.runs import workdir as workdir_lib
+from scripts import fuzz
 
 
 def make(**fields):
@@ -67,8 +68,9 @@ def test_a_fresh_workdir_is_claimed_and_then_recognised(tmp_path):
   assert workdir_lib.finished(workdir, config) is None
   workdir_lib.claim(workdir, make(log__every_steps=7))
   assert contents(workdir) == before
-  (workdir / "result.json").write_text('{"steps": 3}')
-  assert workdir_lib.finished(workdir, config) == {"steps": 3}
+  result = fuzz.TARGETS["result"].make()
+  (workdir / "result.json").write_bytes(result)
+  assert workdir_lib.finished(workdir, config) == json.loads(result)
 
 
 def test_another_config_is_refused_with_both_values(tmp_path):
