@@ -322,8 +322,8 @@ class DaliPipeline(Pipeline):
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to a position of `get_state`.
 
-    If the state has another number of shards or another decoder, the step is the
-    same and a new pass over the data begins there: images may be repeated.
+    If the state has another number of shards or another decoder, the step is
+    the same and a new pass over the data begins: images may be repeated.
 
     Raises:
       ValueError: the state has another order (seed, batch size, ...).
