@@ -19,7 +19,7 @@ sys.path.insert(0, str(REPO))
 import jax
 
 from kd_jax.distributed import processes
-from kd_jax.runs import errors, logs, train
+from kd_jax.runs import errors, logs, loop, train
 
 TINY = {
   "student.name": "_tiny",
@@ -59,14 +59,14 @@ def main(address: str, count: str, index: str, folder: str, jobs: str) -> None:
   cache = pathlib.Path(folder) / "cache"
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-  dispatch, stop_at = train.Loop._dispatch, 0
+  dispatch, stop_at = loop.Loop.dispatch, 0
 
   def signalled(self):
     if self.step == stop_at and int(index) == int(count) - 1:
       os.kill(os.getpid(), signal.SIGTERM)
     dispatch(self)
 
-  train.Loop._dispatch = signalled
+  loop.Loop.dispatch = signalled
   for method, name, step, changes in json.loads(jobs):
     stop_at = step or -1
     try:

@@ -294,7 +294,7 @@ def straight(folder: pathlib.Path) -> pathlib.Path:
 
 def _again(folder, name, expected) -> Iterator[str]:
   said = Processes(folder, name).finish()
-  yield line_with("going on from step", said)
+  yield line_with("resuming from step", said)
   yield expect_same_end(folder / name, expected)
 
 
@@ -370,7 +370,7 @@ def cut_short(folder: pathlib.Path) -> Iterator[str]:
   os.truncate(largest, largest.stat().st_size // 2)
   again = Processes(folder, "cut").finish()
   yield line_with(UNUSABLE, again)
-  yield line_with("going on from step", again)
+  yield line_with("resuming from step", again)
   yield expect_same_end(run.workdir, expected)
   # The part that process 1 wrote.
   state = whole / "checkpoints" / newest.name / "state"
@@ -464,7 +464,7 @@ def other_numbers(folder: pathlib.Path) -> Iterator[str]:
     expect(codes == [75] * count, f"exit codes {codes}:\n{run.said()}")
     yield line_with("stopped by .* at step", run.said(0))
   said = Processes(folder, "numbers", 1).finish()
-  yield line_with("going on from step", said)
+  yield line_with("resuming from step", said)
   worst = worst_difference(run.workdir, expected)
   yield f"differs from the straight run by {worst[0]:.1e} at most ({worst[1]})"
   expect(worst[0] < 1e-4, "too much")

@@ -1,7 +1,6 @@
 """The test session: four CPU devices, strict promotion, golden values."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +18,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
   ]
   os.environ["XLA_FLAGS"] = " ".join(flags)
 
+import filelock
 import hypothesis
 import jax
 import pytest
@@ -103,13 +103,6 @@ def fast_compile_module(session_folder):
     yield
 
 
-@contextlib.contextmanager
-def _lock(path):
-  with path.open("w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-
-
 @pytest.fixture
 def smoke_run(session_folder, fast_compile):
   """smoke_run("kd_cifar") -> workdir of the finished `:smoke` run.
@@ -128,7 +121,7 @@ def smoke_run(session_folder, fast_compile):
     config.parallel.num_devices = 1
     if config.teacher.name and name != "kd_cifar":
       make("kd_cifar")  # and with it the teacher
-    with _lock(root / f"{name}.lock"):
+    with filelock.FileLock(root / f"{name}.lock"):
       run = grid.run_grid if config.grid else train.train_and_evaluate
       if not (root / name / "done").exists():
         run(config, str(root / name))

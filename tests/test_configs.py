@@ -94,8 +94,8 @@ def test_smoke_can_begin(name, tmp_path):
   config = load(name, "smoke")
   config.trials = 1
   for cell, each in grid.cells(config.lock()).items():
-    run = train.prepare(each, tmp_path / "run")
-    assert run.total_steps == 8, cell
+    parts = train.prepare(each, tmp_path / "run").parts
+    assert parts.total_steps == 8, cell
 
 
 @pytest.mark.parametrize("name", RUN)

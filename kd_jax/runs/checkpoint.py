@@ -26,6 +26,7 @@ from flax import traverse_util
 
 from kd_jax import storage
 from kd_jax.distributed import devices, processes
+from kd_jax.runs import fingerprint as fingerprint_lib
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Checkpointer:
     meta = {
       **meta,
       "checksum": _checksum(position, meta),
-      "fingerprint": storage.fingerprint(arrays),
+      "fingerprint": fingerprint_lib.fingerprint(arrays),
     }
     self._checkpointer.save(
       self._directory / str(step),
@@ -234,7 +235,7 @@ def _read(folder: pathlib.Path, like: Any) -> Restored:
   expected = meta.pop("fingerprint")
   if meta.pop("checksum") != _checksum(position, meta):
     raise CorruptCheckpointError("its JSON differs from what was saved")
-  got = storage.fingerprint(arrays)
+  got = fingerprint_lib.fingerprint(arrays)
   if got != expected:
     wrong = sum(a != b for a, b in zip(got, expected, strict=False))
     raise CorruptCheckpointError(

@@ -1,4 +1,4 @@
-"""What happens to a config and a process before a run: settle, check, watch."""
+"""What a config says before a run: defaults, checks, data."""
 
 import copy
 import logging
@@ -9,23 +9,30 @@ import jax
 from ml_collections import ConfigDict
 
 from kd_jax import data, models
+from kd_jax.interop import card
 
 _log = logging.getLogger(__name__)
 
+Source = data.Source | data.EncodedSource
 
-def resolve_defaults(
-  config: ConfigDict, source: data.Source | data.EncodedSource
-) -> ConfigDict:
-  """Fills the fields that were left open, and says so.
 
-  Args:
-    config: as a config file made it.
-    source: the training set.
+def load_data(config: ConfigDict) -> tuple[Source, Source]:
+  """Load the training set and the test set of a config."""
+  train, test = (
+    data.load(
+      config.data.name,
+      split=split,
+      dir=config.data.dir,
+      on_bad_image=config.data.on_bad_image,
+      **{name: config.data[name] for name in card.DATA_OPTIONS},
+    )
+    for split in ("train", "test")
+  )
+  return train, test
 
-  Returns:
-    A copy of which nothing is open.
-  """
-  del source
+
+def resolve_defaults(config: ConfigDict) -> ConfigDict:
+  """Return a copy of a config with its defaults filled in, and log them."""
   config = copy.deepcopy(config)
   if config.optim.learning_rate is None:
     name = config.student.name
@@ -41,16 +48,16 @@ def resolve_defaults(
 
 def check(
   config: ConfigDict,
-  source: data.Source | data.EncodedSource,
+  source: Source,
   *,
   num_devices: int,
 ) -> None:
-  """Refuses what cannot run.
+  """Check a config's values.
 
   Args:
-    config: settled.
+    config: with all defaults resolved.
     source: the training set.
-    num_devices: over which a batch is spread.
+    num_devices: over which a batch is split.
 
   Raises:
     ValueError: that says which field, what was expected, and what to do.
@@ -65,6 +72,12 @@ def check(
   ):
     if value < 1:
       raise ValueError(f"config.{field}: expected 1 or more, got {value}")
+  seeds = (("seed", config.seed), ("data.seed", config.data.seed))
+  for field, value in seeds:
+    if value is not None and not 0 <= value < 2**32:
+      raise ValueError(
+        f"config.{field}: expected 0 to {2**32 - 1}, got {value}"
+      )
   size, parts = config.batch_size, num_devices * config.accumulate_steps
   if size <= 0 or size % parts:
     raise ValueError(
@@ -93,7 +106,7 @@ def check(
 
 
 def _check_mixing(config: ConfigDict, parts: int) -> None:
-  """Refuses mixing and smoothing that make no sense; `parts` of a batch."""
+  """Check mixing and smoothing, for a batch cut into so many parts."""
   if not 0 <= config.label_smoothing < 1:
     raise ValueError(
       "config.label_smoothing: expected a share from 0 to below 1, got"
@@ -112,10 +125,8 @@ def _check_mixing(config: ConfigDict, parts: int) -> None:
       )
 
 
-def decoders(
-  num_workers: int | None, source: data.Source | data.EncodedSource
-) -> dict[str, int]:
-  """How many threads or processes make batches ahead.
+def decoders(num_workers: int | None, source: Source) -> dict[str, int]:
+  """Choose how many threads or processes make batches ahead.
 
   Args:
     num_workers: `config.data.num_workers`.
@@ -137,7 +148,7 @@ def decoders(
 def steps_per_dispatch(
   wanted: int, *, steps_per_epoch: int, resident: bool
 ) -> int:
-  """Settles how many optimiser updates one dispatch makes.
+  """Choose how many optimiser updates one dispatch makes.
 
   Args:
     wanted: `config.steps_per_dispatch`.
@@ -163,13 +174,13 @@ def steps_per_dispatch(
     raise ValueError(
       "config.steps_per_dispatch: expected a divisor of the"
       f" {steps_per_epoch} steps of an epoch, got {wanted}. Near it:"
-      f" {', '.join(map(str, sorted(near)))}; 0 settles it"
+      f" {', '.join(map(str, sorted(near)))}; 0 chooses one"
     )
   return wanted
 
 
 def compilation_cache(setting: str, workdir: pathlib.Path) -> None:
-  """Keeps compiled programs in a folder; see `config.parallel`."""
+  """Keep compiled programs in a folder; see `config.parallel`."""
   if setting == "auto":
     if jax.default_backend() == "cpu":
       return

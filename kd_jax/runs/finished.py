@@ -1,6 +1,10 @@
 """The model of a run, finished or not, and its export."""
 
+import itertools
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +16,7 @@ from kd_jax.interop import card as card_lib
 from kd_jax.interop import model as model_lib
 from kd_jax.interop import store
 from kd_jax.interop.model import Model
-from kd_jax.runs import checkpoint
+from kd_jax.runs import checkpoint, logs
 from kd_jax.runs.teachers import Teacher
 from kd_jax.training.state import TrainState
 
@@ -135,6 +139,52 @@ def export_run(
 ) -> None:
   """Writes the student of a run as a folder; see `run_model` and `write`."""
   store.write(run_model(workdir, weights=weights), to)
+
+
+def verify_export(
+  workdir: pathlib.Path,
+  source: data.Source | data.EncodedSource,
+  *,
+  student: str,
+  examples: int = 4,
+) -> None:
+  """Predict a few test images with the export, in a fresh process.
+
+  Args:
+    workdir: of the run, which has been exported.
+    source: the test set.
+    student: name of the network; may be a user's own.
+    examples: number of images.
+
+  Raises:
+    subprocess.CalledProcessError: if that fails.
+  """
+  from PIL import Image
+
+  folder = workdir / "samples"
+  folder.mkdir(exist_ok=True)
+  found = (
+    (image, source.class_names[label])
+    for batch in data.eval_stream(source, examples)
+    for image, label, good in zip(batch["image"], batch["label"], batch["mask"])
+    if good
+  )
+  paths: list[str] = []
+  for image, name in itertools.islice(found, examples):
+    path = folder / f"{len(paths)}_{name.replace('/', '_')}.png"
+    Image.fromarray(image).save(path)
+    paths.append(str(path))
+  command = [sys.executable, "-m", "kd_jax", "predict", "--model"]
+  command += [str(workdir / "export"), "--model_name", student, *paths]
+  logs.say("in a fresh process: python " + " ".join(command[1:]))
+  package = pathlib.Path(__file__).resolve().parents[2]
+  python_path = f"{package}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+  subprocess.run(
+    command,
+    check=True,
+    # This process may hold the accelerator's memory.
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path},
+  )
 
 
 def _read_newest(folder: pathlib.Path, what: str) -> checkpoint.Restored:

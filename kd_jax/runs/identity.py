@@ -8,24 +8,26 @@ from ml_collections import ConfigDict
 
 from kd_jax import storage
 
-# What may differ when a run goes on: where things are and how often they are
-# written, but nothing that a result depends on.
+# No result depends on these: a resumed run may have other values.
 _FREE = re.compile(
-  r"trials(_together)?|(checkpoint|log|parallel)\..*|data\.(dir|num_workers)"
-  r"|verify_export|(teacher|teachers\.\d+)\.checkpoint"
+  r"trials|steps_per_dispatch|eval\.batch_size|verify_export"
+  r"|(checkpoint|log|parallel)\..*|data\.(dir|num_workers)"
+  r"|(teacher|teachers\.\d+)\.checkpoint"
+  # Fields of earlier versions.
+  r"|trials_together"
 )
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-  """A config as JSON holds it: tuples are lists."""
+  """Return a config as JSON holds it: tuples are lists."""
   return json.loads(json.dumps(config.to_dict()))
 
 
 def config_fingerprint(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
-  """The fields that make a run this run and no other, flat.
+  """Return the fields that a result depends on, flat.
 
   Args:
-    config: settled, or the content of `config.json`.
+    config: with all defaults resolved, or the content of `config.json`.
 
   Returns:
     Dotted name -> value.
@@ -36,6 +38,6 @@ def config_fingerprint(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
     for name, value in storage.flatten(tree).items()
     if not _FREE.fullmatch(name)
   }
-  if found.get("data.seed") is None:  # as in a run of before there was one
+  if found.get("data.seed") is None:  # older configs have no such field
     found.pop("data.seed", None)
   return found

@@ -7,12 +7,13 @@ import jax
 
 from kd_jax.distributed import processes
 from kd_jax.models import base
+from kd_jax.training.state import TrainState
 
 _log = logging.getLogger(__name__)
 
 
 def configure_logging() -> None:
-  """Shows this package's log; of its libraries' only errors."""
+  """Show this package's log, and only errors of its libraries."""
   logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
   level = logging.INFO if processes.is_first() else logging.ERROR
   logging.getLogger("kd_jax").setLevel(level)
@@ -23,8 +24,20 @@ def configure_logging() -> None:
   logging.getLogger("absl").setLevel(logging.ERROR)
 
 
+def overview(state: TrainState, network: str) -> None:
+  """Log the parameters of a run, and what its method remembers.
+
+  Args:
+    state: placed on the devices.
+    network: see `parameter_overview`.
+  """
+  _log.info("%s", parameter_overview(state.params, network))
+  if memory := state.collections["distiller"].get("memory"):
+    _log.info("%s", memory_overview(memory))
+
+
 def parameter_overview(params: dict[str, Any], network: str) -> str:
-  """A table of the parameters of each part's blocks.
+  """Make a table of the parameters of each part's blocks.
 
   Args:
     params: `{"student": ..., "distiller": ...}`.
@@ -34,8 +47,8 @@ def parameter_overview(params: dict[str, Any], network: str) -> str:
     Text of several lines.
   """
   rows = []
-  for part, blocks in params.items():
-    part = network if part == "student" else part
+  parts = {network: params["student"], "distiller": params["distiller"]}
+  for part, blocks in parts.items():
     for name, block in blocks.items():
       rows.append((f"{part}/{name}", base.count_parameters(block)))
     rows.append((f"{part}, all", base.count_parameters(blocks)))
@@ -45,7 +58,7 @@ def parameter_overview(params: dict[str, Any], network: str) -> str:
 
 
 def memory_overview(memory: dict[str, jax.Array]) -> str:
-  """What a method remembers, and how much of each device that takes.
+  """Describe the memory that a method takes.
 
   Args:
     memory: the collection, placed.
@@ -63,17 +76,14 @@ def memory_overview(memory: dict[str, jax.Array]) -> str:
   )
 
 
-_log = logging.getLogger(__name__)
-
-
 def say(text: str) -> None:
-  """Prints a line, on the first process only."""
+  """Print a line, on the first process only."""
   if processes.is_first():
     print(text, flush=True)
 
 
 def scores_in_words(values) -> str:
-  """Top-1, top-5 and cross-entropy as text."""
+  """Write top-1, top-5 and cross-entropy as text."""
   return (
     f"top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %,"
     f" cross-entropy {values['ce']:.4f}"

@@ -1,90 +1,70 @@
-"""Where teachers come from: what a config says of them, and their weights."""
+"""Teachers: what a config says about them, their weights and their scores."""
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import pathlib
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax import data, models, storage
+from kd_jax.distributed import processes
 from kd_jax.interop import files, opening
 from kd_jax.interop import model as model_lib
-from kd_jax.runs import identity
+from kd_jax.runs import fingerprint as fingerprint_lib
+from kd_jax.runs import identity, logs, records
+from kd_jax.runs import workdir as workdir_lib
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-  """What a student's export needs to know of a teacher.
-
-  Attributes:
-    name: of its network.
-    network: the network.
-    variables: its variables.
-    weight: its share in the loss.
-  """
-
-  name: str
-  network: Any
-  variables: Any
-  weight: float = 1.0
-
-
-def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
-  """The run that trains a config's teacher of that name."""
-  teacher = copy.deepcopy(config)
-  with teacher.unlocked():
-    teacher.seed, teacher.data.seed = config.teacher.seed, None
-    teacher.student.name = name
-    teacher.teachers = ()
-    teacher.teacher.name = ""
-    teacher.teacher.checkpoint = ""
-    teacher.distiller = ConfigDict({"name": "none"})
-    teacher.loss_weights = ConfigDict({"ce": 1.0})
-    teacher.loss_ramp_epochs = ConfigDict()
-    teacher.optim.learning_rate = config.teacher.learning_rate
-    if teacher.optim.learning_rate is None:
-      teacher.optim.learning_rate = models.entry(name).learning_rate
-    for field, place in (("epochs", teacher), ("milestones", teacher.optim)):
-      if config.teacher[field] is not None:
-        place[field] = config.teacher[field]
-    # Its own teacher settings are spent.
-    for field in ("epochs", "learning_rate", "milestones"):
-      teacher.teacher[field] = None
-    teacher.teacher.seed = 0
-    teacher.grid = ConfigDict()
-    teacher.verify_export = False
-  return teacher
-
-
-def teacher_workdir(
-  workdir: pathlib.Path,
-  config: ConfigDict,
-  source: data.Source | data.EncodedSource,
-) -> pathlib.Path:
-  """Where the teacher of a config is kept for all runs beside `workdir`."""
-  text = json.dumps(identity.config_fingerprint(config), sort_keys=True)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-  name = f"{config.student.name}_{source.name.replace(':', '_')}_{digest}"
-  return workdir.parent / "teachers" / name
-
-
-_log = logging.getLogger(__name__)
-
 
 _FIELDS = ("name", "checkpoint", "weight")
 
 
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen network that a student learns from.
+
+  Attributes:
+    name: of its network.
+    network: the network.
+    variables: its variables; None until it has been trained.
+    weight: of its losses.
+    where: the field of the config that names it.
+    checkpoint: a run, an export or a file of weights; "" to be trained.
+  """
+
+  name: str
+  network: models.Classifier
+  variables: Any
+  weight: float = 1.0
+  where: str = "config.teacher"
+  checkpoint: str = ""
+
+
+class Teachers(NamedTuple):
+  """Teachers that are ready.
+
+  Attributes:
+    members: with their variables, placed on the devices.
+    about: name, checkpoint, fingerprint and scores: a dict of one teacher, a
+      list of several, {} without any.
+  """
+
+  members: tuple[Teacher, ...]
+  about: Any
+
+
 def resolve_teachers(config: ConfigDict) -> ConfigDict:
-  """Fills what a config leaves open of its teachers.
+  """Fill what a config leaves open about its teachers.
 
   A teacher without a name is named by its checkpoint; entries of
   `config.teachers` become dicts of all their fields.
@@ -156,97 +136,236 @@ def _name_of(where: str, checkpoint: str) -> str:
     raise ValueError(f"{where}.checkpoint: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  """What a config says of one teacher.
-
-  Attributes:
-    where: the field that says it.
-    name: of the network.
-    checkpoint: a run, an export or a file of weights; "": to be trained.
-    weight: of its losses.
-  """
-
-  where: str
-  name: str
-  checkpoint: str
-  weight: float = 1.0
-
-
-def specs(config: ConfigDict) -> tuple[Spec, ...]:
-  """The teachers of a settled config; none if its method has none."""
-  if config.teachers:
-    return tuple(
-      Spec(f"config.teachers[{i}]", **dict(entry))
-      for i, entry in enumerate(config.teachers)
-    )
-  teacher = config.teacher
-  if not teacher.name:
-    return ()
-  return (Spec("config.teacher", teacher.name, teacher.checkpoint),)
-
-
-def create(spec: Spec, *, num_classes: int, dtype: Any) -> Teacher:
-  """A teacher whose weights are still to be trained."""
-  network = models.create(spec.name, num_classes, dtype=dtype)
-  return Teacher(spec.name, network, None, spec.weight)
-
-
-def load(
-  spec: Spec, source: data.Source | data.EncodedSource, *, dtype: str
-) -> Teacher:
-  """A teacher with its weights, as numpy arrays.
+def find(
+  config: ConfigDict, source: data.Source | data.EncodedSource
+) -> tuple[Teacher, ...]:
+  """Load the teachers that have a checkpoint; the others have no variables.
 
   Args:
-    spec: with a checkpoint.
+    config: with all defaults resolved.
     source: the training set.
-    dtype: of the arithmetic.
-
-  Returns:
-    The teacher.
 
   Raises:
-    ValueError: if the checkpoint cannot be read, or does not fit the spec or
+    ValueError: if a checkpoint cannot be read, or does not fit the config or
       the data; with what to do about it.
     ImportError: if it takes PyTorch and there is none.
   """
-  where, path = spec.where, pathlib.Path(spec.checkpoint)
+  entries = [dict(entry) for entry in config.teachers]
+  where = "config.teachers[{}]"
+  if not entries and config.teacher.name:
+    fields = ("name", "checkpoint")
+    entries = [{name: config.teacher[name] for name in fields}]
+    where = "config.teacher"
+  found = []
+  for i, entry in enumerate(entries):
+    network = models.create(
+      entry["name"], source.num_classes, dtype=jnp.dtype(config.dtype)
+    )
+    teacher = Teacher(
+      network=network, variables=None, where=where.format(i), **entry
+    )
+    if teacher.checkpoint:
+      teacher = load(teacher, source, dtype=config.dtype)
+    found.append(teacher)
+  return tuple(found)
+
+
+def load(
+  teacher: Teacher, source: data.Source | data.EncodedSource, *, dtype: str
+) -> Teacher:
+  """Read a teacher's network and weights, as numpy arrays, see `find`.
+
+  Args:
+    teacher: with a checkpoint.
+    source: the training set.
+    dtype: of the arithmetic.
+  """
+  where, path = teacher.where, pathlib.Path(teacher.checkpoint)
   is_file = files.is_weights_file(path)
   try:
-    models.entry(spec.name)  # imports a network of the user's own
     model = opening.open_model(
       path,
-      # Of a file, the name says what to look for; a card says it itself.
-      model_name=spec.name if is_file else None,
+      # A file does not say what it holds; a card does.
+      model_name=teacher.name if is_file else None,
       num_classes=source.num_classes if is_file else None,
       origin=opening.Origin(source=source),
     )
   except ValueError as error:
     hint = (
-      f" ({where}.name is {spec.name}, and the data has"
+      f" ({where}.name is {teacher.name}, and the data has"
       f" {source.num_classes} classes)"
       if is_file
       else ". Leave it empty to train the teacher first"
     )
     raise ValueError(f"{where}.checkpoint: {error}{hint}") from error
-  _check(model.card, spec, source)
-  card = {**model.card, "dtype": dtype}
-  return Teacher(spec.name, model_lib.build(card), model.variables, spec.weight)
+  _check(model.card, teacher, source)
+  network = model_lib.build({**model.card, "dtype": dtype})
+  return dataclasses.replace(
+    teacher, network=network, variables=model.variables
+  )
+
+
+def obtain(
+  teachers: Sequence[Teacher],
+  config: ConfigDict,
+  *,
+  workdir: pathlib.Path,
+  source: data.Source | data.EncodedSource,
+  place: Callable[[Any], Any],
+  score: Callable[[nn.Module, Any], dict[str, float]],
+  train: Callable[[ConfigDict, str], Any],
+) -> Teachers:
+  """Train the teachers without weights, place all, and score them once.
+
+  Args:
+    teachers: see `find`.
+    config: of the student's run.
+    workdir: of the student's run; `teacher.json` is written there.
+    source: the training set.
+    place: puts variables on the devices.
+    score: (network, variables) -> scores on the test set.
+    train: trains a config in a workdir, resuming if it was begun.
+
+  Raises:
+    ValueError: if the weights are not those that the run began with.
+  """
+  path = workdir / "teacher.json"
+  kept = processes.broadcast(records.read_teachers(workdir, len(teachers)))
+  members, about = [], []
+  for i, teacher in enumerate(teachers):
+    if teacher.variables is None:
+      folder = _train(teacher, config, workdir, source, train)
+      teacher = dataclasses.replace(teacher, checkpoint=folder)
+      teacher = processes.on_all_processes(
+        functools.partial(load, teacher, source, dtype=config.dtype)
+      )
+    weights = fingerprint(teacher.variables)
+    teacher = dataclasses.replace(teacher, variables=place(teacher.variables))
+    known = kept[i] if kept else None
+    if known is None:
+      known = {
+        "name": teacher.name,
+        "checkpoint": teacher.checkpoint,
+        "fingerprint": weights,
+        **score(teacher.network, teacher.variables),
+      }
+    elif known["fingerprint"] != weights:
+      raise ValueError(
+        f"{teacher.where}.checkpoint: expected the weights that {workdir} began"
+        f" with, those of {known['checkpoint']}, got others in"
+        f" {teacher.checkpoint}. Name the same teacher, or give another"
+        " --workdir"
+      )
+    logs.say(
+      f"teacher {teacher.name}: {logs.scores_in_words(known)}"
+      f" ({teacher.checkpoint})"
+    )
+    members.append(teacher)
+    about.append(known)
+  content: Any = about[0] if len(about) == 1 else about or {}
+  if about and kept is None and processes.is_first():
+    storage.write_json(path, content)
+  return Teachers(tuple(members), content)
+
+
+def _train(
+  teacher: Teacher,
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  source: data.Source | data.EncodedSource,
+  train: Callable[[ConfigDict, str], Any],
+) -> str:
+  """Train a teacher beside the workdir, unless it is there; its folder."""
+  own = teacher_config(config, teacher.name)
+  folder = pathlib.Path(
+    processes.broadcast(str(teacher_workdir(workdir, own, source)))
+  )
+
+  def is_trained() -> bool:
+    return processes.broadcast(workdir_lib.result(folder)) is not None
+
+  if is_trained():
+    logs.say(f"teacher {teacher.name}: reusing {folder}")
+    return str(folder)
+  # Runs that start at the same time train it once.
+  with workdir_lib.locked(folder):
+    if not is_trained():
+      logs.say(
+        f"no {teacher.where}.checkpoint: training {teacher.name} first in"
+        f" {folder}"
+      )
+      train(own, str(folder))
+  return str(folder)
+
+
+def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
+  """The run that trains a config's teacher of that name.
+
+  It has the recipe of `config.teacher`, and of the student's run its data,
+  batch and optimiser; no label smoothing, mixup or CutMix.
+  """
+  teacher = copy.deepcopy(config)
+  with teacher.unlocked():
+    teacher.seed, teacher.data.seed = config.teacher.seed, None
+    teacher.student.name = name
+    teacher.teachers = ()
+    teacher.teacher.name = ""
+    teacher.teacher.checkpoint = ""
+    teacher.distiller = ConfigDict({"name": "none"})
+    teacher.loss_weights = ConfigDict({"ce": 1.0})
+    teacher.loss_ramp_epochs = ConfigDict()
+    teacher.label_smoothing = 0.0
+    teacher.data.mixup = teacher.data.cutmix = 0.0
+    teacher.optim.learning_rate = config.teacher.learning_rate
+    if teacher.optim.learning_rate is None:
+      teacher.optim.learning_rate = models.entry(name).learning_rate
+    for field, place in (("epochs", teacher), ("milestones", teacher.optim)):
+      if config.teacher[field] is not None:
+        place[field] = config.teacher[field]
+    # Its own teacher settings are spent.
+    for field in ("epochs", "learning_rate", "milestones"):
+      teacher.teacher[field] = None
+    teacher.teacher.seed = 0
+    teacher.grid = ConfigDict()
+    teacher.verify_export = False
+  return teacher
+
+
+def teacher_workdir(
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  source: data.Source | data.EncodedSource,
+) -> pathlib.Path:
+  """Where the teacher of a config is kept for all runs beside `workdir`."""
+  mine = identity.config_fingerprint(config)
+  name = f"{config.student.name}_{source.name}".replace(":", "_")
+  # Its name may come from a version that took other fields for its identity.
+  for path in sorted(workdir.parent.glob(f"teachers/{name}_*/config.json")):
+    if (
+      identity.config_fingerprint(records.read_config(path.parent) or {})
+      == mine
+    ):
+      return path.parent
+  text = json.dumps(mine, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return workdir.parent / "teachers" / f"{name}_{digest}"
 
 
 def fingerprint(variables: Any) -> int:
-  """32 bits that tell a teacher's weights from others, as a result has them."""
-  return zlib.crc32(repr(storage.fingerprint(variables)).encode())
+  """32 bits that tell a teacher's weights from others."""
+  return zlib.crc32(repr(fingerprint_lib.fingerprint(variables)).encode())
 
 
 def _check(
-  card: Mapping[str, Any], spec: Spec, source: data.Source | data.EncodedSource
+  card: Mapping[str, Any],
+  teacher: Teacher,
+  source: data.Source | data.EncodedSource,
 ) -> None:
-  where, path = spec.where, spec.checkpoint
-  if card["architecture"] != spec.name:
+  where, path = teacher.where, teacher.checkpoint
+  if card["architecture"] != teacher.name:
     raise ValueError(
-      f"{where}.checkpoint: expected weights of {spec.name} ({where}.name), got"
-      f" {card['architecture']} in {path}. Set"
+      f"{where}.checkpoint: expected weights of {teacher.name} ({where}.name),"
+      f" got {card['architecture']} in {path}. Set"
       f" --{where}.name={card['architecture']}, or leave the name empty"
     )
   if card["num_classes"] != source.num_classes:

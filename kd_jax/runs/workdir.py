@@ -1,11 +1,11 @@
-"""The workdir: what a run writes down, and whose it is.
+"""The workdir: what it holds, and which run it belongs to.
 
-`config.json` (as settled), `environment.json` (versions, devices, commit,
-command), `checkpoints/` (to go on from), `best/` (highest top-1), `export/`,
-`metrics.jsonl`, `tensorboard/`, `teacher.json` (the teacher's own accuracy)
-and, at the end,
-`skipped_images.json` (those that could not be decoded) and `result.json`.
-Accuracies are percentages, cross-entropies nats, times seconds.
+`config.json` (with all defaults), `environment.json` (versions, devices,
+commit, command), `checkpoints/` (to resume from), `best/` (highest top-1),
+`export/`, `metrics.jsonl`, `tensorboard/`, `teacher.json` (the teachers' own
+accuracy), `skipped_images.json` (images that could not be decoded) and, at the
+end, `result.json`. Accuracies are percentages, cross-entropies nats, times
+seconds.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ from kd_jax.runs import records
 def finished(
   workdir: pathlib.Path, config: ConfigDict
 ) -> dict[str, Any] | None:
-  """Looks whether a workdir is this run's, and done; writes nothing.
+  """Return the result of a finished run; write nothing.
 
   Args:
     workdir: absolute path, which may not exist yet.
-    config: settled.
+    config: with all defaults resolved.
 
   Returns:
-    The result, if this very run is finished there; else None.
+    The result if this run is finished there, else None.
 
   Raises:
     ValueError: if it holds a run of another config.
@@ -68,10 +68,10 @@ def finished(
   return result(workdir)
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Makes the workdir and says whose it is, unless that is there already.
+def create(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Make the workdir with `config.json`, unless it exists.
 
-  The first process does.
+  Only the first process does.
   """
   if not processes.is_first():
     return
@@ -83,7 +83,7 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path) -> Iterator[None]:
-  """Holds FOLDER/.lock: other runs on the same file system wait.
+  """Hold FOLDER/.lock: other runs on the same file system wait.
 
   Only the first process takes the lock; the others wait with it. The kernel
   releases it when the process ends, however it ends. A network file system
@@ -108,12 +108,12 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def result(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """The content of `result.json`, None for a run that is not finished."""
+  """The content of `result.json`, None for an unfinished run."""
   return records.read_result(workdir)
 
 
 def hardware() -> str:
-  """The devices of this run, in words."""
+  """Describe the devices of this run."""
   devices = jax.devices()
   kind = devices[0].device_kind
   if devices[0].platform == "cpu":

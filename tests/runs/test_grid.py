@@ -250,7 +250,7 @@ def test_a_killed_grid_ends_as_one_that_was_not(tmp_path, repo):
   process.kill()
   process.communicate()
   out = finish(start(tmp_path, repo, "killed"))
-  assert out.count("going on from step ") == 1
+  assert out.count("resuming from step ") == 1
   assert out.count("teacher _tiny_wide: reusing ") == 2
   found = []
   for name in ("whole", "killed"):

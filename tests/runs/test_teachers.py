@@ -1,6 +1,8 @@
 """Teachers: found, named, checked; files, students, chains and several."""
 
+import copy
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +13,15 @@ import torch
 from configs import base
 from kd_jax import data, models, storage
 from kd_jax.interop import card as card_lib
-from kd_jax.interop import files, pytorch, store
 from kd_jax.interop import model as model_lib
+from kd_jax.interop import pytorch, store
+from kd_jax.runs import config as config_lib
 from kd_jax.runs import identity, teachers, workdir
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def source():
   return data.load("synthetic", split="train", num_examples=64, image_size=16)
 
@@ -41,9 +44,15 @@ def make(**fields):
   return config
 
 
-def load(path, name, source, **fields):
-  spec = teachers.Spec("config.teacher", name, str(path), **fields)
-  return teachers.load(spec, source, dtype="float32")
+def find(source, **fields):
+  config = teachers.resolve_teachers(make(**fields))
+  return teachers.find(config, source)
+
+
+def find_one(path, name, source):
+  fields = {"teacher__checkpoint": str(path), "teacher__name": name}
+  (teacher,) = find(source, **fields)
+  return teacher
 
 
 def assert_same_arrays(ours, theirs):
@@ -56,36 +65,14 @@ def assert_same_arrays(ours, theirs):
 # What a config says.
 
 
-def test_no_teacher():
-  config = teachers.resolve_teachers(make())
-  assert teachers.specs(config) == ()
+def test_no_teacher_and_one_to_be_trained(source):
+  assert find(source) == ()
+  (teacher,) = find(source, teacher__name="resnet8x2")
+  network = models.create("resnet8x2", 10)
+  assert teacher == teachers.Teacher("resnet8x2", network, None)
 
 
-def test_a_teacher_to_be_trained():
-  config = teachers.resolve_teachers(make(teacher__name="resnet8x2"))
-  (spec,) = teachers.specs(config)
-  assert spec == teachers.Spec("config.teacher", "resnet8x2", "", 1.0)
-  teacher = teachers.create(spec, num_classes=10, dtype=jnp.float32)
-  assert teacher.network == models.create("resnet8x2", 10)
-  assert teacher.variables is None
-
-
-def test_a_checkpoint_names_its_network(simkd, tmp_path):
-  config = teachers.resolve_teachers(make(teacher__checkpoint=str(simkd)))
-  assert config.teacher.name == "resnet8"
-  variables = jax.eval_shape(
-    models.create("vgg8", 10).init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32),
-  )
-  arrays = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), variables)
-  path = tmp_path / "teacher.npz"
-  files.write(path, {"model": pytorch.to_state_dict("vgg8", arrays)})
-  config = teachers.resolve_teachers(make(teacher__checkpoint=str(path)))
-  assert config.teacher.name == "vgg8"
-
-
-def test_several_are_dicts_of_all_fields(kd, simkd):
+def test_several_are_dicts_of_all_fields(kd, simkd, source):
   given = (str(kd), {"checkpoint": str(simkd), "weight": 3}, {"name": "vgg8"})
   config = teachers.resolve_teachers(
     make(teachers=given, teacher__name="resnet110")
@@ -96,11 +83,12 @@ def test_several_are_dicts_of_all_fields(kd, simkd):
     {"name": "resnet8", "checkpoint": str(simkd), "weight": 3.0},
     {"name": "vgg8", "checkpoint": "", "weight": 1.0},
   ]
-  # Settled again, as a resumed run is, it stays what it is.
+  # Resolved again, as a resumed run is, it stays what it is.
   assert teachers.resolve_teachers(config) == config
-  specs = teachers.specs(config)
-  assert [s.where for s in specs] == [f"config.teachers[{i}]" for i in range(3)]
-  assert [s.weight for s in specs] == [1.0, 3.0, 1.0]
+  found = teachers.find(config, source)
+  assert [t.where for t in found] == [f"config.teachers[{i}]" for i in range(3)]
+  assert [t.weight for t in found] == [1.0, 3.0, 1.0]
+  assert [t.variables is None for t in found] == [False, False, True]
   assert len(identity.as_json(config)["teachers"]) == 3
   # Where a checkpoint lies may change, which network it is may not.
   names = identity.config_fingerprint(config)
@@ -120,10 +108,7 @@ def test_a_list_of_one_is_that_one(kd):
 @pytest.mark.parametrize(
   ("given", "words"),
   [
-    (
-      ({"name": "vgg8", "weight": 0},),
-      r"teachers\[0\]: expected a weight ab",
-    ),
+    (({"name": "vgg8", "weight": 0},), r"teachers\[0\]: expected a weight ab"),
     (({"name": "vgg8", "weight": "1"},), r"expected a weight above 0, got '1'"),
     (("/no", {"weight": 2}), r"teachers\[0\]\.checkpoint: /no does not exist"),
     (({"weight": 2},), r"the name of a network or a checkpoint, got neither"),
@@ -143,19 +128,137 @@ def test_one_teacher_or_several():
     )
 
 
+# The run that trains one.
+
+
+def small(**fields):
+  config = base.distillation("kd", weights={"ce": 1.0, "kd": 1.0})
+  config = base.finish(config, "smoke")
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {name.replace("__", "."): value for name, value in fields.items()}
+    )
+  return config.lock()
+
+
+def teacher_of(config):
+  resolved = config_lib.resolve_defaults(config)
+  return teachers.teacher_config(resolved, config.teacher.name)
+
+
+def test_teacher_config_is_plain_training_of_the_teacher():
+  config = small(
+    seed=3,
+    label_smoothing=0.1,
+    data__mixup=0.2,
+    data__cutmix=1.0,
+    teacher__seed=5,
+    teacher__epochs=7,
+    teacher__milestones=(4, 6),
+    verify_export=True,
+    teacher__checkpoint="elsewhere",
+  )
+  before = copy.deepcopy(config)
+  teacher = teacher_of(config)
+  assert config == before
+  assert teacher.student.name == "resnet8x2"
+  assert teacher.teacher.name == teacher.teacher.checkpoint == ""
+  assert teacher.distiller.to_dict() == {"name": "none"}
+  assert teacher.loss_weights.to_dict() == {"ce": 1.0}
+  assert (teacher.seed, teacher.epochs) == (5, 7)
+  assert teacher.optim.milestones == (4, 6)
+  # The student's tricks are not the teacher's.
+  assert teacher.label_smoothing == teacher.data.mixup == 0
+  assert teacher.data == small().data
+  assert not teacher.verify_export
+  # It is a config like any other: same fields, nothing left open.
+  assert config_lib.resolve_defaults(teacher) == teacher
+  fixed = ("distiller.", "loss_weights.")
+  assert {
+    k for k in storage.flatten(teacher.to_dict()) if not k.startswith(fixed)
+  } == {k for k in storage.flatten(config.to_dict()) if not k.startswith(fixed)}
+
+
+def test_what_a_teachers_recipe_leaves_open():
+  teacher = teacher_of(
+    small(teacher__epochs=None, epochs=9, optim__milestones=(2, 3))
+  )
+  assert (teacher.epochs, teacher.optim.milestones) == (9, (2, 3))
+  rates = [
+    teacher_of(small(**fields)).optim.learning_rate
+    for fields in (
+      {"student__name": "MobileNetV2"},
+      {"teacher__name": "MobileNetV2"},
+      {"teacher__learning_rate": 0.2},
+    )
+  ]
+  assert rates == [0.05, 0.01, 0.2]
+
+
+def folder_of(config, source, root="/runs"):
+  return teachers.teacher_workdir(
+    pathlib.Path(root, "a"), teacher_of(config), source
+  )
+
+
+def test_a_teacher_lies_beside_its_runs(source, tmp_path):
+  folder = folder_of(small(), source)
+  assert folder.parent == pathlib.Path("/runs/teachers")
+  assert re.fullmatch("resnet8x2_synthetic_[0-9a-f]{8}", folder.name)
+  tfds = copy.copy(source)
+  object.__setattr__(tfds, "name", "tfds:cifar10")
+  assert ":" not in folder_of(small(), tfds).name
+  # One of an older version, under another name, is found by its config.
+  old = tmp_path / "teachers" / "resnet8x2_synthetic_0"
+  workdir.create(old, teacher_of(small()))
+  assert folder_of(small(), source, tmp_path) == old
+  assert folder_of(small(teacher__seed=1), source, tmp_path) != old
+
+
+@pytest.mark.parametrize(
+  ("fields", "same"),
+  [
+    # Of the student and its method.
+    ({"seed": 1, "data__seed": 1}, True),
+    ({"student__name": "MobileNetV2"}, True),
+    ({"optim__learning_rate": 0.3}, True),
+    ({"distiller__temperature": 9.0}, True),
+    ({"loss_weights__kd": 0.5, "loss_ramp_epochs__kd": 1.0}, True),
+    ({"label_smoothing": 0.1, "data__mixup": 0.1, "data__cutmix": 0.1}, True),
+    ({"verify_export": True}, True),
+    # Where things are and how often they are written.
+    ({"data__dir": "/elsewhere", "parallel__num_devices": 2}, True),
+    ({"checkpoint__keep": 3, "log__every_steps": 1}, True),
+    ({"eval__batch_size": 3, "steps_per_dispatch": 1}, True),
+    # Of its training.
+    ({"teacher__name": "resnet14x2"}, False),
+    ({"teacher__seed": 1}, False),
+    ({"teacher__epochs": 3}, False),
+    ({"teacher__learning_rate": 0.1}, False),
+    ({"teacher__milestones": (1, 2)}, False),
+    ({"batch_size": 32}, False),
+    ({"dtype": "bfloat16"}, False),
+    ({"optim__weight_decay": 0.0}, False),
+    ({"optim__schedule": "cosine"}, False),
+    ({"data__flip": False}, False),
+    ({"data__crop_padding": 2}, False),
+    ({"data__image_size": 8}, False),
+    ({"data__num_examples": 32}, False),
+    ({"data__pipeline": "grain"}, False),
+  ],
+)
+def test_which_runs_share_a_teacher(fields, same, source):
+  found = folder_of(small(**fields), source)
+  assert (found == folder_of(small(), source)) == same
+
+
 # What they are.
-
-
-def test_a_student_teaches(kd, source):
-  teacher = load(kd, "resnet8", source, weight=2.0)
-  assert teacher.weight == 2.0
-  assert_same_arrays(teacher.variables, store.load(kd).variables)
 
 
 def test_a_simkd_student_teaches_with_the_classifier_that_it_reuses(
   simkd, source
 ):
-  teacher = load(simkd, "resnet8", source)
+  teacher = find_one(simkd, "", source)
   model = store.load(simkd)
   assert isinstance(teacher.network, model_lib.ReusedClassifier)
   images = source.images[:4]
@@ -175,32 +278,18 @@ def test_a_simkd_student_teaches_with_the_classifier_that_it_reuses(
     teacher.network.apply(teacher.variables, x, train=True)
 
 
-@pytest.mark.parametrize(
-  ("name", "classes", "words"),
-  [
-    ("resnet8", 5, "expected a teacher of 5 classes, as the data has, got 10"),
-    (
-      "vgg8",
-      10,
-      r"weights of vgg8 .*, got resnet8 in .* Set --config\.teacher\.name=re",
-    ),
-  ],
-)
-def test_a_teacher_that_does_not_fit(kd, name, classes, words):
-  source = data.load(
-    "synthetic", split="train", num_examples=8, num_classes=classes
-  )
-  with pytest.raises(ValueError, match=words):
-    load(kd, name, source)
-
-
-def test_another_normalisation_is_told(kd, source, caplog):
-  load(kd, "resnet8", source)
+def test_a_student_teaches(kd, source, caplog):
+  teacher = find_one(kd, "", source)
+  assert teacher.name == "resnet8"
+  assert_same_arrays(teacher.variables, store.load(kd).variables)
+  with pytest.raises(ValueError, match=r"weights of vgg8 .*, got resnet8 in"):
+    find_one(kd, "vgg8", source)
+  other = data.load("synthetic", split="train", num_examples=8, num_classes=5)
+  with pytest.raises(ValueError, match=r"a teacher of 5 classes, .* got 10"):
+    find_one(kd, "", other)
   assert not caplog.text
-  other = data.load("digits", split="train", image_size=16)
-  load(kd, "resnet8", other)
+  find_one(kd, "", data.load("digits", split="train", image_size=16))
   assert "was trained on images of mean" in caplog.text
-  assert "those of digits, normalised with mean" in caplog.text
 
 
 # Files.
@@ -229,15 +318,15 @@ def teacher_file(tmp_path):
 
 def test_a_file_is_a_teacher(teacher_file, source):
   path, variables = teacher_file
-  assert_same_arrays(load(path, "_tiny_wide", source).variables, variables)
+  assert_same_arrays(find_one(path, "_tiny_wide", source).variables, variables)
   other = data.load("synthetic", split="train", num_examples=8, num_classes=100)
   with pytest.raises(
     ValueError, match=r"config\.teacher\.checkpoint: .*100 classes\)"
   ) as e:
-    load(path, "_tiny_wide", other)
+    find_one(path, "_tiny_wide", other)
   assert "fc.bias (expected [100], got [10])" in str(e.value)
   with pytest.raises(ValueError, match=r"teacher\.checkpoint: .*not exist"):
-    load(path.with_suffix(".npz"), "_tiny_wide", source)
+    find_one(path.with_suffix(".npz"), "_tiny_wide", source)
 
 
 def test_a_run_with_a_file_as_teacher(

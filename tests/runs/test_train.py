@@ -1,6 +1,7 @@
 """Whole runs in this process: what they leave behind, and what repeats."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -17,8 +18,19 @@ from kd_jax import storage
 from kd_jax.interop import card as card_lib
 from kd_jax.interop import store
 from kd_jax.models import base
-from kd_jax.runs import checkpoint, errors, finished, train, writers
-from kd_jax.runs import config as config_lib
+from kd_jax.runs import (
+  checkpoint,
+  components,
+  errors,
+  evaluator,
+  finished,
+  journal,
+  loop,
+  programs,
+  train,
+  writers,
+)
+from kd_jax.training import loss
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3
 TOTAL = STEPS_PER_EPOCH * EPOCHS
@@ -77,10 +89,6 @@ def newest(workdir):
   return checkpoint.read_latest(workdir / "checkpoints")
 
 
-def steps_saved(workdir):
-  return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
-
-
 def lines(workdir):
   return (workdir / "metrics.jsonl").read_text().splitlines()
 
@@ -108,7 +116,7 @@ def contents(folder):
   return {
     p: (p.stat().st_mtime_ns, p.read_bytes())
     for p in folder.rglob("*")
-    if p.is_file()
+    if p.is_file() and p.name != ".lock"
   }
 
 
@@ -118,6 +126,8 @@ GRAIN = {"data.pipeline": "grain", "parallel.num_devices": 2}
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
   """KD on two devices, from nothing: (workdir, result, compiled names)."""
+  programs.make_programs.cache_clear()
+  programs.network_eval_chunk.cache_clear()
   workdir = tmp_path_factory.mktemp("runs") / "first"
   config = make_config("kd", GRAIN)
   with compilations() as names:
@@ -125,7 +135,7 @@ def first(tmp_path_factory):
   return workdir, result, names
 
 
-def test_the_result(first):
+def test_result_and_metrics(first):
   workdir, result, _ = first
   assert result == json.loads((workdir / "result.json").read_text())
   records = storage.read_metrics(workdir / "metrics.jsonl")
@@ -139,29 +149,20 @@ def test_the_result(first):
   assert result["best"] == max(scores, key=lambda s: s["top1"])
   assert set(result["final"]) == {"top1", "top5", "ce", "epoch"}
   state = newest(workdir).state
-  assert (
-    result["parameters"]
-    == base.count_parameters(state["params"]["student"])
-    > 1000
-  )
-  assert result["distiller_parameters"] == 0
-  assert result["steps"] == TOTAL
+  count = base.count_parameters(state["params"]["student"])
+  assert result["parameters"] == count > 1000
+  assert result["distiller_parameters"] == 0 and result["steps"] == TOTAL
   assert result["seconds"] > 0 and result["images_per_second"] > 0
   assert (result["student"], result["method"]) == ("_tiny", "kd")
   assert result["seed"] == 0 and "CPU" in result["hardware"]
-
-
-def test_the_metrics(first):
-  workdir, _, _ = first
-  records = storage.read_metrics(workdir / "metrics.jsonl")
   trained = [r for r in records if r["kind"] == "train"]
   assert [r["step"] for r in trained] == list(range(2, TOTAL + 1, 2))
   assert [r["step"] for r in records if r["kind"] == "eval"] == [4, 8, 12]
-  for record in trained:
-    assert record["epoch"] == record["step"] / STEPS_PER_EPOCH
-    total = record["ce"] + record["kd"]  # both weigh 1
-    np.testing.assert_allclose(record["loss"], total, rtol=1e-5)
-    assert 0 <= record["top1"] <= 100
+  for line in trained:
+    assert line["epoch"] == line["step"] / STEPS_PER_EPOCH
+    # Both terms weigh 1.
+    np.testing.assert_allclose(line["loss"], line["ce"] + line["kd"], rtol=1e-5)
+    assert 0 <= line["top1"] <= 100
   # Reduced after the first epoch.
   rates = [r["learning_rate"] for r in trained]
   np.testing.assert_allclose(rates, [0.05] * 2 + [0.005] * 4, rtol=1e-6)
@@ -173,16 +174,13 @@ def test_the_workdir(first):
     *("config.json", "environment.json", "result.json", "teacher.json"),
     *("metrics.jsonl", "tensorboard", "checkpoints", "best", "export"),
   }
-  config = json.loads((workdir / "config.json").read_text())
-  assert config["optim"]["learning_rate"] == 0.05  # as settled
-  environment = json.loads((workdir / "environment.json").read_text())
-  assert environment["versions"]["jax"] == jax.__version__
-  assert environment["command"]
-  assert steps_saved(workdir) == [9, 12]
-  events = list((workdir / "tensorboard").iterdir())
-  assert len(events) == 1 and b"eval/top1" in events[0].read_bytes()
-  best = {p.name for p in (workdir / "best").iterdir()}
-  assert best == {str(result["best"]["epoch"] * STEPS_PER_EPOCH)}
+  config = storage.read_json(workdir / "config.json")
+  assert config["optim"]["learning_rate"] == 0.05  # the resolved default
+  assert checkpoint.steps(workdir / "checkpoints") == [9, 12]
+  (events,) = (workdir / "tensorboard").iterdir()
+  assert b"eval/top1" in events.read_bytes()
+  best = [result["best"]["epoch"] * STEPS_PER_EPOCH]
+  assert checkpoint.steps(workdir / "best") == best
   card = card_lib.read_card(workdir / "export")
   assert card["test"] == result["best"]
   assert card["parameters"] == result["parameters"]
@@ -193,7 +191,7 @@ def test_the_teacher(first):
   (folder,) = (workdir.parent / "teachers").iterdir()
   assert result["teacher"]["checkpoint"] == str(folder)
   assert result["teacher"]["name"] == "_tiny_wide"
-  own = json.loads((folder / "result.json").read_text())
+  own = storage.read_json(folder / "result.json")
   assert own["steps"] == STEPS_PER_EPOCH and own["method"] == "none"
   assert own["teacher"] == {}
   # Evaluated again, by the student's run, before it was used.
@@ -209,17 +207,31 @@ def test_the_teacher(first):
   assert wide and (32, 10) not in shapes and (8, 10) in shapes
 
 
-def test_one_compilation(first):
+def test_another_seed_compiles_nothing(first):
   _, _, names = first
   assert names.count("train_chunk") == 2  # the teacher's run, and this one
   # The teacher at the end of its run, its own scores, and the student.
   assert names.count("eval_chunk") == 3
+  workdir = first[0].with_name("seed")
+  config = make_config("kd", {**GRAIN, "seed": 1})
+  with compilations() as names:
+    result = train.train_and_evaluate(config, str(workdir))
+  assert not {"train_chunk", "eval_chunk"} & set(names)
+  assert not any("lambda" in name or "init" in name for name in names)
+  assert result["seed"] == 1
+  # The teacher's seed is its own: it is the same teacher.
+  assert result["teacher"] == first[1]["teacher"]
+  ours, theirs = (
+    storage.read_metrics(path / "metrics.jsonl")[0]
+    for path in (workdir, first[0])
+  )
+  assert abs(ours["loss"] - theirs["loss"]) > 1e-3
 
 
 def test_a_finished_run_is_not_repeated(first, monkeypatch):
   workdir, result, _ = first
   before = contents(workdir.parent)
-  monkeypatch.setattr(train, "Run", None)
+  monkeypatch.setattr(components, "build", None)
   again = train.train_and_evaluate(make_config("kd", GRAIN), str(workdir))
   assert again == result
   assert contents(workdir.parent) == before
@@ -227,53 +239,55 @@ def test_a_finished_run_is_not_repeated(first, monkeypatch):
 
 def test_another_teacher_is_refused(first):
   workdir, _, _ = first
-  copy = workdir.with_name("another_teacher")
-  shutil.copytree(workdir, copy)
+  copy = shutil.copytree(workdir, workdir.with_name("another_teacher"))
   (copy / "result.json").unlink()
-  made = copy / "teacher.json"
-  about = json.loads(made.read_text())
-  made.write_text(
-    json.dumps({**about, "fingerprint": about["fingerprint"] ^ 1})
-  )
+  about = storage.read_json(copy / "teacher.json")
+  about["fingerprint"] ^= 1
+  storage.write_json(copy / "teacher.json", about)
   before = contents(copy)
   with pytest.raises(ValueError, match=r"expected the weights that .* began"):
     train.train_and_evaluate(make_config("kd", GRAIN), str(copy))
   assert contents(copy) == before
 
 
-class _PowerCutError(BaseException):
+class PowerCutError(BaseException):
   pass
 
 
-def test_an_interrupted_run_ends_the_same(first, monkeypatch, capsys):
-  """Same seed, same bits; steps that are made twice are noted once."""
-  first_workdir, first_result, _ = first
-  workdir = first_workdir.with_name("interrupted")
-  config = make_config("kd", GRAIN)
-  teachers = contents(first_workdir.parent / "teachers")
-  dispatch = train.Loop._dispatch
+@pytest.fixture
+def interrupt(first, monkeypatch):
+  """interrupt(name) -> workdir of a run that lost its power at step 5."""
+  dispatch = loop.Loop.dispatch
 
   def cut(self):
     if self.step == 5:
-      self.trial.checkpoints.wait()
-      raise _PowerCutError
+      self._journal.wait()
+      raise PowerCutError
     dispatch(self)
 
-  with monkeypatch.context() as patch:
-    patch.setattr(train.Loop, "_dispatch", cut)
-    with pytest.raises(_PowerCutError):
-      train.train_and_evaluate(config, str(workdir))
-  # Within an epoch, and between two lines of metrics.
-  assert steps_saved(workdir) == [3]
-  assert not (workdir / "result.json").exists()
-  assert json.loads(lines(workdir)[-1])["step"] == 4
+  def make(name):
+    workdir = first[0].with_name(name)
+    with monkeypatch.context() as patch:
+      patch.setattr(loop.Loop, "dispatch", cut)
+      with pytest.raises(PowerCutError):
+        train.train_and_evaluate(make_config("kd", GRAIN), str(workdir))
+    # Within an epoch, and between two lines of metrics.
+    assert checkpoint.steps(workdir / "checkpoints") == [3]
+    assert json.loads(lines(workdir)[-1])["step"] == 4
+    return workdir
+
+  return make
+
+
+def test_an_interrupted_run_ends_the_same(first, interrupt, capsys):
+  """Same seed, same bits; steps that are made twice are noted once."""
+  first_workdir, first_result, _ = first
+  teachers = contents(first_workdir.parent / "teachers")
+  workdir = interrupt("interrupted")
   out = capsys.readouterr().out
   assert "teacher _tiny_wide: reusing" in out and "training" not in out
-
-  with compilations() as names:
-    result = train.train_and_evaluate(config, str(workdir))
-  assert f"going on from step 3 of {TOTAL}" in capsys.readouterr().out
-  assert names.count("train_chunk") == 1
+  result = train.train_and_evaluate(make_config("kd", GRAIN), str(workdir))
+  assert f"resuming from step 3 of {TOTAL}" in capsys.readouterr().out
   assert_same_bits(newest(workdir).state, newest(first_workdir).state)
   assert lines(workdir) == lines(first_workdir)
   for name in ("final", "best", "teacher", "parameters", "steps"):
@@ -286,39 +300,52 @@ def test_an_interrupted_run_ends_the_same(first, monkeypatch, capsys):
   assert_same_bits(*exported)
 
 
+def test_it_resumes_on_other_hardware(first, interrupt):
+  """As on GPUs: other devices, and an epoch to a dispatch."""
+  workdir = interrupt("moved")
+  changes = {
+    "data.pipeline": "grain",
+    "parallel.num_devices": 4,
+    "parallel.mapping": "pmap",
+    "steps_per_dispatch": 4,
+    "eval.batch_size": 20,
+  }
+  train.train_and_evaluate(make_config("kd", changes), str(workdir))
+  # Another program, with other roundings.
+  ours, theirs = (newest(path).state for path in (workdir, first[0]))
+  assert_close(ours["params"], theirs["params"])
+  records = storage.read_metrics(workdir / "metrics.jsonl")
+  assert [r["step"] for r in records if r["kind"] == "eval"] == [4, 8, 12]
+
+
 def test_evaluation_does_not_stop_the_devices(first, monkeypatch):
   """They have the next epoch's work before anybody waits for its scores."""
   events = []
-  dispatch, evaluator = train.Loop._dispatch, train.Run._evaluator
+  build, begin = components.build, evaluator.Evaluator.begin
 
-  def noted_dispatch(self):
-    map_chunk = self.run_.train_chunk
+  def noted_build(*arguments):
+    parts = build(*arguments)
+    train_chunk = parts.programs.train_chunk
 
-    def chunk(*arguments):
+    def noted(*arguments):
       events.append("train")
-      return map_chunk(*arguments)
+      return train_chunk(*arguments)
 
-    with monkeypatch.context() as patch:
-      patch.setattr(self.run_, "train_chunk", chunk)
-      dispatch(self)
+    made = dataclasses.replace(parts.programs, train_chunk=noted)
+    return dataclasses.replace(parts, programs=made)
 
-  def noted_evaluator(self, *networks):
-    begin = evaluator(self, *networks)
+  def noted_begin(self, *arguments):
+    scores = begin(self, *arguments)
+    events.append("evaluate")
 
-    def noted(*variables):
-      scores = begin(*variables)
-      events.append("evaluate")
+    def wait():
+      events.append("score")
+      return scores()
 
-      def wait():
-        events.append("score")
-        return scores()
+    return wait
 
-      return wait
-
-    return noted
-
-  monkeypatch.setattr(train.Loop, "_dispatch", noted_dispatch)
-  monkeypatch.setattr(train.Run, "_evaluator", noted_evaluator)
+  monkeypatch.setattr(components, "build", noted_build)
+  monkeypatch.setattr(evaluator.Evaluator, "begin", noted_begin)
   workdir = first[0].with_name("beside")
   changes = {
     "steps_per_dispatch": STEPS_PER_EPOCH,
@@ -374,60 +401,17 @@ def test_the_best_is_what_is_on_disk(first):
   assert (workdir / "best_corrupt" / step.name).exists()
 
 
-def test_other_devices_and_dispatches_give_the_same_run(first):
-  workdir = first[0].with_name("others")
-  changes = {
-    "data.pipeline": "grain",
-    "parallel.num_devices": 4,
-    "parallel.mapping": "pmap",
-    "steps_per_dispatch": 4,
-  }
-  train.train_and_evaluate(make_config("kd", changes), str(workdir))
-  ours, theirs = (newest(path).state for path in (workdir, first[0]))
-  assert_close(ours["params"], theirs["params"])
-
-
-def test_a_cpu_run_goes_on_where_a_dispatch_is_an_epoch(first, monkeypatch):
-  """As on a GPU, from a checkpoint of within an epoch."""
-  workdir = first[0].with_name("moved")
-  config = make_config("kd", GRAIN)
-  assert config.steps_per_dispatch == 0
-  save = train.Trial.save
-
-  def cut(self, step, *arguments):
-    if step == 6:
-      raise _PowerCutError
-    save(self, step, *arguments)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(train.Trial, "save", cut)
-    with pytest.raises(_PowerCutError):
-      train.train_and_evaluate(config, str(workdir))
-  assert steps_saved(workdir) == [3]
-  monkeypatch.setattr(config_lib, "steps_per_dispatch", lambda *_, **__: 4)
-  train.train_and_evaluate(config, str(workdir))
-  # Another program, of other roundings.
-  ours, theirs = (newest(path).state for path in (workdir, first[0]))
-  assert_close(ours["params"], theirs["params"])
-  evals = [
-    r["step"]
-    for r in storage.read_metrics(workdir / "metrics.jsonl")
-    if r["kind"] == "eval"
-  ]
-  assert evals == [4, 8, 12]
-
-
 def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
   config = make_config("teacher", {"epochs": 1, "checkpoint.every_steps": 0})
-  begin = train.Trial.begin_evaluation
+  begin = journal.Journal.begin_evaluation
 
   def signalled(self, *arguments):
     signal.raise_signal(signal.SIGTERM)
     begin(self, *arguments)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Trial, "begin_evaluation", signalled)
-    with pytest.raises(errors.PreemptedError, match="step 4, saved in"):
+    patch.setattr(journal.Journal, "begin_evaluation", signalled)
+    with pytest.raises(errors.PreemptedError, match="SIGTERM at step 4, saved"):
       train.train_and_evaluate(config, str(tmp_path))
   assert not (tmp_path / "result.json").exists()
   assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 4
@@ -437,7 +421,6 @@ def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
 def test_what_cannot_be_saved_ends_the_run(tmp_path, monkeypatch, what):
   changes = {"epochs": 2, "checkpoint.every_steps": 3, "log.every_steps": 1}
   config = make_config("teacher", changes)
-  full = OSError(28, "No space left on device")
   of, name = {
     "metrics": (writers.Writer, "write"),
     "checkpoint": (checkpoint.Checkpointer, "save"),
@@ -446,7 +429,7 @@ def test_what_cannot_be_saved_ends_the_run(tmp_path, monkeypatch, what):
 
   def fail(self, step, *arguments, **more):
     if step == 6:
-      raise full
+      raise OSError(28, "No space left on device")
     whole(self, step, *arguments, **more)
 
   with monkeypatch.context() as patch:
@@ -455,82 +438,71 @@ def test_what_cannot_be_saved_ends_the_run(tmp_path, monkeypatch, what):
       errors.UnsavedError, match=r"No space left .* resumes from step 3$"
     ):
       train.train_and_evaluate(config, str(tmp_path))
-  assert steps_saved(tmp_path) == [3]
+  assert checkpoint.steps(tmp_path / "checkpoints") == [3]
   assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 8
 
 
-def test_another_seed_is_another_run(first):
-  workdir = first[0].with_name("seed")
-  config = make_config("kd", {**GRAIN, "seed": 1, "epochs": 1})
-  result = train.train_and_evaluate(config, str(workdir))
-  assert result["seed"] == 1
-  # The teacher's seed is its own: it is the same teacher.
-  assert result["teacher"] == first[1]["teacher"]
-  ours, theirs = (
-    next(r for r in storage.read_metrics(p / "metrics.jsonl") if r["step"] == 2)
-    for p in (workdir, first[0])
-  )
-  assert abs(ours["loss"] - theirs["loss"]) > 1e-3
-
-
-def build(tmp_path, name, changes):
-  config = make_config(name, changes)
-  sources = train._sources(config)
-  return train.Run(
-    config_lib.resolve_defaults(config, sources[0]), tmp_path, *sources
-  )
-
-
-def test_data_depend_on_the_seed_alone(tmp_path):
+def test_data_depend_on_the_seed_alone(tmp_path, monkeypatch):
   """Whatever the networks, the method and the devices."""
-  runs = [
-    build(tmp_path, "kd", {"parallel.num_devices": 2}),
-    build(tmp_path, "teacher", {"student.name": "_tiny_wide"}),
-    build(tmp_path, "teacher", {"seed": 1}),
-    build(tmp_path, "kd", {"seed": 1, "data.seed": 0}),
-  ]
+  transforms, make_loss_fn = [], loss.make_loss_fn
+
+  def noted(*, transform, **arguments):
+    transforms.append(transform)
+    return make_loss_fn(transform=transform, **arguments)
+
+  monkeypatch.setattr(loss, "make_loss_fn", noted)
   orders, images = [], []
-  for run in runs:
-    rows = [run.pipeline.next_chunk(4)["index"] for _ in range(3)]
+  for name, changes in (
+    ("kd", {"parallel.num_devices": 2, "data.flip": True}),
+    ("teacher", {"student.name": "_tiny_wide"}),
+    ("teacher", {"seed": 1}),
+    ("kd", {"seed": 1, "data.seed": 0}),
+  ):
+    programs.make_programs.cache_clear()
+    parts = train.prepare(make_config(name, changes), tmp_path).parts
+    rows = [parts.pipeline.next_chunk(4)["index"] for _ in range(3)]
     orders.append(np.concatenate(rows))
-    batch = run.pipeline.load(run.pipeline.resident, {"index": jnp.arange(8)})
-    images.append(run._transform(jax.random.key(3), batch))
+    batch = parts.pipeline.load(
+      parts.pipeline.resident, {"index": jnp.arange(8)}
+    )
+    images.append(transforms[-1](jax.random.key(3), batch))
+    assert list(parts.seeds) == [
+      changes.get("seed", 0),
+      changes.get("data.seed", changes.get("seed", 0)),
+    ]
   np.testing.assert_array_equal(orders[0], orders[1])
   np.testing.assert_array_equal(images[0], images[1])
   assert (orders[0] != orders[2]).any()
   np.testing.assert_array_equal(orders[0], orders[3])
-  # Augmented: not what the normalisation alone makes of them.
-  assert np.abs(images[0] - runs[0].normalize(batch["image"])).max() > 0.1
+  # Augmented: another key gives other images.
+  other = transforms[-1](jax.random.key(4), batch)
+  assert np.abs(images[-1] - other).max() > 0.1
 
 
-def diverge(workdir, **changes):
-  """Makes a run whose second step cannot be finite; returns the error."""
-  changes = {"optim.learning_rate": 1e30, **changes}
-  with pytest.raises(errors.NonFiniteLossError) as caught:
-    train.train_and_evaluate(make_config("teacher", changes), str(workdir))
-  assert not (workdir / "result.json").exists()
-  records = storage.read_metrics(workdir / "metrics.jsonl")
+@pytest.mark.parametrize(
+  ("changes", "kept", "steps"),
+  [
+    (
+      {"checkpoint.every_steps": 1},
+      r"The last checkpoint, of step 1, is from before it",
+      [1],
+    ),
+    # Four steps to a dispatch: when it is seen, two more have been made.
+    (
+      {"steps_per_dispatch": 4, "checkpoint.every_steps": 4},
+      r"No checkpoint had been written",
+      [],
+    ),
+  ],
+)
+def test_a_loss_that_is_not_finite_is_not_kept(tmp_path, changes, kept, steps):
+  config = make_config("teacher", {"optim.learning_rate": 1e30, **changes})
+  with pytest.raises(
+    errors.NonFiniteLossError,
+    match=rf"step 2: .* \(terms: ce\)\. {kept}\. .*rate \(now 1e\+30\)",
+  ):
+    train.train_and_evaluate(config, str(tmp_path))
+  assert checkpoint.steps(tmp_path / "checkpoints") == steps
+  assert not (tmp_path / "result.json").exists()
+  records = storage.read_metrics(tmp_path / "metrics.jsonl")
   assert all(np.isfinite(r["loss"]) for r in records)
-  return str(caught.value)
-
-
-def test_a_loss_that_is_not_finite(tmp_path):
-  workdir = tmp_path / "run"
-  said = diverge(workdir, **{"checkpoint.every_steps": 1})
-  assert re.search(
-    r"step 2: the loss is not finite \(terms: ce\)\. The last checkpoint, of"
-    r" step 1, is from before it\. Lower config\.optim\.learning_rate \(now"
-    r" 1e\+30\)",
-    said,
-  )
-  assert steps_saved(workdir) == [1]
-  assert newest(workdir).step == 1
-
-
-def test_it_is_not_kept(tmp_path):
-  """Four steps to a dispatch: when it is seen, two more have been made."""
-  workdir = tmp_path / "run"
-  changes = {"steps_per_dispatch": 4, "checkpoint.every_steps": 4}
-  said = diverge(workdir, **changes)
-  assert re.search(r"step 2: .* No checkpoint had been written\. Lower", said)
-  assert steps_saved(workdir) == []

@@ -1,0 +1,49 @@
+"""Signals that ask a run to stop."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from kd_jax.distributed import signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signals(number):
+  seen = []
+  outside = signal.signal(number, lambda *_: seen.append("outside"))
+  try:
+    with signals.StopSignals() as stop:
+      assert stop.received is None
+      os.kill(os.getpid(), number)
+      assert stop.received == signal.Signals(number).name
+      assert seen == []
+      os.kill(os.getpid(), number)  # the second acts as without the context
+      assert seen == ["outside"]
+    os.kill(os.getpid(), number)
+    assert seen == ["outside", "outside"]
+  finally:
+    signal.signal(number, outside)
+
+
+def test_stop_signals_restore_the_handlers_after_an_error():
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(RuntimeError), signals.StopSignals():
+    assert signal.getsignal(signal.SIGTERM) != before
+    raise RuntimeError
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_stop_signals_do_nothing_in_another_thread():
+  before = signal.getsignal(signal.SIGTERM)
+  seen = []
+
+  def work():
+    with signals.StopSignals() as stop:
+      seen.append((stop.received, signal.getsignal(signal.SIGTERM)))
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert seen == [(None, before)]
