@@ -9,9 +9,11 @@ arguments so that numpy takes its bytes for object pointers. Stand-ins collect
 the description of an array, and the array is made from it with checks.
 """
 
+import mmap
 import pickle
+import pickletools
 import re
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -87,6 +89,133 @@ class _Unpickler(pickle.Unpickler):
       " it was executed. It is not the publisher's file (or was pickled"
       " again with a newer protocol): download the archive again."
     )
+
+
+# Far more than any checkpoint or CIFAR file has, and soon counted.
+_MAX_INSTRUCTIONS = 2_000_000
+_MAX_DEPTH = 64
+_MAX_OBJECTS = 10_000_000  # those that are shared counted each time
+
+_PUT = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
+_GET = frozenset(("GET", "BINGET", "LONG_BINGET"))
+_GROW = frozenset(
+  ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+)
+
+
+class Summary(NamedTuple):
+  """What a pickle would build.
+
+  Attributes:
+    globals: "module.name" of what it asks for.
+    persistent_ids: of the objects that are stored elsewhere; constants and
+      tuples of them, None for anything else.
+  """
+
+  globals: frozenset[str]
+  persistent_ids: tuple[Any, ...]
+
+
+class _Item:
+  """An object on the scanner's stack: its nesting and its size in objects."""
+
+  __slots__ = ("depth", "is_shared", "size", "value")
+
+  def __init__(
+    self, depth: int, size: int, value: Any = None, is_shared: bool = False
+  ):
+    self.depth, self.size = depth, size
+    self.value, self.is_shared = value, is_shared
+
+
+def scan(file: BinaryIO | mmap.mmap) -> Summary:
+  """Check a pickle's instructions before an unpickler follows them.
+
+  A short pickle can nest so deep that the process crashes, name a place of the
+  memo that takes gigabytes, or share dicts so that walking them takes years.
+
+  Args:
+    file: at the start of a pickle; left behind its end. Its `read` must not
+      allocate more than the file has.
+
+  Raises:
+    ValueError: if it is no pickle, is cut short, or passes a limit.
+  """
+  stack: list[_Item] = []
+  marks: list[int] = []
+  memo: dict[int, _Item] = {}
+  names: set[str] = set()
+  ids: list[Any] = []
+  for count, (op, arg, _) in enumerate(pickletools.genops(file)):
+    if count > _MAX_INSTRUCTIONS:
+      raise ValueError(f"a pickle of more than {_MAX_INSTRUCTIONS:,} steps")
+    name, before, after = op.name, op.stack_before, op.stack_after
+    if name == "MARK":
+      marks.append(len(stack))
+    elif name in _PUT or name == "MEMOIZE":
+      place = len(memo) if arg is None else arg
+      # Picklers number what they put; the C unpickler allocates up to there.
+      if not stack or not 0 <= place <= count:
+        raise ValueError(f"a pickle that puts to place {place:,} of its memo")
+      memo[place] = stack[-1]
+    elif name in _GET:
+      if arg not in memo:
+        raise ValueError(f"a pickle that gets from place {arg:,} of its memo")
+      kept = memo[arg]
+      stack.append(_Item(kept.depth, kept.size, kept.value, True))
+    elif not before:
+      if name == "GLOBAL":
+        arg = arg.replace(" ", ".", 1)
+        names.add(arg)
+      if after:
+        stack.append(_Item(1, 1, arg))
+    elif name == "POP" and marks and marks[-1] == len(stack):
+      marks.pop()
+    else:
+      fixed, taken = len(before), []
+      if pickletools.markobject in before:
+        fixed = before.index(pickletools.markobject)
+        if not marks:
+          raise ValueError("a pickle without the mark that it goes back to")
+        start = marks.pop()
+        taken = stack[start:]
+        del stack[start:]
+      if len(stack) - (marks[-1] if marks else 0) < fixed:
+        raise ValueError("a pickle that takes from an empty stack")
+      if fixed:
+        taken = stack[-fixed:] + taken
+        del stack[-fixed:]
+      if not after:  # dropped
+        continue
+      if name in _GROW:
+        item, *parts = taken
+        if item.is_shared and parts:
+          raise ValueError("a pickle that changes an object that is shared")
+        if parts:
+          item.depth = max(item.depth, 1 + max(p.depth for p in parts))
+          item.size += sum(p.size for p in parts)
+      else:
+        item = _Item(
+          1 + max((p.depth for p in taken), default=0),
+          1 + sum(p.size for p in taken),
+        )
+        if name.startswith("TUPLE") and len(taken) < 10:
+          item.value = tuple(p.value for p in taken)
+        elif name == "BINPERSID":
+          ids.append(taken[0].value)
+        elif name == "STACK_GLOBAL":
+          item.value = f"{taken[0].value}.{taken[1].value}"
+          names.add(item.value)
+        elif name == "INST":
+          names.add(arg.replace(" ", ".", 1))
+        elif name == "DUP":
+          item = _Item(taken[0].depth, taken[0].size, taken[0].value, True)
+      if item.depth > _MAX_DEPTH:
+        raise ValueError(f"a pickle of more than {_MAX_DEPTH} levels")
+      if item.size > _MAX_OBJECTS:
+        raise ValueError(f"a pickle of more than {_MAX_OBJECTS:,} objects")
+      stack.extend([item] * len(after))
+  return Summary(frozenset(names), tuple(ids))
 
 
 def load(file: BinaryIO, name: str) -> dict[str, Any]:

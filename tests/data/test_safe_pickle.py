@@ -126,3 +126,43 @@ def test_damage_is_reported():
     read(content.replace(shape, wrong))
   with pytest.raises(ValueError, match="must hold a dict, got list"):
     read(pickle.dumps([1, 2], 2))
+
+
+def nested(levels):
+  return b"]" * levels + b"a" * (levels - 1) + b"."
+
+
+SHARED = b"}q\x00." + b"".join(
+  b"}q" + bytes([i]) + b"(K\x00h" + bytes([i - 1]) + b"K\x01h" + bytes([i - 1])
+  + b"u" for i in range(1, 30)
+) + b"."  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("content", "words"),
+  [
+    (nested(100_000), "more than 64 levels"),
+    (b"]r\x00\x00\x00\x10.", "puts to place 268,435,456 of its memo"),
+    (SHARED.replace(b"q\x00.", b"q\x00", 1), "more than 10,000,000 objects"),
+    (b"N0" * 2_000_001 + b".", "more than 2,000,000 steps"),
+    (b"]q\x00h\x00]a.", "changes an object that is shared"),
+    (b"h\x00.", "gets from place 0"),
+    (b"a.", "takes from an empty stack"),
+    (b"t.", "without the mark"),
+    (b"X\xff\xff\xff\x7fa.", "remain"),
+    (b"]", "exhausted"),
+  ],
+)
+def test_scan_refuses_what_an_unpickler_would_choke_on(content, words):
+  with pytest.raises(ValueError, match=words):
+    safe_pickle.scan(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_scan_passes_what_picklers_write(protocol):
+  shared = [1.5, "a", b"b", {1, 2}, frozenset((3,)), None, 2**80]
+  content = {"a": shared, "b": (shared, np.float64(1)), "c": list(range(3000))}
+  file = io.BytesIO(pickle.dumps(content, protocol) + b"rest")
+  found = safe_pickle.scan(file)
+  assert any(name.endswith("multiarray.scalar") for name in found.globals)
+  assert file.read() == b"rest"
