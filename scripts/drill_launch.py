@@ -1,8 +1,8 @@
-"""launch.py with a fault to come, for `drills.py`.
+"""launch.py with a fault, for `drills.py`.
 
---data_file=FILE: with every batch, process 1 opens FILE, as a pipeline that
-reads its images from files does. --apart: every process has a workdir of its
-own, as on machines without a common file system.
+--data_file=FILE: process 1 opens FILE with every batch, as a pipeline does that
+reads images from files. --apart: each process has its own workdir, as on
+machines without a common file system.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ _APART = flags.DEFINE_bool("apart", False, "Other workdirs for all.")
 
 
 def main(argv: list[str]) -> None:
-  """Arms what the flags say, and runs launch.py."""
+  """Prepares the fault, and runs launch.py."""
   import jax
 
   from kd_jax.data import grain
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
     grain.GrainPipeline.next_chunk = read
   if _APART.value:
-    processes._VISIBLE = 1.0
+    processes.VISIBLE = 1.0
     whole = train.train_and_evaluate
     train.train_and_evaluate = lambda config, workdir, *_: whole(
       config, f"{workdir}/{jax.process_index()}"

@@ -1,9 +1,9 @@
-"""One process of several small runs, one after the other, for `drills.py`.
+"""A process that does several small runs one after another, for `drills.py`.
 
     python scripts/drill_worker.py ADDRESS COUNT INDEX FOLDER JOBS
 
-JOBS is JSON: [[method, name of the run, step at which the last process gets a
-SIGTERM or 0, {field of the config: value}], ...].
+JOBS is JSON: [[method, name of the run, step at which the last process gets
+SIGTERM or 0, {config field: value}], ...].
 """
 
 import importlib
@@ -35,7 +35,7 @@ TINY = {
 
 
 def make_config(method: str, changes: dict[str, object]):
-  """A method's config, as small as it gets."""
+  """Returns a method's config with tiny networks and images."""
   config = importlib.import_module(f"configs.{method}_cifar").get_config(
     "smoke"
   )
