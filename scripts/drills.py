@@ -60,9 +60,9 @@ RESUMED = "resuming from step"
 UNUSABLE = r"checkpoint of step \d+ in .* cannot be used"
 
 
-def _copy(pipe: IO[bytes], log: pathlib.Path) -> None:
-  with log.open("wb", buffering=0) as file:
-    shutil.copyfileobj(pipe, file)
+def _copy(pipe: IO[bytes], log: IO[bytes]) -> None:
+  with pipe, log:
+    shutil.copyfileobj(pipe, log)
 
 
 class Processes:
@@ -115,7 +115,8 @@ class Processes:
         stderr=subprocess.STDOUT,
         bufsize=0,
       )
-      pump = threading.Thread(target=_copy, args=(child.stdout, log))
+      file = log.open("wb", buffering=0)
+      pump = threading.Thread(target=_copy, args=(child.stdout, file))
       pump.start()
       self.pumps.append(pump)
       self.children.append(child)

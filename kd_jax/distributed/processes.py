@@ -247,6 +247,20 @@ def holding(try_lock: Callable[[], bool]) -> Iterator[None]:
   yield
 
 
+def is_lost(error: BaseException | None) -> bool:
+  """Whether an error shows that another process, or the network, has ended.
+
+  XLA and Gloo raise errors of several classes, and Orbax wraps them.
+  """
+  if error is None or jax.process_count() == 1:
+    return False
+  text = str(error)
+  lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in text
+  # Out of memory is this process's own fault.
+  own = text.startswith("RESOURCE_EXHAUSTED")
+  return (lost and not own) or is_lost(error.__cause__)
+
+
 def end(code: int) -> None:
   """Ends this process at once if it is one of several.
 

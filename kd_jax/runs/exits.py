@@ -90,8 +90,7 @@ def _explain(error: Exception) -> int | None:
   from kd_jax.runs import errors
 
   several = jax.distributed.is_initialized() and jax.process_count() > 1
-  # Prefix of XLA and Gloo error messages, of whatever class they are.
-  lost = several and re.match(r"[A-Z_]{5,}: ", str(error)) is not None
+  lost = several and processes.is_lost(error)
   code = FAILED
   if isinstance(error, errors.PreemptedError):
     code = STOPPED

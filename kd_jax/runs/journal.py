@@ -298,6 +298,8 @@ class Journal:
     try:
       yield
     except Exception as error:  # Orbax raises whatever its threads raised
+      if processes.is_lost(error):
+        raise
       with contextlib.suppress(Exception):
         self._checkpoints.wait()
       raise errors.UnsavedError(
