@@ -9,7 +9,6 @@ arguments so that numpy takes its bytes for object pointers. Stand-ins collect
 the description of an array, and the array is made from it with checks.
 """
 
-import mmap
 import pickle
 import pickletools
 import re
@@ -128,15 +127,15 @@ class _Item:
     self.value, self.is_shared = value, is_shared
 
 
-def scan(file: BinaryIO | mmap.mmap) -> Summary:
+def scan(file: Any) -> Summary:
   """Check a pickle's instructions before an unpickler follows them.
 
   A short pickle can nest so deep that the process crashes, name a place of the
   memo that takes gigabytes, or share dicts so that walking them takes years.
 
   Args:
-    file: at the start of a pickle; left behind its end. Its `read` must not
-      allocate more than the file has.
+    file: an `io.BytesIO` or `mmap.mmap` at the start of a pickle; left behind
+      its end. (A file's own `read` may allocate more than the file has.)
 
   Raises:
     ValueError: if it is no pickle, is cut short, or passes a limit.
@@ -146,6 +145,7 @@ def scan(file: BinaryIO | mmap.mmap) -> Summary:
   memo: dict[int, _Item] = {}
   names: set[str] = set()
   ids: list[Any] = []
+  arg: Any
   for count, (op, arg, _) in enumerate(pickletools.genops(file)):
     if count > _MAX_INSTRUCTIONS:
       raise ValueError(f"a pickle of more than {_MAX_INSTRUCTIONS:,} steps")

@@ -1,13 +1,18 @@
 """The model card of an export: `model.json`."""
 
+import logging
 import pathlib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import numpy as np
 from msgspec import Meta
 
 from kd_jax import distillers, models, storage
+
+_log = logging.getLogger(__name__)
 
 FORMAT = "kd_jax export 2"
 CARD = "model.json"
@@ -150,6 +155,61 @@ def require_imported(card: Mapping[str, Any]) -> None:
         f"the model card asks for {name}, which is code outside kd_jax. If you"
         f" trust it, import {module} first, or give {name} as the model's name"
       )
+
+
+def match_classes(
+  expected: Sequence[str], got: Sequence[str], what: str
+) -> np.ndarray | None:
+  """Match the classes of data to those of a model by their names.
+
+  Case, and blanks, hyphens and underscores, make no difference. Numbers
+  ("0", "class 0") and WordNet's identifiers beside words tell nothing, so such
+  names are not compared.
+
+  Args:
+    expected: names of the model's classes.
+    got: names of the data's, as many.
+    what: names both in errors and in the log.
+
+  Returns:
+    None if they are the same in the same order, or not compared; else int [K],
+    the model's class of each class of the data: `logits[:, order]` has the
+    data's order.
+
+  Raises:
+    ValueError: if they differ; it lists some differences.
+  """
+  ours, theirs = (
+    [re.sub(r"[\s_-]+", " ", str(n)).strip().casefold() for n in names]
+    for names in (expected, got)
+  )
+  generic = any(
+    all(re.fullmatch(r"(class )?\d+", name) for name in names)
+    for names in (ours, theirs)
+  )
+  wordnet = [
+    all(re.fullmatch(r"n\d{8}", name) for name in names)
+    for names in (ours, theirs)
+  ]
+  if generic or ours == theirs or wordnet[0] != wordnet[1]:
+    return None
+  place = {name: i for i, name in enumerate(ours)}
+  if sorted(ours) != sorted(theirs) or len(place) < len(ours):
+    different = [
+      f"{i}: {a!r} and {b!r}"
+      for i, (a, b) in enumerate(zip(expected, got, strict=True))
+      if ours[i] != theirs[i]
+    ]
+    raise ValueError(
+      f"{what}: expected the same classes, got {len(different)} of"
+      f" {len(ours)} that differ ({', '.join(different[:3])}"
+      f"{', ...' if len(different) > 3 else ''}). Choose data of the model's"
+      " classes, or rename the class folders"
+    )
+  _log.info(
+    "%s: the same classes in another order; labels are matched by name", what
+  )
+  return np.array([place[name] for name in theirs])
 
 
 def describe(card: Mapping[str, Any]) -> str:
