@@ -22,17 +22,19 @@ def topk_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
   Args:
     logits: [B, C].
     labels: [B] int.
-    k: at most C is used. Ties count against the label, and NaN is no hit.
+    k: with k >= C every number is a hit; NaN never is. Ties count against the
+      label.
 
   Returns:
     [B] float32, 1 for a hit.
   """
   own = jnp.take_along_axis(logits, labels[:, None], axis=1)
+  if k >= logits.shape[1]:
+    return (~jnp.isnan(own[:, 0])).astype(jnp.float32)
   # Comparisons with NaN are false: count what is surely smaller instead of
   # what is larger, so that a diverged network scores 0 and not 100 %.
   smaller = jnp.sum((logits < own).astype(jnp.int32), axis=1)
-  hit = smaller >= logits.shape[1] - min(k, logits.shape[1])
-  return (hit & ~jnp.isnan(own[:, 0])).astype(jnp.float32)
+  return (smaller >= logits.shape[1] - k).astype(jnp.float32)
 
 
 def global_sums(
