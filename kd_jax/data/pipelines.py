@@ -37,7 +37,8 @@ def create(
 
   Args:
     name: "device" (the set stays on the device), "grain" (host memory or
-      image files) or "dali" (image files).
+      image files), "dali" (image files), or "package.module:class", a
+      `Pipeline` of your own.
     source: the training set.
     settings: options of any pipeline; those that this one does not have are
       ignored.
@@ -89,9 +90,10 @@ def eval_stream(
 
 def _find(name: str, part: int) -> Any:
   """A pipeline's class (part 0), or its evaluation stream's (part 1)."""
-  module, attribute = resolve(name, _PIPELINES, what="pipeline")[part].split(
-    ":"
-  )
+  found = resolve(name, _PIPELINES, what="pipeline")
+  if not isinstance(found, tuple):  # a user's own class
+    return EvalStream if part else found
+  module, attribute = found[part].split(":")
   try:
     return getattr(importlib.import_module(module), attribute)
   except ModuleNotFoundError as error:

@@ -251,6 +251,14 @@ def test_what_does_not_fit_is_refused(make, options, words):
     make(**options)
 
 
+def test_a_name_may_be_a_class_of_the_users_own(sources):
+  own, options = "kd_jax.data.grain:GrainPipeline", {"batch_size": 8, "seed": 0}
+  pipeline = data.create(own, sources["memory"], **options)
+  assert pipeline.next_chunk(1)["index"].shape == (1, 8)
+  stream = data.eval_stream(sources["files"], 8, pipeline=own)
+  assert type(stream) is data.EvalStream
+
+
 @pytest.mark.parametrize(
   ("name", "package", "kind"),
   [("grain", "grain", "files"), ("dali", "nvidia.dali", "files")],
