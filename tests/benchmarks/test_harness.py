@@ -239,30 +239,6 @@ def test_a_process_waits_for_its_turns(last, result, tmp_path):
     assert process.result == result
 
 
-def test_a_process_ends_when_its_starter_does(tmp_path):
-  done = subprocess.run(
-    [sys.executable, "-c", WAITING],
-    env={**ENVIRONMENT, "PYTHONPATH": str(REPO)},
-    input="\n",
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.stdout.splitlines() == [cell.READY, "warm: False", cell.READY]
-  assert done.returncode == 1 and "expected a line" in done.stderr
-
-
-def test_the_driver_names_the_cards(tmp_path, monkeypatch):
-  stub = tmp_path / "nvidia-smi"
-  monkeypatch.setenv("PATH", str(tmp_path))
-  assert measure.gpus() == []
-  stub.write_text("#!/bin/sh\necho NVIDIA H200\necho NVIDIA L4\n")
-  stub.chmod(0o755)
-  assert measure.gpus() == ["NVIDIA H200", "NVIDIA L4"]
-  stub.write_text("#!/bin/sh\necho it failed to talk with the driver\nexit 9\n")
-  assert measure.gpus() == []
-
-
 def test_peaks_are_of_whole_names():
   assert measure.peak("NVIDIA H200", "float32") == 494.7e12
   assert measure.peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
@@ -365,17 +341,6 @@ def test_guard_keeps_a_history_and_compares(tmp_path, monkeypatch, capsys):
   with pytest.raises(SystemExit, match=r"none jax: expected.*more --seconds"):
     run("--check", rows=broken)
   assert len(history.read_text().splitlines()) == 1
-
-
-def test_guard_asks_for_what_it_divides(monkeypatch, tmp_path):
-  asked = []
-  monkeypatch.setattr(
-    step, "measure_all", lambda cells, **options: asked.extend(cells)
-  )
-  guard.measure_cells(str(tmp_path), 1)
-  assert {(cell.work.method, cell.side) for cell in asked} == {
-    (r["cell"]["work"]["method"], r["cell"]["side"]) for r in rows_of(simkd=1.0)
-  }
 
 
 def run_script(script: pathlib.Path, tmp_path, *pieces: str, **environment):

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from benchmarks import image_loading, input_pipeline, measure
-from kd_jax import data
 
 
 def check_rates(row, line, key, turns):
@@ -47,18 +46,6 @@ def test_input_pipelines_beside_each_other(
     check_rates(row, line, "images_per_second", 3)
     # An epoch is all of the 32 images, in a made-up second.
     assert row["images_per_cpu_second"] == 32
-
-
-def test_the_loader_hands_over_every_image_of_an_epoch_once():
-  source = data.load(
-    "synthetic", split="train", num_examples=24, num_classes=4, image_size=16
-  )
-  seen = []
-  for pixels, labels, index in input_pipeline.make_loader(source, 8, 0):
-    assert pixels.shape == (8, 3, 16, 16)
-    assert (labels.numpy() == source.labels[index]).all()
-    seen += index.tolist()
-  assert sorted(seen) == list(range(24))
 
 
 def test_image_loaders_beside_each_other(

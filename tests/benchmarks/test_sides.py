@@ -130,18 +130,6 @@ def test_crd_contrasts_the_same_whichever_way(weights):
   assert moved[:8].all() and not moved[8:].any()
 
 
-def test_the_loader_goes_on_when_the_set_was_cut_short():
-  """As a real one does: between epochs its workers and the device rest."""
-  work = tiny("none")
-  examples = torch_side.Examples(work, torch_side.arrays(work))
-  assert len(examples) == 50_000
-  pixels, label, i = examples[32 + 5]
-  assert (label, i) == (work.source.labels[5], 5)
-  torch.testing.assert_close(pixels, examples[5][0])
-  assert tiny("none", image_size=224).epoch_examples == 1_281_167
-  assert tiny("none", examples=60_000).epoch_examples == 60_000
-
-
 def test_compiled_step_copies_no_constants(weights, monkeypatch):
   """CUDA graphs copy each input of another address: the whole set."""
   seen = []
