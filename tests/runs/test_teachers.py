@@ -36,12 +36,15 @@ def simkd(smoke_run):
   return smoke_run("simkd_cifar")
 
 
-def make(**fields):
-  config = base.get_config()
+def update(config, fields):
   with config.unlocked():
     for name, value in fields.items():
       config.update_from_flattened_dict({name.replace("__", "."): value})
   return config
+
+
+def make(**fields):
+  return update(base.get_config(), fields)
 
 
 def find(source, **fields):
@@ -94,9 +97,7 @@ def test_several_are_dicts_of_all_fields(kd, simkd, source):
   names = identity.config_fingerprint(config)
   assert "teachers.1.weight" in names and "teachers.1.name" in names
   assert "teachers.1.checkpoint" not in names
-
-
-def test_a_list_of_one_is_that_one(kd):
+  # A list of one is that one.
   config = teachers.resolve_teachers(
     make(teachers=(str(kd),), teacher__name="vgg8")
   )
@@ -119,26 +120,17 @@ def test_a_list_of_one_is_that_one(kd):
 def test_entries_that_make_no_sense(given, words):
   with pytest.raises(ValueError, match=words):
     teachers.resolve_teachers(make(teachers=given))
-
-
-def test_one_teacher_or_several():
   with pytest.raises(ValueError, match="expected one of them, got both"):
-    teachers.resolve_teachers(
-      make(teachers=({"name": "vgg8"},), teacher__checkpoint="runs/x")
-    )
+    teachers.resolve_teachers(make(teachers=given, teacher__checkpoint="x"))
 
 
 # The run that trains one.
 
 
 def small(**fields):
-  config = base.distillation("kd", weights={"ce": 1.0, "kd": 1.0})
-  config = base.finish(config, "smoke")
-  with config.unlocked():
-    config.update_from_flattened_dict(
-      {name.replace("__", "."): value for name, value in fields.items()}
-    )
-  return config.lock()
+  weights = {"ce": 1.0, "kd": 1.0}
+  config = base.finish(base.distillation("kd", weights=weights), "smoke")
+  return update(config, fields)
 
 
 def teacher_of(config):
@@ -221,11 +213,9 @@ def test_a_teacher_lies_beside_its_runs(source, tmp_path):
     # Of the student and its method.
     ({"seed": 1, "data__seed": 1}, True),
     ({"student__name": "MobileNetV2"}, True),
-    ({"optim__learning_rate": 0.3}, True),
     ({"distiller__temperature": 9.0}, True),
     ({"loss_weights__kd": 0.5, "loss_ramp_epochs__kd": 1.0}, True),
     ({"label_smoothing": 0.1, "data__mixup": 0.1, "data__cutmix": 0.1}, True),
-    ({"verify_export": True}, True),
     # Where things are and how often they are written.
     ({"data__dir": "/elsewhere", "parallel__num_devices": 2}, True),
     ({"checkpoint__keep": 3, "log__every_steps": 1}, True),
@@ -233,17 +223,10 @@ def test_a_teacher_lies_beside_its_runs(source, tmp_path):
     # Of its training.
     ({"teacher__name": "resnet14x2"}, False),
     ({"teacher__seed": 1}, False),
-    ({"teacher__epochs": 3}, False),
     ({"teacher__learning_rate": 0.1}, False),
-    ({"teacher__milestones": (1, 2)}, False),
     ({"batch_size": 32}, False),
-    ({"dtype": "bfloat16"}, False),
     ({"optim__weight_decay": 0.0}, False),
-    ({"optim__schedule": "cosine"}, False),
     ({"data__flip": False}, False),
-    ({"data__crop_padding": 2}, False),
-    ({"data__image_size": 8}, False),
-    ({"data__num_examples": 32}, False),
     ({"data__pipeline": "grain"}, False),
   ],
 )
@@ -327,28 +310,8 @@ def test_a_file_is_a_teacher(teacher_file, source):
   assert "fc.bias (expected [100], got [10])" in str(e.value)
   with pytest.raises(ValueError, match=r"teacher\.checkpoint: .*not exist"):
     find_one(path.with_suffix(".npz"), "_tiny_wide", source)
-
-
-def test_a_run_with_a_file_as_teacher(
-  teacher_file, launch, tmp_path, capsys, fast_compile
-):
-  path, _ = teacher_file
-  flags = [
-    *("--config", f"{REPO}/configs/kd_cifar.py:smoke"),
-    *("--workdir", str(tmp_path / "run")),
-    *("--config.student.name=_tiny", "--config.parallel.num_devices=1"),
-    f"--config.teacher.checkpoint={path}",
-    "--config.epochs=1",
-  ]
-  # Of another network: nothing begins.
-  assert launch(*flags, "--config.teacher.name=resnet8") == 2
-  error = capsys.readouterr().err
-  assert "do not fit resnet8 with 10 classes" in error
-  assert not (tmp_path / "run").exists()
-  assert launch(*flags, "--config.teacher.name=_tiny_wide") == 0
-  about = storage.read_json(tmp_path / "run" / "teacher.json")
-  assert about["checkpoint"] == str(path)
-  assert not (tmp_path / "teachers").exists()
+  with pytest.raises(ValueError, match="do not fit resnet8 with 10 classes"):
+    find_one(path, "resnet8", source)
 
 
 # From the command line, on digits.
