@@ -94,14 +94,16 @@ def draft(path: pathlib.Path) -> pathlib.Path:
   Drafts of `path` that a killed process has left are removed.
   """
   host = socket.gethostname()
-  for left in path.parent.glob(f".{glob.escape(path.name)}.*.draft"):
-    theirs, _, pid = left.name.removesuffix(".draft").rpartition("-")
+  # A figure's writer chooses the format by the last suffix.
+  end = f".draft{path.suffix}"
+  for left in path.parent.glob(f".{glob.escape(path.name + '.')}*{end}"):
+    theirs, _, pid = left.name.removesuffix(end).rpartition("-")
     alive = pid.isdigit() and pathlib.Path("/proc", pid).exists()
     here = theirs == f".{path.name}.{host}"
     if (here and not alive) or time.time() - left.stat().st_mtime > _ABANDONED:
       shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
   # Containers on two machines may have the same process id.
-  return path.with_name(f".{path.name}.{host}-{os.getpid()}.draft")
+  return path.with_name(f".{path.name}.{host}-{os.getpid()}{end}")
 
 
 # Seconds after which another machine is taken to have given a draft up.

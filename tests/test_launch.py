@@ -111,7 +111,7 @@ def test_wrong_flags_are_one_clear_line(arguments, words, launch, capsys):
     ("data.name=cifar-100", "'cifar-100'. Did you mean cifar100 or"),
     (
       "data.name=cifar10 data.dir=/none",
-      "No cifar10 data: expected the folder",
+      "cifar10 has no option image_size",
     ),
     ("data.pipeline=grian", "'grian'. Did you mean grain?"),
     (
