@@ -16,8 +16,8 @@ PACKAGE = REPO / "kd_jax"
 # A room imports rooms of lower floors, and itself.
 FLOORS = {
   **dict.fromkeys(("registry", "storage"), 0),
-  **dict.fromkeys(("distributed", "data"), 1),
-  **dict.fromkeys(("losses", "models"), 2),
+  "distributed": 1,
+  **dict.fromkeys(("data", "losses", "models"), 2),
   "distillers": 3,
   **dict.fromkeys(("training", "interop"), 4),
   "runs": 5,

@@ -129,10 +129,11 @@ def _published_table(groups):
   students = dict.fromkeys(
     v.student for v in published_values if v.teacher == _TEACHER
   )
+  alone = {v.method for v in published_values if not v.teacher}
   left = list(groups)
 
   def cells(method, recipe, student):
-    teacher = "" if method == "none" else _TEACHER
+    teacher = "" if method in alone else _TEACHER
     theirs = [
       f"{v.top1:.2f}"
       for v in published_values
@@ -159,7 +160,7 @@ def _published_table(groups):
     )
     for recipe in recipes or [f"{method}_cifar"]:
       file, *changes = recipe.split()
-      title = cls.__name__ if method != "none" else "student alone"
+      title = "student alone" if method in alone else cls.__name__
       settings = [c.rpartition(".")[2].replace("=", " ") for c in changes]
       line = [", ".join([title, *settings]), f"`{file}.py`"]
       for student in students:
