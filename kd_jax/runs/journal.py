@@ -111,7 +111,8 @@ class Journal:
 
   def abandon(self) -> None:
     """Release what needs no other process, which may not come along."""
-    self._writer.close()
+    with contextlib.suppress(OSError):  # a full disk
+      self._writer.close()
 
   def add(self, first: int, sums: dict[str, np.ndarray]) -> None:
     """Add the sums [k] of the steps after `first` to the next line's.

@@ -71,6 +71,9 @@ class Loop:
     except errors.AGREED:
       self._close(agreed=True)
       raise
+    except errors.UnsavedError:
+      self._close(agreed=False)  # closing would save
+      raise
     except BaseException:
       self._close(agreed=jax.process_count() == 1)
       raise
