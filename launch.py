@@ -129,21 +129,29 @@ def _run() -> None:
 
 def _run_grid(workdir: str, shard: tuple[int, int]) -> None:
   """Trains a shard of a grid; writes and prints the report of all runs."""
+  from kd_jax import reporting
   from kd_jax.distributed import processes
-  from kd_jax.reporting import report, runs
   from kd_jax.runs import errors, grid, logs
 
-  failed = None
+  failed = missing = None
+  try:
+    reporting.require_packages()
+  except ImportError as error:
+    missing = f"{error}, then python -m kd_jax report {workdir}"
+    logs.say(f"The grid will end without a report: {missing}")
   if shard[1] > 1:
     logs.say(f"shard {shard[0]}/{shard[1]} of the grid")
   try:
     grid.run_grid(_CONFIG.value, workdir, shard=shard)
   except errors.CellsFailedError as error:
     failed = error
-  folder = pathlib.Path(workdir).absolute()
-  if processes.is_first() and runs.find_runs(folder):
-    text, paths = report.write_report(folder)
-    print(f"\n{text}", *paths, sep="\n", flush=True)
+  if processes.is_first() and missing is None:
+    from kd_jax.reporting import report, runs
+
+    folder = pathlib.Path(workdir).absolute()
+    if runs.find_runs(folder):
+      text, paths = report.write_report(folder)
+      print(f"\n{text}", *paths, sep="\n", flush=True)
   if failed is not None:
     raise failed
 

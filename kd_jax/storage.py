@@ -1,5 +1,6 @@
 """Files written whole and verified when read: JSON, metrics, arrays."""
 
+import contextlib
 import glob
 import gzip
 import json
@@ -11,7 +12,7 @@ import shutil
 import socket
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict, TypeVar
 
 import jax
@@ -64,28 +65,42 @@ def restore_tree(directory: pathlib.Path) -> Any:
     ) from error
 
 
+@contextlib.contextmanager
+def drafted(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A path to write to; what is there at the end takes the place of `path`.
+
+  A reader sees the old file or folder, or the new one whole. A folder takes
+  the place of none, or of an empty one.
+
+  Raises:
+    OSError: if it cannot be written, naming `path`. It is unchanged then, and
+      nothing else is left.
+  """
+  written = draft(path)
+  try:
+    yield written
+    written.replace(path)
+  except OSError as error:  # names no file, or the draft
+    raise OSError(error.errno, error.strerror, str(path)) from error
+  finally:
+    _remove(written)
+
+
 def write_whole(path: pathlib.Path, content: bytes | str) -> None:
-  """Write a file: a reader sees the old content or the new, never half.
+  """Write a file: see `drafted`.
 
   Args:
     path: of the file; its folder exists.
     content: text is written as UTF-8.
 
   Raises:
-    OSError: if it cannot be written; the old file is unchanged then, and
-      nothing else is left.
+    OSError: see `drafted`.
   """
-  written = draft(path)
   data = content.encode() if isinstance(content, str) else content
-  try:
-    with written.open("wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    written.replace(path)
-  except BaseException:
-    written.unlink(missing_ok=True)
-    raise
+  with drafted(path) as written, written.open("wb") as file:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def draft(path: pathlib.Path) -> pathlib.Path:
@@ -101,9 +116,16 @@ def draft(path: pathlib.Path) -> pathlib.Path:
     alive = pid.isdigit() and pathlib.Path("/proc", pid).exists()
     here = theirs == f".{path.name}.{host}"
     if (here and not alive) or time.time() - left.stat().st_mtime > _ABANDONED:
-      shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+      _remove(left)
   # Containers on two machines may have the same process id.
   return path.with_name(f".{path.name}.{host}-{os.getpid()}{end}")
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path, ignore_errors=True)
+  else:
+    path.unlink(missing_ok=True)
 
 
 # Seconds after which another machine is taken to have given a draft up.

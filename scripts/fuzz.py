@@ -89,7 +89,6 @@ _RESULT = {
 _CONFIG = {
   **{k: {"name": "resnet8"} for k in ("student", "teacher", "distiller")},
   "data": {"name": "cifar10", "dir": "data"},
-  "optim": {"milestones": [1]},
   "epochs": 1,
   "batch_size": 8,
   "loss_weights": {"ce": 1.0},

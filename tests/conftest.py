@@ -156,6 +156,9 @@ def write():
       "hardware": "1 x CPU",
       **fields,
     }
+    teachers = result["teacher"] or []
+    for teacher in teachers if isinstance(teachers, list) else [teachers]:
+      teacher.setdefault("checkpoint", "somewhere")
     module = teacher_cifar if result["method"] == "none" else kd_cifar
     config = {
       **identity.as_json(module.get_config()),

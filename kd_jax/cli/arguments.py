@@ -57,9 +57,20 @@ def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def exit_on_error(parser: argparse.ArgumentParser) -> Iterator[None]:
-  """Show the package's log; end with code 2 and one line on a user's error."""
+  """Show the package's log; print an error in one line and exit.
+
+  The code is 1 if something could not be written, else 2.
+  """
   logs.configure_logging()
   try:
     yield
   except (ValueError, ImportError, data.UnreadableError) as error:
     parser.exit(2, f"{error}\n")
+  except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+    parser.exit(2, f"{error}\n")
+  except OSError as error:
+    parser.exit(
+      1,
+      f"{error}. Make room, or name another folder; the same"
+      " command works then\n",
+    )

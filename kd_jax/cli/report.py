@@ -7,7 +7,8 @@ python -m kd_jax report RUNS --analysis
 import argparse
 import pathlib
 
-from kd_jax.reporting import report
+from kd_jax import reporting
+from kd_jax.cli import arguments
 
 
 def main() -> None:
@@ -33,11 +34,12 @@ def main() -> None:
     help="folder of the data set for --analysis (default: as the runs had it)",
   )
   args = parser.parse_args()
-  try:
+  with arguments.exit_on_error(parser):
+    reporting.require_packages()
+    from kd_jax.reporting import report
+
     text, paths = report.write_report(
       args.runs, args.to, analysed=args.analysis, data_dir=args.data_dir
     )
-  except (ValueError, ImportError) as error:
-    parser.exit(2, f"{error}\n")
   print(text)
   print(*paths, sep="\n")

@@ -10,7 +10,8 @@ of what has been gathered into a document, see `kd_jax.reporting.gather`.
 import argparse
 import pathlib
 
-from kd_jax.reporting import gather
+from kd_jax import reporting, storage
+from kd_jax.cli import arguments
 
 
 def main() -> None:
@@ -29,7 +30,10 @@ def main() -> None:
     "--readme", type=pathlib.Path, help="document to write tables into"
   )
   args = parser.parse_args()
-  try:
+  with arguments.exit_on_error(parser):
+    reporting.require_packages()
+    from kd_jax.reporting import gather
+
     if args.to is not None:
       print(*gather.gather(args.folder, args.to), sep="\n")
       return
@@ -38,7 +42,6 @@ def main() -> None:
       new = gather.rewrite(text, gather.tables(args.folder))
     except ValueError as error:
       raise ValueError(f"{args.readme}: {error}") from error
-    args.readme.write_text(new, encoding="utf-8")
+    if new != text:
+      storage.write_whole(args.readme, new)
     print(f"{args.readme}: {'unchanged' if new == text else 'written'}")
-  except (ValueError, OSError) as error:
-    parser.exit(2, f"{error}\n")

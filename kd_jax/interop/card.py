@@ -234,10 +234,10 @@ def check(content: Any, where: object) -> dict[str, Any]:
     ValueError: naming the field, what was expected and what came.
   """
   if not isinstance(content, dict) or content.get("format") != FORMAT:
-    got = content.get("format") if isinstance(content, dict) else content
+    found = content.get("format") if isinstance(content, dict) else content
     raise ValueError(
       f"{where}: expected a model card of format {FORMAT!r}, got"
-      f" {str(got)[:40]!r}. {_REMEDY}"
+      f" {str(found)[:40]!r}. {_REMEDY}"
     )
   card: Any = storage.convert(content, _Card, where, _REMEDY)
   require_imported(card)

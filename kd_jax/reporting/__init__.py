@@ -7,3 +7,16 @@
 package may import `runs` and all rooms below it; only `cli` and `launch.py`
 import it.
 """
+
+import importlib.util
+
+_PACKAGES = ("jinja2", "matplotlib", "pandas", "tabulate", "threadpoolctl")
+
+
+def require_packages() -> None:
+  """Raise ImportError, which names the extra, without its packages."""
+  missing = [x for x in _PACKAGES if importlib.util.find_spec(x) is None]
+  if missing:
+    raise ImportError(
+      f"a report needs {', '.join(missing)}: pip install 'kd_jax[report]'"
+    )

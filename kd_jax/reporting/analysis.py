@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kd_jax import data, storage
+from kd_jax import data
 from kd_jax.interop import card, opening
 from kd_jax.interop.model import Model
-from kd_jax.runs import teachers
+from kd_jax.runs import records, teachers
 
 # t-SNE shows the first images of the first classes, as many as there are
 # colours that everybody can tell apart.
@@ -217,8 +217,9 @@ def open_run(run: pathlib.Path) -> Model:
       " found none. An analysis takes the runs themselves: name the --workdir"
       " of launch.py"
     )
-  result = storage.read_json(run / "result.json") or {}
-  return opening.open_model(run, model_name=result.get("student"))
+  result = records.read_result(run)
+  name = None if result is None else result["student"]
+  return opening.open_model(run, model_name=name)
 
 
 def compare(

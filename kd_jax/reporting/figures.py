@@ -1,6 +1,6 @@
 """Figures from finished runs."""
 
-import pathlib
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,8 +44,7 @@ def _wrap(labels, inches):
 
 def curves(
   panels: Mapping[str, Mapping[str, Sequence[Sequence[dict[str, Any]]]]],
-  paths: Sequence[pathlib.Path],
-) -> None:
+) -> tuple[bytes, bytes]:
   """Draws test cross-entropy and top-1 against epochs, a line per method.
 
   A line is the mean over trials, the band around it one sample standard
@@ -54,7 +53,9 @@ def curves(
   Args:
     panels: title -> label -> for each trial its evaluations, in order, with
       "epoch", "ce" and "top1". A label has one style in all panels.
-    paths: .png or .svg files to write.
+
+  Returns:
+    A PNG and an SVG file.
   """
   import matplotlib.figure  # only who draws needs it
   from matplotlib import ticker
@@ -97,18 +98,21 @@ def curves(
     loc="outside lower center",
     ncols=columns,
   )
-  _save(figure, paths)
+  return _render(figure)
 
 
-def _save(figure, paths):
-  """The same figure gives the same file, without a word of where it is made."""
-  import matplotlib
+def _render(figure) -> tuple[bytes, bytes]:
+  """A PNG and an SVG file, which depend on nothing but the figure."""
+  import matplotlib.text
 
+  for text in figure.findobj(matplotlib.text.Text):
+    text.set_parse_math(False)  # a name may have dollars
+  svg = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+  png_file, svg_file = io.BytesIO(), io.BytesIO()
   with matplotlib.rc_context({"svg.hashsalt": "kd_jax"}):
-    for path in paths:
-      names = ("Creator", "Date", "Format", "Type")
-      svg = dict.fromkeys(names) if path.suffix == ".svg" else None
-      figure.savefig(path, dpi=150, metadata=svg)
+    figure.savefig(png_file, format="png", dpi=150)
+    figure.savefig(svg_file, format="svg", dpi=150, metadata=svg)
+  return png_file.getvalue(), svg_file.getvalue()
 
 
 def _line(axes, trials, value, number, label):
@@ -134,14 +138,16 @@ def _line(axes, trials, value, number, label):
   return line
 
 
-def agreement(pairs: Mapping[str, Pair], paths: Sequence[pathlib.Path]) -> None:
+def agreement(pairs: Mapping[str, Pair]) -> tuple[bytes, bytes]:
   """Draws how often students name their teacher's class, a line per method.
 
   A large dot is the mean over trials, small ones are the trials.
 
   Args:
     pairs: title -> teacher and students.
-    paths: .png or .svg files to write.
+
+  Returns:
+    A PNG and an SVG file.
   """
   import matplotlib.figure
 
@@ -168,17 +174,17 @@ def agreement(pairs: Mapping[str, Pair], paths: Sequence[pathlib.Path]) -> None:
     axes.grid(alpha=0.3)
     axes.tick_params(labelbottom=True)
   rows[-1, 0].set_xlabel("images for which both name the same class (%)")
-  _save(figure, paths)
+  return _render(figure)
 
 
-def correlations(
-  pairs: Mapping[str, Pair], paths: Sequence[pathlib.Path]
-) -> None:
+def correlations(pairs: Mapping[str, Pair]) -> tuple[bytes, bytes]:
   """Draws by how much students' correlations of logits are not the teacher's.
 
   Args:
     pairs: title -> teacher and students; one scale for all of a pair.
-    paths: .png or .svg files to write.
+
+  Returns:
+    A PNG and an SVG file.
   """
   from matplotlib import ticker
 
@@ -195,17 +201,17 @@ def correlations(
         axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     part.colorbar(image, ax=tiles, label="|difference|", aspect=30)
 
-  _save(_tiled(pairs, lambda pair: list(pair.students), draw), paths)
+  return _render(_tiled(pairs, lambda pair: list(pair.students), draw))
 
 
-def embeddings(
-  pairs: Mapping[str, Pair], paths: Sequence[pathlib.Path]
-) -> None:
+def embeddings(pairs: Mapping[str, Pair]) -> tuple[bytes, bytes]:
   """Draws t-SNE's points of a teacher and its students, a colour per class.
 
   Args:
     pairs: title -> teacher and students.
-    paths: .png or .svg files to write.
+
+  Returns:
+    A PNG and an SVG file.
   """
 
   def draw(part, pair, tiles, labels):
@@ -233,7 +239,7 @@ def embeddings(
   def titles(pair):
     return [f"teacher {pair.teacher}", *pair.students]
 
-  _save(_tiled(pairs, titles, draw), paths)
+  return _render(_tiled(pairs, titles, draw))
 
 
 def _tiled(pairs, titles, draw):

@@ -17,6 +17,7 @@ import pandas as pd
 from kd_jax import distillers, storage
 from kd_jax.reporting import published, runs, statistics
 from kd_jax.reporting import tables as tables_lib
+from kd_jax.runs import records
 
 BEGIN = "<!-- results: written by python -m kd_jax results -->"
 
@@ -58,15 +59,12 @@ def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
   copies = []
   for row in runs.collect(folder):
     run = folder / row["run"]
+    _command(run)
+    # The result comes last: with it, the copy is a finished run.
     contents = {
       name: storage.read_json(run / name)
       for name in ("config.json", _ENVIRONMENT, "result.json")
     }
-    if contents[_ENVIRONMENT] is None:
-      raise ValueError(
-        f"{run}: expected {_ENVIRONMENT} beside result.json, found none. Copy"
-        " it from the run, or remove this folder"
-      )
     shown = _portable(contents, [repository, folder.parent])
     lines = runs.metrics_file(run).read_bytes()
     if not (run / runs.PACKED).exists():
@@ -74,10 +72,26 @@ def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
     copies.append((to / row["run"], shown, lines))
   for target, contents, lines in copies:
     target.mkdir(parents=True, exist_ok=True)
-    (target / runs.PACKED).write_bytes(lines)
+    storage.write_whole(target / runs.PACKED, lines)
     for name, content in contents.items():
       storage.write_json(target / name, content)
   return [target for target, _, _ in copies]
+
+
+def _command(run: pathlib.Path) -> list[str]:
+  """The command line of a run.
+
+  Raises:
+    ValueError: if its environment is missing or damaged.
+  """
+  found = storage.read_json(run / _ENVIRONMENT, records.Environment)
+  if found is None:
+    raise ValueError(
+      f"{run}: expected {_ENVIRONMENT} beside result.json, found none. Copy"
+      " it from the run, or remove this folder"
+    )
+  command: list[str] = found["command"]
+  return command
 
 
 def _portable(tree: Any, roots: Sequence[pathlib.Path]) -> Any:
@@ -190,8 +204,8 @@ def _own_table(folder, name, groups):
   commands, hardware, recipes = [], [], []
   for g in groups:
     for row in g.rows:
-      environment = storage.read_json(folder / row["run"] / _ENVIRONMENT)
-      commands.append(f"`python {shlex.join(environment['command'])}`")
+      command = shlex.join(_command(folder / row["run"]))
+      commands.append(f"`python {command}`")
       hardware.append(row["hardware"])
     config = g.first["config"]
     if not g.is_teacher:

@@ -3,6 +3,8 @@
 tensorboard --logdir RUNS/hparams
 """
 
+import contextlib
+import errno
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -28,8 +30,6 @@ def write(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> None:
   Raises:
     ValueError: if the folder holds other files, such as a run of that name.
   """
-  import tensorboardX
-
   for path in folder.rglob("*"):
     if path.is_file() and "tfevents" not in path.name:
       raise ValueError(
@@ -44,23 +44,38 @@ def write(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> None:
     if name in _ALWAYS
     or any(found.get(name) != settings[0].get(name) for found in settings)
   ]
-  draft = storage.draft(folder)
-  with tensorboardX.SummaryWriter(str(draft)) as writer:
-    for row, found in zip(rows, settings):
-      scores = {
-        f"{word}_epoch/{name}": row[epoch][name]
-        for epoch, word in (("final", "last"), ("best", "best"))
-        for name in ("top1", "top5", "ce", "epoch")
-      }
-      hparams = {name: _value(found.get(name, "")) for name in shown}
-      # The folder itself has the events of the writer.
-      session = "run" if row["run"] == "." else row["run"]
-      writer.add_hparams(hparams, scores, session, row["final"]["epoch"])
-  shutil.rmtree(folder, ignore_errors=True)
   try:
-    draft.rename(folder)
-  except OSError:  # another process has just written it
-    shutil.rmtree(draft)
+    with storage.drafted(folder) as draft:
+      for row, found in zip(rows, settings):
+        hparams = {name: _value(found.get(name, "")) for name in shown}
+        session = "run" if row["run"] == "." else row["run"]
+        _write_session(draft / session, hparams, row)
+      shutil.rmtree(folder, ignore_errors=True)
+  except OSError as error:
+    if error.errno != errno.ENOTEMPTY:  # another process has just written it
+      raise
+
+
+def _write_session(folder, hparams, row):
+  # Not SummaryWriter: its thread dies of a full disk, and `close` then waits
+  # for it forever.
+  from tensorboardX import event_file_writer, summary
+  from tensorboardX.proto import event_pb2
+
+  scores = {
+    f"{word}_epoch/{name}": row[epoch][name]
+    for epoch, word in (("final", "last"), ("best", "best"))
+    for name in ("top1", "top5", "ce", "epoch")
+  }
+  epoch = int(row["final"]["epoch"])
+  folder.mkdir(parents=True)
+  writer = event_file_writer.EventsWriter(str(folder / "events"))
+  with contextlib.closing(writer):
+    for part in summary.hparams(hparams, scores):
+      writer.write_event(event_pb2.Event(summary=part))
+    for name, value in scores.items():
+      part = summary.scalar(name, value)
+      writer.write_event(event_pb2.Event(step=epoch, summary=part))
 
 
 def _value(value):

@@ -164,7 +164,7 @@ def _settings(config, *, student, teacher):
   if teacher:
     defaults |= {
       "teacher.epochs": flat["epochs"],
-      "teacher.milestones": flat["optim.milestones"],
+      "teacher.milestones": flat.get("optim.milestones"),
       "teacher.learning_rate": _rate(teacher),
     }
   if method := distillers.DISTILLERS.get(config["distiller"]["name"]):

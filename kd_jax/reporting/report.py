@@ -6,7 +6,7 @@ chosen on the test set.
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -102,34 +102,38 @@ def analyse(
 
 def _test_set(config, data_dir):
   options = {
-    name: config[name] for name in (*card.DATA_OPTIONS, "on_bad_image")
+    name: config.get(name) for name in (*card.DATA_OPTIONS, "on_bad_image")
   }
-  folder = data_dir or config["dir"]
+  folder = data_dir or config.get("dir")
   return data.load(config["name"], split="test", dir=folder, **options)
 
 
-def _tables(groups, pairs) -> list[tuple[str, pd.DataFrame, str]]:
+def _tables(groups, pairs, damaged) -> list[tuple[str, pd.DataFrame, str]]:
   """Title, table and note of each part of the report."""
   made = [
     ("Accuracy", tables.accuracy(groups), tables.ACCURACY_NOTE),
     ("Comparison", tables.comparisons(groups), tables.COMPARISONS_NOTE),
     ("Student and teacher", tables.analysed(pairs), tables.ANALYSIS_NOTE),
+    ("Damaged", tables.damaged(damaged), tables.DAMAGED_NOTE),
   ]
   return [part for part in made if len(part[1])]
 
 
 def text(
-  groups: Sequence[runs.Group], pairs: tables.Pairs | None = None
+  groups: Sequence[runs.Group],
+  pairs: tables.Pairs | None = None,
+  damaged: Mapping[str, str] | None = None,
 ) -> str:
   """The tables of the report and their notes in Markdown.
 
   Args:
     groups: of `runs.group`.
     pairs: of `analyse`, to include the comparison with teachers.
+    damaged: of `runs.collect_whole`, to list the runs that were left out.
   """
   return "\n".join(
     f"{tables.markdown(table)}\n{note}\n"
-    for _, table, note in _tables(groups, pairs or {})
+    for _, table, note in _tables(groups, pairs or {}, damaged or {})
   )
 
 
@@ -185,17 +189,21 @@ def write_report(
     and .svg), `report.html` and the folder `hparams`.
 
   Raises:
-    ValueError: see `runs.collect` and `analyse`. Nothing is written then.
+    ValueError: see `runs.collect_whole` and `analyse`. Nothing is written then.
     ImportError: see `analyse`.
+    OSError: if a file cannot be written.
   """
-  rows, to = runs.collect(folder), to or folder
+  (rows, damaged), to = runs.collect_whole(folder), to or folder
   groups = runs.group(rows)
   pairs = analyse(folder, groups, data_dir) if analysed else {}
-  return text(groups, pairs), write(rows, to, pairs)
+  return text(groups, pairs, damaged), write(rows, to, pairs, damaged)
 
 
 def write(
-  rows: Sequence[dict], to: pathlib.Path, pairs: tables.Pairs
+  rows: Sequence[dict],
+  to: pathlib.Path,
+  pairs: tables.Pairs,
+  damaged: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
   """Writes the files of `write_report`.
 
@@ -203,36 +211,33 @@ def write(
     rows: of `runs.collect`.
     to: folder to write into, made if need be.
     pairs: of `analyse`; empty to leave out the comparison with teachers.
+    damaged: of `runs.collect_whole`.
 
   Returns:
     Their paths.
 
   Raises:
     ValueError: if the folder `hparams` holds other files.
+    OSError: if a file cannot be written; no half of one is left.
   """
   groups = runs.group(rows)
   to.mkdir(parents=True, exist_ok=True)
   hparams.write(rows, to / "hparams")
-  drafts: dict[pathlib.Path, pathlib.Path] = {}
-
-  def draft(name):
-    # Several processes may write at once: no file is of two of them.
-    drafts[to / name] = storage.draft(to / name)
-    return drafts[to / name]
-
-  draft("table.md").write_text(text(groups, pairs), encoding="utf-8")
-  tables.numbers(groups).to_csv(draft("table.csv"), index=False)
-  sections = [html.Section(*part) for part in _tables(groups, pairs)]
+  contents: dict[str, bytes | str] = {
+    "table.md": text(groups, pairs, damaged),
+    "table.csv": tables.csv(groups),
+  }
+  shown = _tables(groups, pairs, damaged or {})
+  sections = [html.Section(*part) for part in shown]
   titled = {f"{n}, {d}, teacher {t}": p for (d, n, t), p in pairs.items()}
   for (name, title, note, draw), content in [
     (_CURVES, panels(groups)),
     *((figure, titled) for figure in _ANALYSES if pairs),
   ]:
-    paths = [draft(f"{name}.png"), draft(f"{name}.svg")]
-    draw(content, paths)
-    svg = paths[1].read_text(encoding="utf-8")
-    sections.append(html.Section(title, svg, note))
-  draft("report.html").write_text(html.write(sections), encoding="utf-8")
-  for path, written in drafts.items():
-    written.replace(path)
-  return [*drafts, to / "hparams"]
+    png, svg = draw(content)
+    contents |= {f"{name}.png": png, f"{name}.svg": svg}
+    sections.append(html.Section(title, svg.decode(), note))
+  contents["report.html"] = html.write(sections)
+  for name, content in contents.items():
+    storage.write_whole(to / name, content)
+  return [to / name for name in (*contents, "hparams")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from kd_jax import storage
-from kd_jax.runs import identity
+from kd_jax.runs import identity, records
+
+_log = logging.getLogger(__name__)
 
 # Metrics of a run, and the same as `gather` keeps them.
 METRICS = "metrics.jsonl"
@@ -96,36 +99,64 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
     `evals` (its evaluations, in order).
 
   Raises:
-    ValueError: if there is no finished run, or one lacks its config or its
-      metrics.
+    ValueError: if there is no finished run, or if one is damaged, or lacks its
+      config or its metrics.
   """
-  rows = []
+  rows, damaged = collect_whole(folder)
+  for problem in damaged.values():
+    raise ValueError(problem)
+  return rows
+
+
+def collect_whole(
+  folder: pathlib.Path,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+  """Reads the finished runs that can be read; warns of the others.
+
+  Args:
+    folder: see `collect`.
+
+  Returns:
+    Rows, as `collect`; and for each other run its path and what is wrong.
+
+  Raises:
+    ValueError: if there is no finished run, or none can be read.
+  """
+  rows, damaged = [], {}
   for run in find_runs(folder):
-    lines = metrics_file(run)
-    for path in (run / "config.json", lines):
-      if not path.exists():
-        raise ValueError(
-          f"{run}: expected {path.name} beside result.json, found none. Copy it"
-          " from the run, or remove this folder"
-        )
-    result = storage.read_json(run / "result.json")
-    records = storage.read_metrics(lines)
-    teachers = result["teacher"] or []
-    rows.append(
-      {
-        "run": str(run.relative_to(folder)),
-        **result,
-        "teachers": [teachers] if isinstance(teachers, dict) else teachers,
-        "config": storage.read_json(run / "config.json"),
-        "evals": [r for r in records if r["kind"] == "eval"],
-      }
-    )
+    name = str(run.relative_to(folder))
+    try:
+      rows.append({"run": name, **_read(run)})
+    except (ValueError, OSError) as error:
+      damaged[name] = str(error)
+      _log.warning("left out a run: %s", error)
+  if damaged and not rows:
+    raise ValueError(next(iter(damaged.values())))
   if not rows:
     raise ValueError(
       f"{folder}: expected finished runs (result.json) at or below it, found"
       " none. Give the --workdir of launch.py, or the folder above it"
     )
-  return rows
+  return rows, damaged
+
+
+def _read(run: pathlib.Path) -> dict[str, Any]:
+  lines = metrics_file(run)
+  for path in (run / "config.json", lines):
+    if not path.exists():
+      raise ValueError(
+        f"{run}: expected {path.name} beside result.json, found none. Copy it"
+        " from the run, or remove this folder"
+      )
+  result, config = records.read_result(run), records.read_config(run)
+  assert result is not None
+  evals = [r for r in storage.read_metrics(lines) if r["kind"] == "eval"]
+  return {
+    **result,
+    "teachers": records.teachers(result),
+    "config": config,
+    "evals": storage.convert(evals, list[records.Eval], f"{lines}, evals"),
+  }
 
 
 def group(rows: Iterable[dict[str, Any]]) -> list[Group]:

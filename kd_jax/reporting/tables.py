@@ -1,5 +1,6 @@
 """Tables of runs: data frames of numbers and of text, Markdown of them."""
 
+import html
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from kd_jax.reporting import analysis, published, runs, statistics
 # Columns of words; all others hold numbers and are aligned right.
 _WORDS = {
   *("run", "teacher", "network", "method", "hardware", "config"),
-  *("data", "best", "against", "verdict"),
+  *("data", "best", "against", "verdict", "problem", "student"),
 }
 
 ACCURACY_NOTE = (
@@ -33,6 +34,8 @@ ANALYSIS_NOTE = (
   " images; the absolute difference of student and teacher, mean over all"
   " pairs. A student alone (none) is compared with the teacher of the others."
 )
+
+DAMAGED_NOTE = "These runs cannot be read, and are in no table or figure."
 
 
 def numbers(groups: Sequence[runs.Group]) -> pd.DataFrame:
@@ -70,6 +73,14 @@ def numbers(groups: Sequence[runs.Group]) -> pd.DataFrame:
     }
     lines.append(line)
   return pd.DataFrame(lines)
+
+
+def csv(groups: Sequence[runs.Group]) -> str:
+  """`numbers` as CSV; no word of it is a formula to a spreadsheet."""
+  table = numbers(groups)
+  for name in _WORDS & {*table.columns}:
+    table[name] = table[name].str.replace(r"^(?=[=+\-@\t\r])", "'", regex=True)
+  return table.to_csv(index=False)
 
 
 def accuracy(groups: Sequence[runs.Group]) -> pd.DataFrame:
@@ -170,15 +181,29 @@ def analysed(pairs: Pairs) -> pd.DataFrame:
   )
 
 
+def damaged(problems: Mapping[str, str]) -> pd.DataFrame:
+  """The runs that were left out, as text.
+
+  Args:
+    problems: of `runs.collect_whole`.
+  """
+  return pd.DataFrame([*problems.items()], columns=["run", "problem"])
+
+
 def alignments(table: pd.DataFrame) -> list[str]:
   """ "left" or "right" for each column."""
   return ["left" if name in _WORDS else "right" for name in table.columns]
 
 
 def markdown(table: pd.DataFrame) -> str:
-  """A table of text in Markdown."""
+  """A table of text in Markdown, in which no text is markup."""
+  escaped = table.map(
+    lambda cell: " ".join(
+      html.escape(cell, quote=False).replace("|", "\\|").splitlines()
+    )
+  )
   return (
-    table.to_markdown(
+    escaped.to_markdown(
       index=False, colalign=alignments(table), disable_numparse=True
     )
     + "\n"

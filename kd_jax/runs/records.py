@@ -71,16 +71,12 @@ class _Named(TypedDict):
 
 
 class _Data(_Named):
-  dir: str | None
+  dir: NotRequired[str | None]
   image_size: NotRequired[int | None]
   resize: NotRequired[int | None]
   num_examples: NotRequired[int | None]
   num_classes: NotRequired[int | None]
   on_bad_image: NotRequired[str | None]
-
-
-class _Optim(TypedDict):
-  milestones: list[float]
 
 
 class _Config(TypedDict):
@@ -90,7 +86,6 @@ class _Config(TypedDict):
   teacher: _Named
   distiller: _Named
   data: _Data
-  optim: _Optim
   epochs: int | float
   batch_size: Count
   loss_weights: dict[str, float]

@@ -1,6 +1,5 @@
 """Writers of metrics and progress."""
 
-import json
 import os
 import pathlib
 import sys
@@ -64,7 +63,7 @@ class Writer:
     from tensorboardX.proto import event_pb2
 
     record = {"step": step, "kind": kind, **scalars}
-    self._lines.write(json.dumps(record) + "\n")
+    self._lines.write(storage.to_json(record))
     self._lines.flush()
     for name, value in scalars.items():
       scalar = summary.scalar(f"{kind}/{name}", value)
@@ -85,11 +84,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
   if not path.exists():
     return
   kept = [r for r in storage.read_metrics(path) if r["step"] <= step]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(
-    "".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8"
-  )
-  os.replace(temporary, path)
+  storage.write_whole(path, "".join(map(storage.to_json, kept)))
 
 
 class Progress:
