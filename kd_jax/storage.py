@@ -1,6 +1,7 @@
 """Files written whole and verified when read: JSON, metrics, arrays."""
 
 import contextlib
+import errno
 import glob
 import gzip
 import json
@@ -33,11 +34,25 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
-  """Writes a nested dict of arrays, alone, as a plain Orbax checkpoint."""
-  with ocp.StandardCheckpointer(
-    multiprocessing_options=_alone()
-  ) as checkpointer:
-    checkpointer.save(directory.resolve(), tree)
+  """Writes a nested dict of arrays, alone, as a plain Orbax checkpoint.
+
+  Raises:
+    OSError: if it cannot be written.
+  """
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  size = sum(x.nbytes for x in jax.tree.leaves(tree))
+  if shutil.disk_usage(directory.parent).free < size:
+    # Orbax would find it in several threads, each with its traceback.
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
+  try:
+    with ocp.StandardCheckpointer(
+      multiprocessing_options=_alone()
+    ) as checkpointer:
+      checkpointer.save(directory.resolve(), tree)
+  except Exception as error:  # of whatever class
+    raise OSError(
+      errno.EIO, f"cannot be written ({str(error)[:200]!r})", str(directory)
+    ) from error
 
 
 def restore_tree(directory: pathlib.Path) -> Any:

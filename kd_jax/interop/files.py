@@ -5,16 +5,17 @@ refused, with the name of what it asks for. Only .pth needs PyTorch.
 """
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax import storage
 from kd_jax.interop import naming, readers
 from kd_jax.interop.naming import CARD, CLASSIFIER, CONTAINERS, PROJECTOR
 
@@ -143,25 +144,21 @@ def write(
       f"{path}: expected float32, got bfloat16, which .npz cannot hold. Write"
       " a .safetensors or .pth file"
     )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    prefix=f".{path.name}.", dir=path.parent
-  ) as folder:
-    temporary = pathlib.Path(folder) / path.name
-    if suffix == ".npz":
-      with temporary.open("wb") as file:
-        content = flat if alone else {**flat, **extra}
-        np.savez(file, **content)
-    elif suffix == ".safetensors":
-      from safetensors import numpy as safetensors
+  # In memory: the libraries' errors of a full disk are of many classes.
+  if suffix == ".npz":
+    file = io.BytesIO()
+    content = flat if alone else {**flat, **extra}
+    np.savez(file, **content)
+    data = file.getvalue()
+  elif suffix == ".safetensors":
+    from safetensors import numpy as safetensors
 
-      metadata = {"format": "pt", **extra}
-      safetensors.save_file(flat, temporary, metadata=metadata)
-      temporary.chmod(0o644)  # made for its owner alone
-    else:
-      torch_files = readers.import_torch_files(path)
-      torch_files.save(temporary, alone or {**arrays, **extra})
-    temporary.rename(path)
+    data = safetensors.save(flat, metadata={"format": "pt", **extra})
+  else:
+    torch_files = readers.import_torch_files(path)
+    data = torch_files.to_bytes(alone or {**arrays, **extra})
+  path.parent.mkdir(parents=True, exist_ok=True)
+  storage.write_whole(path, data)
 
 
 def check_new(path: pathlib.Path) -> None:

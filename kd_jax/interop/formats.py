@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax import storage
 from kd_jax.interop import card as card_lib
 from kd_jax.interop import files, simkd_parts, store
 from kd_jax.interop import program as program_lib
@@ -107,7 +108,10 @@ def _save_program(model: Model, to: pathlib.Path, weights_inside: bool) -> str:
   to.parent.mkdir(parents=True, exist_ok=True)
   if not weights_inside:
     files.write(beside, {"model": program_lib.flat_weights(model.variables)})
-  temporary = to.with_name(f".{to.name}.tmp")
-  temporary.write_bytes(program)
-  temporary.rename(to)
+  try:
+    storage.write_whole(to, program)
+  except OSError:
+    if not weights_inside:
+      beside.unlink()
+    raise
   return "inside" if weights_inside else f"in {beside.name}"

@@ -10,8 +10,6 @@ other file.
 import hashlib
 import json
 import pathlib
-import shutil
-import tempfile
 
 import jax
 import numpy as np
@@ -43,26 +41,15 @@ def write(model: Model, to: pathlib.Path) -> None:
       f"{to}: expected a folder that is new or empty, got one that holds"
       " something. Nothing was changed; give another folder"
     )
-  to.parent.mkdir(parents=True, exist_ok=True)
-  temporary = pathlib.Path(
-    tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent)
-  )
-  try:
+  with storage.drafted(to) as folder:
     arrays = jax.tree.map(np.asarray, model.variables)
-    storage.save_tree(temporary / WEIGHTS, arrays)
+    storage.save_tree(folder / WEIGHTS, arrays)
     full = {
       **model.card,
       "parameters": base.count_parameters(arrays["params"]),
-      "sha256": _digest(temporary / WEIGHTS),
+      "sha256": _digest(folder / WEIGHTS),
     }
-    storage.write_json(temporary / card_lib.CARD, full)
-    temporary.chmod(0o755)
-    if to.exists():
-      to.rmdir()
-    temporary.rename(to)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
+    storage.write_json(folder / card_lib.CARD, full)
 
 
 def _same(to: pathlib.Path, model: Model) -> bool:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import io
 import pathlib
 import warnings
 from typing import Any
@@ -104,11 +105,10 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
   return torch.from_numpy(array)
 
 
-def save(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Write a file of `torch.save`.
+def to_bytes(content: dict[str, Any]) -> bytes:
+  """Make a file of `torch.save`.
 
   Args:
-    path: of the file.
     content: a state dict of arrays; or a dict of state dicts and strings.
   """
 
@@ -117,7 +117,9 @@ def save(path: pathlib.Path, content: dict[str, Any]) -> None:
       return {name: tensors(item) for name, item in value.items()}
     return _tensor(value) if isinstance(value, np.ndarray) else value
 
+  file = io.BytesIO()
   with warnings.catch_warnings():
     # Of arrays that are read-only, as these tensors are to what reads them.
     warnings.simplefilter("ignore")
-    torch.save(tensors(content), path)
+    torch.save(tensors(content), file)
+  return file.getvalue()
