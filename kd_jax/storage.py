@@ -96,7 +96,9 @@ def drafted(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield written
     written.replace(path)
   except OSError as error:  # names no file, or the draft
-    raise OSError(error.errno, error.strerror, str(path)) from error
+    raise OSError(
+      error.errno or errno.EIO, error.strerror or str(error), str(path)
+    ) from error
   finally:
     _remove(written)
 
@@ -124,16 +126,14 @@ def draft(path: pathlib.Path) -> pathlib.Path:
   Drafts of `path` that a killed process has left are removed.
   """
   host = socket.gethostname()
-  # A figure's writer chooses the format by the last suffix.
-  end = f".draft{path.suffix}"
-  for left in path.parent.glob(f".{glob.escape(path.name + '.')}*{end}"):
-    theirs, _, pid = left.name.removesuffix(end).rpartition("-")
+  for left in path.parent.glob(f".{glob.escape(path.name)}.*.draft"):
+    theirs, _, pid = left.name.removesuffix(".draft").rpartition("-")
     alive = pid.isdigit() and pathlib.Path("/proc", pid).exists()
     here = theirs == f".{path.name}.{host}"
     if (here and not alive) or time.time() - left.stat().st_mtime > _ABANDONED:
       _remove(left)
   # Containers on two machines may have the same process id.
-  return path.with_name(f".{path.name}.{host}-{os.getpid()}{end}")
+  return path.with_name(f".{path.name}.{host}-{os.getpid()}.draft")
 
 
 def _remove(path: pathlib.Path) -> None:
