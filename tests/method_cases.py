@@ -30,6 +30,7 @@ class LossCase:
       has no zero.
     per_example: whether it returns [B]; else it is relational.
     huge: factor of the inputs up to which it stays finite.
+    scale_free: whether a common factor of the inputs changes nothing.
   """
 
   args: tuple[Any, ...]
@@ -38,7 +39,8 @@ class LossCase:
   trained: tuple[int, ...] = (0, 1)
   minimum: tuple[Any, ...] | None = None
   per_example: bool = True
-  huge: float = 1e4
+  huge: float = 1e10
+  scale_free: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,8 @@ class Method:
       if the file has a test of the field.
     small: fields for tiny runs.
     terms: names of the terms; None: "ce", "kd" and its own.
+    weights: of the terms in the reference's recipe for CIFAR-100.
+    relational: whether it compares the examples of a batch.
     reference: (pattern of our module's path, its name in the reference).
     golden: cases of the golden losses.
     curve: six steps of a reference toolbox.
@@ -96,6 +100,8 @@ class Method:
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   terms: frozenset[str] | None = None
+  weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  relational: bool = False
   reference: tuple[tuple[str, Any], ...] = ()
   golden: tuple[Golden, ...] = ()
   curve: Curve | None = None
@@ -130,5 +136,10 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 def softmax(z: np.ndarray) -> np.ndarray:
   """Over the last axis, in the precision of `z`."""
-  e = np.exp(z - z.max(-1, keepdims=True))
-  return e / e.sum(-1, keepdims=True)
+  return np.exp(log_softmax(z))
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+  """Over the last axis, in the precision of `z`."""
+  z = z - z.max(-1, keepdims=True)
+  return z - np.log(np.exp(z).sum(-1, keepdims=True))

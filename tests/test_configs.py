@@ -4,6 +4,7 @@ import importlib
 import math
 import pathlib
 
+import method_cases
 import pytest
 from ml_collections import ConfigDict
 
@@ -64,6 +65,13 @@ def test_recipes_are_the_references(name):
     assert imagenet.data.crop_area == (0.08, 1.0)
     assert imagenet.distiller == cifar.distiller
     assert imagenet.loss_weights.keys() == cifar.loss_weights.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_the_references(method):
+  """Published values are compared with the config's, so both could be wrong."""
+  weights = load(f"{method}_cifar").loss_weights.to_dict()
+  assert weights == dict(method_cases.method(method).weights)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,6 +12,9 @@ from kd_jax.distillers import base, connectors
 from kd_jax.distributed import collectives
 from kd_jax.models.layers import ModelOutputs
 
+# Temperatures below 0.013 make normalisers that overflow float32.
+LARGEST_Z = 1e30
+
 
 @final
 class CRD(base.Distiller):
@@ -20,7 +23,8 @@ class CRD(base.Distiller):
   The collection "memory" holds:
 
   - `bank_s`, `bank_t` [N, D]: one vector per training example and network;
-  - `z_s`, `z_t`: the normalisers, 0 until the first batch fixes them;
+  - `z_s`, `z_t`: the normalisers, 0 until the first batch fixes them; one above
+    `LARGEST_Z` is stored as -log Z;
   - `order`, `class_start`, `class_count`: the training set sorted by class,
     from which the device draws negatives. `init` reads the classes from
     `batch["train_labels"]` [N].
@@ -132,7 +136,9 @@ class CRD(base.Distiller):
         negatives = losses.draw_negatives(
           key_negative, index, label, table, k=self.k
         )
-    return jnp.concatenate([positives[:, None], negatives], axis=1)
+    found = jnp.concatenate([positives[:, None], negatives], axis=1)
+    # A shard of the banks cannot tell a position that is in none.
+    return jnp.where(found < table.order.shape[0], found, -1)
 
   def _contrast(
     self, v_s: jax.Array, v_t: jax.Array, batch: base.Batch
@@ -148,8 +154,8 @@ class CRD(base.Distiller):
     num_examples: int = self.get_variable("memory", "order").shape[0]
     scores_s = self._scores(v_s, bank_t.value, indices, num_examples)
     scores_t = self._scores(v_t, bank_s.value, indices, num_examples)
-    z_s = self._normalizer("z_s", scores_s, num_examples)
-    z_t = self._normalizer("z_t", scores_t, num_examples)
+    log_z_s = self._log_normalizer("z_s", scores_s, num_examples)
+    log_z_t = self._log_normalizer("z_t", scores_t, num_examples)
     index = collectives.axis_gather(batch["index"], self.axis_name)
     for bank, v in ((bank_s, v_s), (bank_t, v_t)):
       v = collectives.axis_gather(jax.lax.stop_gradient(v), self.axis_name)
@@ -161,7 +167,7 @@ class CRD(base.Distiller):
         first_row=self._first_row(bank.value, num_examples),
       )
     return losses.crd_loss(
-      scores_s, scores_t, z_s, z_t, num_examples=num_examples
+      scores_s, scores_t, log_z_s, log_z_t, num_examples=num_examples
     )
 
   def _first_row(self, bank: jax.Array, num_examples: int) -> jax.Array | int:
@@ -187,12 +193,20 @@ class CRD(base.Distiller):
     )
     return collectives.axis_sum_rows(scores, self.axis_name)
 
-  def _normalizer(
+  def _log_normalizer(
     self, name: str, scores: jax.Array, num_examples: int
   ) -> jax.Array:
-    """The stored Z; the first batch computes and stores it."""
+    """Log of the stored Z; the first batch computes and stores it."""
     z: nn.Variable[jax.Array] = self.variable("memory", name)
-    first = losses.crd_normalizer(jax.lax.stop_gradient(scores), num_examples)
-    first = collectives.axis_mean(first, self.axis_name)
-    z.value = jnp.where(z.value > 0, z.value, first)
-    return z.value
+    first = losses.crd_log_normalizer(
+      jax.lax.stop_gradient(scores), num_examples
+    )
+    each = collectives.axis_gather(first[None], self.axis_name)
+    first = jax.nn.logsumexp(each) - math.log(each.size)
+    limit = math.log(LARGEST_Z)
+    first = jnp.where(
+      first > limit, -first, jnp.exp(jnp.maximum(first, -limit))
+    )
+    z.value = jnp.where(z.value != 0, z.value, first)
+    known = jnp.where(z.value > 0, z.value, 1.0)
+    return jnp.where(z.value > 0, jnp.log(known), -z.value)

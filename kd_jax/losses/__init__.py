@@ -1,8 +1,9 @@
 """Losses: how each method is computed, as pure functions.
 
 One loss in a file of its method's name, and its export below. `checks`
-validates arguments, `spatial` pools and resizes maps. This room imports only
-JAX, NumPy and, for relational losses, `kd_jax.distributed.collectives`.
+validates arguments, `softmax` compares predictions, `spatial` pools and resizes
+maps. This room imports only JAX, NumPy and, for relational losses,
+`kd_jax.distributed.collectives`.
 
 Arrays come in the order student, teacher, labels; hyper-parameters are
 keyword-only. Maps are NHWC. Everything is computed in float32. A loss returns
@@ -21,8 +22,8 @@ from kd_jax.losses import checks as checks
 from kd_jax.losses.at import at_loss as at_loss
 from kd_jax.losses.crd import ClassTable as ClassTable
 from kd_jax.losses.crd import class_table as class_table
+from kd_jax.losses.crd import crd_log_normalizer as crd_log_normalizer
 from kd_jax.losses.crd import crd_loss as crd_loss
-from kd_jax.losses.crd import crd_normalizer as crd_normalizer
 from kd_jax.losses.crd import crd_scores as crd_scores
 from kd_jax.losses.crd import crd_update as crd_update
 from kd_jax.losses.crd import draw_negatives as draw_negatives

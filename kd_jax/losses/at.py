@@ -10,6 +10,7 @@ from kd_jax.losses import checks, spatial
 
 def _attention(x: jax.Array) -> jax.Array:
   """Normalised energy of each position: [B, H, W, C] -> [B, H * W]."""
+  x = spatial.unit_range(x, (1, 2, 3))
   energy = jnp.mean(jnp.square(x), axis=-1)
   return spatial.l2_normalize(energy.reshape(x.shape[0], -1))
 

@@ -29,8 +29,14 @@ def float_array(
     `x` as float32.
 
   Raises:
-    ValueError: if `x` has another rank, or is not floating-point.
+    ValueError: if `x` is a list or tuple (it would become a batch of one), has
+      another rank, or is not floating-point.
   """
+  if isinstance(x, list | tuple):
+    raise ValueError(
+      f"{name}: expected one array, got a {type(x).__name__} of {len(x)}; pass "
+      "its array, or stack them"
+    )
   x = jnp.asarray(x)
   if x.ndim != rank if rank is not None else x.ndim < 2:
     layout = {4: ", a map [B, H, W, C]", 2: ", [B, C]"}.get(rank or 0, "")
@@ -46,24 +52,53 @@ def float_array(
   return x.astype(jnp.float32)
 
 
-def integer_array(name: str, x: jax.Array | int, *, rank: int) -> jax.Array:
-  """Returns `x` after checking that it holds integers and has `rank` axes."""
+def integer_array(
+  name: str, x: jax.Array | int, *, rank: int, below: int | None = None
+) -> jax.Array:
+  """Returns `x` after checking that it holds integers and has `rank` axes.
+
+  Args:
+    name: of the argument, for the error message.
+    x: an array of integers, or one.
+    rank: the number of axes it must have.
+    below: if given, `x` holds positions, or classes, in [0, below).
+
+  Returns:
+    `x`. With `below`, values outside are `below` itself, which is out of bounds
+    for reads with mode="fill": JAX alone would count negative ones from the
+    end.
+
+  Raises:
+    ValueError: for another rank or dtype, or a known value out of range.
+  """
+  known = known_values(x)
   x = jnp.asarray(x)
   if x.ndim != rank or not jnp.issubdtype(x.dtype, jnp.integer):
     raise ValueError(
       f"{name}: expected an integer array with {rank} axes, got {x.dtype} "
       f"of shape {x.shape}"
     )
-  return x
+  if below is None:
+    return x
+  if known is not None and known.size:
+    low, high = int(known.min()), int(known.max())
+    if low < 0 or high >= below:
+      raise ValueError(
+        f"{name}: expected values in [0, {below}), got values from {low} to "
+        f"{high}; check the number of classes and the data"
+      )
+  x = x.astype(jnp.int32)
+  return jnp.where((x >= 0) & (x < below), x, below)
 
 
 def labels_of(labels: jax.Array, logits: jax.Array) -> jax.Array:
-  """Returns `labels` after checking that they are integers, one per row.
+  """Returns `labels` after checking that they are classes, one per row.
 
   Raises:
-    ValueError: if they are not integers of shape [B] for logits [B, C].
+    ValueError: if they are not integers of shape [B] in [0, C) for logits
+      [B, C]. Unknown values out of range (under jit) become C.
   """
-  labels = jnp.asarray(labels)
+  given, labels = labels, jnp.asarray(labels)
   if not jnp.issubdtype(labels.dtype, jnp.integer):
     raise ValueError(
       f"labels: expected integers, got {labels.dtype}; pass class indices, "
@@ -74,7 +109,7 @@ def labels_of(labels: jax.Array, logits: jax.Array) -> jax.Array:
       f"labels: expected shape {logits.shape[:1]}, one class index per row "
       f"of the logits {logits.shape}, got {labels.shape}"
     )
-  return labels
+  return integer_array("labels", given, rank=1, below=logits.shape[1])
 
 
 def map_shape(name: str, x: jax.Array) -> tuple[int, int, int, int]:

@@ -6,8 +6,9 @@ per training example:
   indices = concatenate([positives, draw_negatives(...)])      [B, 1 + k]
   scores_s = crd_scores(v_s, bank_t, indices, temperature=...)
   scores_t = crd_scores(v_t, bank_s, indices, temperature=...)
-  z_s, z_t = crd_normalizer(scores_s, N), ...     once, on the first batch
-  loss = crd_loss(scores_s, scores_t, z_s, z_t, num_examples=N)
+  log_z_s, log_z_t = crd_log_normalizer(scores_s, N), ...       once, on the
+    first batch
+  loss = crd_loss(scores_s, scores_t, log_z_s, log_z_t, num_examples=N)
   bank_s = crd_update(bank_s, v_s, index, momentum=...)        likewise bank_t
 """
 
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax.losses import checks, spatial
 
@@ -52,20 +54,15 @@ def class_table(labels: jax.Array, num_classes: int) -> ClassTable:
       out of range or all are of one class.
   """
   known = checks.known_values(labels)
-  labels = checks.integer_array("train_labels", labels, rank=1)
   num_classes = checks.count("num_classes", num_classes)
-  if known is not None:
-    low, high = int(known.min()), int(known.max())
-    if low < 0 or high >= num_classes:
-      raise ValueError(
-        f"train_labels: expected classes in [0, {num_classes}), got values "
-        f"from {low} to {high}; check num_classes and the data set"
-      )
-    if low == high:
-      raise ValueError(
-        "train_labels: expected at least two classes to contrast, got only "
-        f"class {low}"
-      )
+  labels = checks.integer_array(
+    "train_labels", labels, rank=1, below=num_classes
+  )
+  if known is not None and known.min() == known.max():
+    raise ValueError(
+      "train_labels: expected at least two classes to contrast, got only "
+      f"class {known.min()}"
+    )
   count = jnp.zeros(num_classes, jnp.int32).at[labels].add(1)
   return ClassTable(
     order=jnp.argsort(labels, stable=True).astype(jnp.int32),
@@ -79,13 +76,20 @@ def _keys(key: jax.Array, index: jax.Array) -> jax.Array:
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-def _positions(
-  index: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  index = checks.integer_array("index", index, rank=1)
-  labels = checks.integer_array("labels", labels, rank=1)
+def _class_blocks(
+  index: jax.Array, labels: jax.Array, table: ClassTable
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(index, start and count of each row's class)."""
   checks.same_batch("index", index, "labels", labels)
-  return index, labels
+  num_examples, num_classes = table.order.shape[0], table.class_count.shape[0]
+  index = checks.integer_array("index", index, rank=1, below=num_examples)
+  labels = checks.integer_array("labels", labels, rank=1, below=num_classes)
+  start, count = (
+    x.at[labels].get(mode="fill", fill_value=-1)
+    for x in (table.class_start, table.class_count)
+  )
+  # A class of -1 examples marks a label or an index that does not exist.
+  return index, start, jnp.where(index < num_examples, count, -1)
 
 
 def draw_negatives(
@@ -111,11 +115,11 @@ def draw_negatives(
     k: number of negatives per example.
 
   Returns:
-    [B, k] int32 positions in the training set.
+    [B, k] int32 positions in the training set; -1 in rows whose label or index
+    is out of range under jit. `crd_scores` turns them into NaN.
   """
-  index, labels = _positions(index, labels)
   k = checks.count("k", k)
-  start, count = table.class_start[labels], table.class_count[labels]
+  index, start, count = _class_blocks(index, labels, table)
   others = table.order.shape[0] - count
 
   def draw(row_key: jax.Array, row_others: jax.Array) -> jax.Array:
@@ -123,7 +127,7 @@ def draw_negatives(
 
   r = jax.vmap(draw)(_keys(key, index), others)
   r = jnp.where(r >= start[:, None], r + count[:, None], r)
-  return table.order[r]
+  return jnp.where(count[:, None] < 0, -1, table.order[r])
 
 
 def draw_positives(
@@ -138,15 +142,15 @@ def draw_positives(
     table: of the training set.
 
   Returns:
-    [B] int32 positions in the training set.
+    [B] int32 positions in the training set; -1 as in `draw_negatives`.
   """
-  index, labels = _positions(index, labels)
+  index, start, count = _class_blocks(index, labels, table)
 
   def draw(row_key: jax.Array, row_count: jax.Array) -> jax.Array:
     return jax.random.randint(row_key, (), 0, row_count, jnp.int32)
 
-  r = jax.vmap(draw)(_keys(key, index), table.class_count[labels])
-  return table.order[table.class_start[labels] + r]
+  r = jax.vmap(draw)(_keys(key, index), count)
+  return jnp.where(count < 0, -1, table.order[start + r])
 
 
 def crd_scores(
@@ -169,22 +173,27 @@ def crd_scores(
       all shards gives the scores of the whole bank.
 
   Returns:
-    [B, 1 + k] float32.
+    [B, 1 + k] float32. Under jit, a position outside of [0, N) gives NaN; of a
+    shard, only a negative one does.
 
   Raises:
-    ValueError: for other ranks, unequal B or D, or t of 0 or less.
+    ValueError: for other ranks, unequal B or D, t of 0 or less, or, where its
+      value is known, a position out of range.
   """
   temperature = checks.number("temperature", temperature, above=0)
   embedding = checks.float_array("embedding", embedding, rank=2)
   bank = checks.float_array("bank", bank, rank=2)
-  indices = checks.integer_array("indices", indices, rank=2)
+  size = bank.shape[0] if first_row is None else np.iinfo(np.int32).max
+  indices = checks.integer_array("indices", indices, rank=2, below=size)
   checks.same_batch("embedding", embedding, "indices", indices)
   checks.same_width("embedding", embedding, "bank", bank)
-  owned = None
+  invalid, owned = indices == size, None
   if first_row is not None:
     first_row = checks.integer_array("first_row", first_row, rank=0)
     indices, owned = _within(bank, indices - first_row)
     indices = jnp.where(owned, indices, 0)
+  else:
+    indices = jnp.where(invalid, 0, indices)
   if bank.shape[0] <= indices.shape[1] * bank.shape[1]:
     # Products with the whole bank take less memory than the gathered vectors:
     # 13 MB instead of 537 MB for 64 examples of CIFAR at k = 16384.
@@ -196,7 +205,7 @@ def crd_scores(
     )
   if owned is not None:
     products = jnp.where(owned, products, 0.0)
-  return products / temperature
+  return jnp.where(invalid, jnp.nan, products / temperature)
 
 
 def _within(bank: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -206,25 +215,28 @@ def _within(bank: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(owned, rows, size), owned
 
 
-def crd_normalizer(scores: jax.Array, num_examples: int) -> jax.Array:
-  """Normaliser Z = N * mean(exp(scores)), computed once on the first batch.
+def crd_log_normalizer(scores: jax.Array, num_examples: int) -> jax.Array:
+  """Log of the normaliser Z = N * mean(exp(scores)), fixed by the first batch.
+
+  A logarithm because Z overflows float32 at temperatures below 0.013.
 
   Args:
     scores: [B, 1 + k], see `crd_scores`.
     num_examples: N, the size of the training set.
 
   Returns:
-    Scalar float32. Under a mapped axis, average it over the devices.
+    Scalar float32. Under a mapped axis, Z is the mean over the devices.
   """
   scores = checks.float_array("scores", scores, rank=2)
-  return checks.count("num_examples", num_examples) * jnp.mean(jnp.exp(scores))
+  num_examples = checks.count("num_examples", num_examples)
+  return jax.nn.logsumexp(scores) + math.log(num_examples / scores.size)
 
 
 def _contrast(
-  scores: jax.Array, z: jax.Array | float, num_examples: int
+  scores: jax.Array, log_z: jax.Array | float, num_examples: int
 ) -> jax.Array:
   """-log h(positive) - sum over negatives of log(1 - h), per example."""
-  log_x = scores - jnp.log(z)
+  log_x = scores - log_z
   noise = (scores.shape[1] - 1) / num_examples
   # In log space: exp(1 / temperature) overflows below a temperature of 0.012.
   log_offset = math.log(noise + EPSILON)
@@ -237,8 +249,8 @@ def _contrast(
 def crd_loss(
   student_scores: jax.Array,
   teacher_scores: jax.Array,
-  student_z: jax.Array | float,
-  teacher_z: jax.Array | float,
+  student_log_z: jax.Array | float,
+  teacher_log_z: jax.Array | float,
   *,
   num_examples: int,
 ) -> jax.Array:
@@ -252,8 +264,9 @@ def crd_loss(
     student_scores: [B, 1 + k], the student's embedding against the teacher's
       bank; column 0 is the positive.
     teacher_scores: [B, 1 + k], the teacher's against the student's bank.
-    student_z: scalar Z of the student's scores, see `crd_normalizer`.
-    teacher_z: scalar Z of the teacher's scores.
+    student_log_z: scalar log Z of the student's scores, see
+      `crd_log_normalizer`.
+    teacher_log_z: scalar log Z of the teacher's scores.
     num_examples: N, the size of the training set.
 
   Returns:
@@ -267,7 +280,7 @@ def crd_loss(
 
   >>> import jax.numpy as jnp
   >>> zeros = jnp.zeros((1, 3))
-  >>> round(float(crd_loss(zeros, zeros, 1.0, 1.0, num_examples=2)[0]), 4)
+  >>> round(float(crd_loss(zeros, zeros, 0.0, 0.0, num_examples=2)[0]), 4)
   4.1589
   """
   student = checks.float_array("student_scores", student_scores, rank=2)
@@ -278,11 +291,11 @@ def crd_loss(
       "student_scores: expected a positive and at least one negative per "
       f"row, got shape {student.shape}"
     )
-  student_z = checks.number("student_z", student_z, above=0)
-  teacher_z = checks.number("teacher_z", teacher_z, above=0)
+  student_log_z = checks.number("student_log_z", student_log_z)
+  teacher_log_z = checks.number("teacher_log_z", teacher_log_z)
   num_examples = checks.count("num_examples", num_examples)
-  return _contrast(student, student_z, num_examples) + _contrast(
-    teacher, teacher_z, num_examples
+  return _contrast(student, student_log_z, num_examples) + _contrast(
+    teacher, teacher_log_z, num_examples
   )
 
 
@@ -301,8 +314,9 @@ def crd_update(
   Args:
     bank: [N, D].
     embedding: v, [B, D].
-    index: [B] integers in [0, N). If one occurs twice (an image may replace one
-      that cannot be read), its first embedding counts.
+    index: [B] integers in [0, N); a known negative one is an error. If one
+      occurs twice (an image may replace one that cannot be read), its first
+      embedding counts.
     momentum: m, in [0, 1].
     first_row: if `bank` is a shard of a larger one, the position of its first
       row there. Positions outside the shard change nothing.
@@ -314,7 +328,9 @@ def crd_update(
     ValueError: for other ranks or unequal batches.
   """
   embedding = checks.float_array("embedding", embedding, rank=2)
-  index = checks.integer_array("index", index, rank=1)
+  index = checks.integer_array(
+    "index", index, rank=1, below=np.iinfo(np.int32).max
+  )
   checks.same_batch("embedding", embedding, "index", index)
   bank = checks.float_array("bank", bank, rank=2)
   checks.same_width("embedding", embedding, "bank", bank)

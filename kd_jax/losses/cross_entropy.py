@@ -23,10 +23,11 @@ def cross_entropy_loss(
     label_smoothing: s, in [0, 1).
 
   Returns:
-    [B] float32. An out-of-range label (>= C) gives NaN rather than a number.
+    [B] float32. Under jit, a label outside of [0, C) gives NaN.
 
   Raises:
-    ValueError: for other ranks, shapes or dtypes, or s outside [0, 1).
+    ValueError: for other ranks, shapes or dtypes, s outside [0, 1), or, where
+      its value is known, a label outside of [0, C).
 
   >>> import jax.numpy as jnp
   >>> cross_entropy_loss(jnp.zeros((1, 2)), jnp.array([1])).tolist()
@@ -38,7 +39,8 @@ def cross_entropy_loss(
   logits = checks.float_array("logits", logits, rank=2)
   labels = checks.labels_of(labels, logits)
   log_p = jax.nn.log_softmax(logits)
-  loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1)[:, 0]
+  loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1, mode="fill")
+  loss = loss[:, 0]
   if isinstance(smoothing, int | float) and smoothing == 0:
     return loss
   return (1 - smoothing) * loss - smoothing * jnp.mean(log_p, 1)

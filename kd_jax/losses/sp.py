@@ -67,7 +67,19 @@ def sp_loss(
   student = checks.float_array("student_map", student_map, rank=4)
   teacher = checks.float_array("teacher_map", teacher_map, rank=4)
   checks.same_batch("student_map", student, "teacher_map", teacher)
-  rows_s = similarity_matrix(student, axis_name=axis_name)
-  rows_t = similarity_matrix(teacher, axis_name=axis_name)
-  difference = spatial.l2_normalize(rows_s) - spatial.l2_normalize(rows_t)
+  difference = _unit_rows(student, axis_name) - _unit_rows(teacher, axis_name)
   return jnp.mean(jnp.square(difference))
+
+
+def _unit_rows(x: jax.Array, axis_name: str | None) -> jax.Array:
+  """Rows of the similarity matrix over their norms: [B, B * devices]."""
+  rows = x.reshape(x.shape[0], -1)
+  columns = collectives.axis_gather(rows, axis_name)
+  # Each row may have its own scale, but the columns share one.
+  rows, columns = (
+    spatial.unit_range(rows, (1,)),
+    spatial.unit_range(columns, (0, 1)),
+  )
+  return spatial.l2_normalize(
+    jnp.matmul(rows, columns.T, precision=spatial.HIGHEST)
+  )

@@ -112,12 +112,25 @@ def l2_normalize(x: jax.Array) -> jax.Array:
   """Divides each vector along the last axis by its L2 norm.
 
   A vector shorter than 1e-12 becomes zero, with a zero gradient: dividing would
-  give NaN or a gradient of 1e12.
+  give NaN or a gradient of 1e12. A long one does not overflow.
   """
+  largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+  x /= jax.lax.stop_gradient(jnp.maximum(largest, 1.0))
   squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   visible = squares > 1e-24
   inverse = jax.lax.rsqrt(jnp.where(visible, squares, 1.0))
   return jnp.where(visible, x * inverse, 0.0)
+
+
+def unit_range(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """Divides by the largest absolute value along `axes`, held constant.
+
+  For what does not depend on the scale of `x`: then the gradient is right, and
+  squares of squares neither overflow nor vanish.
+  """
+  largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+  largest = jax.lax.stop_gradient(largest)
+  return x / jnp.where(largest > 1e-30, largest, 1.0)
 
 
 def mean_square(a: jax.Array, b: jax.Array) -> jax.Array:

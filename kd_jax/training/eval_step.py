@@ -6,8 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
+from kd_jax import losses
 from kd_jax.distillers import base
 from kd_jax.training import loss, metrics
 
@@ -79,9 +79,8 @@ def prediction_sums(
     Float32 scalars "ce" (nats), "top1", "top5" and "count".
   """
   logits = logits.astype(jnp.float32)
-  ce = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   values = {
-    "ce": ce,
+    "ce": losses.cross_entropy_loss(logits, labels),
     "top1": metrics.topk_correct(logits, labels, 1),
     "top5": metrics.topk_correct(logits, labels, 5),
   }

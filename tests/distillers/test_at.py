@@ -16,8 +16,10 @@ METHOD = Method(
     "at_loss": LossCase(
       ([BIG, SMALL], TEACHERS),
       minimum=([BIG, SMALL], [2 * BIG, 3 * SMALL]),
+      scale_free=True,
     )
   },
+  weights={"ce": 1, "kd": 1, "at": 1000},
   golden=(Golden("attention"),),
   curve=Curve("attention"),
 )

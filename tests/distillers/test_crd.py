@@ -29,10 +29,9 @@ def golden_fields(case):
 METHOD = Method(
   losses={
     "crd_loss": LossCase(
-      (*(5 * normal(0, 2, 4, 9)), 30.0, 50.0),
+      (*(5 * normal(0, 2, 4, 9)), 3.4, 3.9),
       kwargs={"num_examples": 20},
       refused={"num_examples": (0, -1, 20.0)},
-      huge=20,
     )
   },
   fields={
@@ -41,6 +40,8 @@ METHOD = Method(
   },
   small={"k": 16, "feat_dim": 8},
   reference=(("embed_([st])/linear", r"embed_\1.linear"),),
+  weights={"ce": 1, "kd": 1, "crd": 0.8},
+  relational=True,
   curve=Curve(
     "crd",
     lambda curves: golden_fields(curves["crd"]),
@@ -155,6 +156,19 @@ def test_the_first_batch_fixes_the_normalisers(tiny, made):
   _, second = tiny.apply(module, {**variables, **first}, seed=2)
   for z in ("z_s", "z_t"):
     assert 0 < float(first["memory"][z]) == float(second["memory"][z])
+
+
+@pytest.mark.parametrize("temperature", [0.012, 0.002])
+def test_a_low_temperature_has_a_normaliser(tiny, made, temperature):
+  """exp(1 / t) is beyond float32 below t = 0.0113."""
+  module = tiny.create("crd", nce_temperature=temperature)
+  output, first = tiny.apply(module, made[1], seed=1)
+  variables = {**made[1], **first}
+  again, second = tiny.apply(module, variables, seed=1)
+  for z in ("z_s", "z_t"):
+    assert float(first["memory"][z]) == float(second["memory"][z]) != 0
+  for terms in (output.terms, again.terms):
+    assert np.all(np.isfinite(terms["crd"]))
 
 
 def test_negatives_follow_the_step_key_unless_given(tiny, made):

@@ -6,6 +6,7 @@ METHOD = Method(
   losses={"fitnet_loss": LossCase((S, T), minimum=(T, T))},
   fields={"hint_layer": "stage2"},
   reference=((r"regressor/(de)?conv", "conv"), (r"regressor/bn", "bn")),
+  weights={"ce": 1, "kd": 1, "fitnet": 100},
   golden=(
     Golden(
       r"hint_layer\d+",

@@ -1,7 +1,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from method_cases import Curve, Golden, LossCase, Method, normal
+import pytest
+from method_cases import Curve, Golden, LossCase, Method, log_softmax, normal
 
 from kd_jax import losses
 
@@ -16,6 +17,7 @@ METHOD = Method(
     )
   },
   fields={"temperature": 4.5},
+  weights={"ce": 1, "kd": 1},
   golden=(
     Golden(
       r"(kd|funmatch_kl)_T[\d.]+",
@@ -24,6 +26,29 @@ METHOD = Method(
   ),
   curve=Curve("kd"),
 )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("temperature", [0.5, 4.0, 1e3, 1e5])
+def test_in_float64(temperature, scale):
+  """Where predictions are alike, a difference of logarithms is all rounding."""
+  z, t = np.float32(scale) * S, np.float32(scale) * T
+  log_q, log_p = (log_softmax(x.astype(float) / temperature) for x in (z, t))
+  p = np.exp(log_p)
+  q_minus_p = np.exp(log_q) - p
+
+  def loss(z):
+    return losses.kd_loss(z, t, temperature=temperature)
+
+  value, vjp = jax.vjp(loss, z)
+  expected = temperature**2 * np.sum(p * (log_p - log_q), 1)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    vjp(jnp.ones(4))[0],
+    temperature * q_minus_p,
+    rtol=1e-4,
+    atol=1e-6 * temperature * np.abs(q_minus_p).max(),
+  )
 
 
 def test_gradient_is_the_difference_of_the_softened_predictions():

@@ -22,6 +22,7 @@ METHOD = Method(
     (r"level(\d+)/bn(\d)", lambda m: f"{int(m[1]) - 1}.conv{m[2]}.1"),
     (r"level(\d+)/attention", lambda m: f"{int(m[1]) - 1}.att_conv.0"),
   ),
+  weights={"ce": 1, "kd": 0, "reviewkd": 5},
   golden=(Golden("review_kd", prefix=lambda case: "abf"),),
 )
 

@@ -37,6 +37,8 @@ METHOD = Method(
     layer("conv", 3),
     layer("bn", 2),
   ),
+  weights={"ce": 1, "kd": 1, "semckd": 400},
+  relational=True,
   golden=(
     Golden(
       "semckd",

@@ -14,6 +14,7 @@ METHOD = Method(
     (r"projector/conv(\d)", lambda m: f"transfer.{3 * int(m[1]) - 3}"),
     (r"projector/bn(\d)", lambda m: f"transfer.{3 * int(m[1]) - 2}"),
   ),
+  weights={"ce": 0, "kd": 0, "simkd": 1},
   golden=(
     Golden(
       r"simkd_f\d+",

@@ -6,7 +6,13 @@ from kd_jax import losses
 
 S, T = normal(0, 4, 4, 4, 3), normal(1, 4, 5, 5, 3)
 METHOD = Method(
-  losses={"sp_loss": LossCase((S, T), minimum=(S, 2 * S), per_example=False)},
+  losses={
+    "sp_loss": LossCase(
+      (S, T), minimum=(S, 2 * S), per_example=False, scale_free=True
+    )
+  },
+  weights={"ce": 1, "kd": 1, "sp": 3000},
+  relational=True,
   golden=(Golden("similarity"),),
   curve=Curve("similarity"),
 )

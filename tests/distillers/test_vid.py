@@ -28,6 +28,7 @@ METHOD = Method(
     ),
     (r"stage(\d+)", lambda m: f"{int(m[1]) - 1}"),
   ),
+  weights={"ce": 1, "kd": 1, "vid": 1},
   golden=(Golden("vid", prefix=lambda case: "vid"),),
   curve=Curve("vid"),
 )

@@ -119,18 +119,34 @@ def test_a_student_that_equals_its_teacher_is_at_the_minimum(name, case):
     np.testing.assert_allclose(x, 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("stress", ["bfloat16", "huge", "equal rows", "zeros"])
+def one_hot(x):
+  """1e4 at the largest value of each row, -1e4 elsewhere."""
+  return np.where(x == x.max(-1, keepdims=True), 1e4, -1e4).astype(np.float32)
+
+
+STRESSES = {
+  "bfloat16": lambda x, case, first: jnp.asarray(x, jnp.bfloat16),
+  "huge": lambda x, case, first: np.float32(case.huge) * x,
+  "tiny": lambda x, case, first: np.float32(1e-12) * x,
+  "equal rows": lambda x, case, first: np.broadcast_to(x[:1], x.shape),
+  "equal inputs": lambda x, case, first: first if x.shape == first.shape else x,
+  "zeros": lambda x, case, first: np.zeros_like(x),
+  "one hot": lambda x, case, first: one_hot(x),
+  "batch of one": lambda x, case, first: x[:1],
+}
+
+
+@pytest.mark.parametrize("stress", STRESSES)
 def test_stays_finite(name, case, stress):
+  first = jax.tree.leaves(case.args)[0]
+
   def change(x):
     # Arrays of parameters, such as a variance, have their own ranges.
-    if not is_batched(case, x) or not is_float(x):
+    if not is_batched(case, x):
       return x
-    return {
-      "bfloat16": lambda: jnp.asarray(x, jnp.bfloat16),
-      "huge": lambda: np.float32(case.huge) * x,
-      "equal rows": lambda: np.broadcast_to(x[:1], x.shape),
-      "zeros": lambda: np.zeros_like(x),
-    }[stress]()
+    if not is_float(x):
+      return x[:1] if stress == "batch of one" else x
+    return STRESSES[stress](x, case, first)
 
   value, gradients = value_and_grads(
     name, case, jax.tree.map(change, case.args)
@@ -140,11 +156,36 @@ def test_stays_finite(name, case, stress):
     assert np.all(np.isfinite(np.asarray(x, np.float32)))
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.scale_free])
+def test_the_scale_of_features_does_not_count(name, scale):
+  case = CASES[name]
+  value, gradients = value_and_grads(name, case, case.args)
+  scaled = jax.tree.map(lambda x: np.float32(scale) * x, case.args)
+  found, found_gradients = value_and_grads(name, case, scaled)
+  np.testing.assert_allclose(found, value, rtol=1e-5)
+  for g, f in zip(*map(jax.tree.leaves, (gradients, found_gradients))):
+    np.testing.assert_allclose(scale * f, g, rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_that_does_not_exist_is_not_a_number(name, case):
+  """Under jit; a known one is refused, see `test_wrong_arrays_are_refused`."""
+  for i, x in enumerate(case.args):
+    if isinstance(x, np.ndarray) and x.dtype == np.int32:
+      for bad in (-1, 10**6):
+        rows = np.array([*x[:2], bad, *x[3:]], np.int32)
+        args = [*case.args[:i], rows, *case.args[i + 1 :]]
+        value = compiled(name, case)[0](*args)
+        np.testing.assert_array_equal(np.isnan(value), [0, 0, 1, 0])
+
+
 def wrong(case, x):
   """Variants of an argument that no loss may take."""
   if np.ndim(x) == 0:
-    return [np.ones(3, np.float32), np.nan, -1.0]
+    return [np.ones(3, np.float32), np.nan, np.inf]
   found = [x[0], x[..., None], x.astype(np.int32 if is_float(x) else float)]
+  # A list of one array would become a batch of one.
+  found += [[x]] if is_float(x) else [x - x.min() - 1, x + 10**6]
   # A single array has nothing to disagree with.
   return found + [x[:2]] * (len(jax.tree.leaves(case.args)) > 1)
 

@@ -9,6 +9,8 @@ Z = np.ones((4, 5), np.float32)
 M = np.ones((4, 2, 2, 3), np.float32)
 NCHW = np.ones((4, 90, 2, 2), np.float32)
 INDEX = np.zeros((4, 5), np.int32)
+TABLE = losses.ClassTable(INDEX[0], INDEX[0, :2], INDEX[0, :2] + 1)
+WRONG = (np.array([0, 0]), np.array([0, -1]))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,14 @@ INDEX = np.zeros((4, 5), np.int32)
     ),
     ("draw_negatives", (0, INDEX[0], INDEX[0], 0), {"k": 0}, "k: .* got 0"),
     ("class_table", (INDEX[0] + 9, 4), {}, r"in \[0, 4\), got values from 9"),
+    ("class_table", (INDEX[0] - 1, 4), {}, r"in \[0, 4\), got values from -1"),
+    ("draw_negatives", (0, *WRONG, TABLE), {"k": 1}, r"labels: .*from -1 to 0"),
+    ("draw_positives", (0, *WRONG[::-1], TABLE), {}, r"index: .*from -1 to 0"),
+    ("crd_scores", (Z, Z, INDEX - 1), {"temperature": 1.0}, "indices: .*-1"),
+    ("crd_scores", (Z, Z, INDEX + 4), {"temperature": 1.0}, "indices: .*to 4"),
+    ("crd_update", (Z, Z, -INDEX[:, 0] - 1), {"momentum": 0.5}, "index: .*-1"),
+    ("sp_loss", ([M], [M]), {}, "student_map: expected one array, got a list"),
+    ("similarity_matrix", ([M[0]],), {}, "x: expected one array, got a list"),
     ("class_table", (INDEX[0] + 1, 4), {}, "at least two classes.*class 1"),
     ("class_table", (Z[0], 4), {}, "train_labels: expected an integer array"),
     ("adaptive_average_pool", (M, (0, 1)), {}, "size: .* at least 1, got 0"),
