@@ -129,7 +129,7 @@ def _run() -> None:
 
 def _run_grid(workdir: str, shard: tuple[int, int]) -> None:
   """Trains a shard of a grid; writes and prints the report of all runs."""
-  from kd_jax import reporting
+  from kd_jax import reporting, storage
   from kd_jax.distributed import processes
   from kd_jax.runs import errors, grid, logs
 
@@ -148,7 +148,7 @@ def _run_grid(workdir: str, shard: tuple[int, int]) -> None:
   if processes.is_first() and missing is None:
     from kd_jax.reporting import report, runs
 
-    folder = pathlib.Path(workdir).absolute()
+    folder = storage.local_path(workdir, "--workdir")
     if runs.find_runs(folder):
       text, paths = report.write_report(folder)
       print(f"\n{text}", *paths, sep="\n", flush=True)

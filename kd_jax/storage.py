@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import socket
 import time
@@ -20,9 +21,57 @@ import jax
 import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
+from etils.epath import gpath
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+# Of what a pathlib.Path leaves of a URL, too.
+_URL = re.compile(r"[A-Za-z][\w+.-]*://|(gs|s3|az|hf|hdfs|abfss?|https?):/")
+
+
+def local_path(text: str | os.PathLike[str], where: str) -> pathlib.Path:
+  """Return an absolute path; a leading `~` is the home folder.
+
+  Args:
+    text: what the user wrote.
+    where: the flag or field, for the error.
+
+  Raises:
+    ValueError: for a bucket or another URL, and for a backslash.
+  """
+  text = os.fspath(text)
+  if _URL.match(text):
+    raise ValueError(
+      f"{where}: expected a path on a mounted file system, got the URL {text}."
+      " Mount the bucket, as with gcsfuse or s3fs, and name that folder"
+    )
+  try:
+    path = pathlib.Path(text).expanduser().absolute()
+  except RuntimeError as error:  # ~nobody
+    raise ValueError(f"{where}: no home folder for {text} ({error})") from error
+  if "\\" in str(path):
+    raise ValueError(
+      f"{where}: expected a path without a backslash, which checkpoints cannot"
+      f" be kept below, got {path}. Rename the folder"
+    )
+  return path
+
+
+class _LiteralPath(gpath.PosixGPath):
+  """A path whose own `[`, `*` and `?` are not wildcards.
+
+  Orbax finds the files that it merges by a glob below the checkpoint.
+  """
+
+  def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
+    return map(type(self), pathlib.Path(str(self)).glob(pattern))
+
+
+def orbax_path(path: pathlib.Path) -> Any:
+  """The path of a checkpoint as Orbax can take it; see `local_path`."""
+  return _LiteralPath(local_path(path.resolve(), "checkpoint"))
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -48,7 +97,7 @@ def save_tree(directory: pathlib.Path, tree: Any) -> None:
     with ocp.StandardCheckpointer(
       multiprocessing_options=_alone()
     ) as checkpointer:
-      checkpointer.save(directory.resolve(), tree)
+      checkpointer.save(orbax_path(directory), tree)
   except Exception as error:  # of whatever class
     raise OSError(
       errno.EIO, f"cannot be written ({str(error)[:200]!r})", str(directory)
@@ -61,17 +110,17 @@ def restore_tree(directory: pathlib.Path) -> Any:
   Raises:
     ValueError: if it cannot be read.
   """
-  directory = directory.resolve()
   try:
+    folder = orbax_path(directory)
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
     with ocp.Checkpointer(
       handler, multiprocessing_options=_alone()
     ) as checkpointer:
-      metadata = checkpointer.metadata(directory).item_metadata
+      metadata = checkpointer.metadata(folder).item_metadata
       arguments = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
       )
-      return checkpointer.restore(directory, restore_args=arguments)
+      return checkpointer.restore(folder, restore_args=arguments)
   except Exception as error:
     raise ValueError(
       f"{directory}: expected an Orbax checkpoint, got one that cannot be"

@@ -33,7 +33,7 @@ def write(model: Model, to: pathlib.Path) -> None:
   Raises:
     ValueError: if the folder holds something else.
   """
-  to = to.absolute()
+  to = storage.local_path(to, "export")
   if to.exists() and (not to.is_dir() or any(to.iterdir())):
     if card_lib.read_card_or_none(to) is not None and _same(to, model):
       return
@@ -106,7 +106,7 @@ def find(directory: str | pathlib.Path) -> pathlib.Path:
   Raises:
     ValueError: if the path is neither.
   """
-  path = pathlib.Path(directory).absolute()
+  path = storage.local_path(directory, "model")
   if not path.exists():
     raise ValueError(
       f"{path} does not exist: expected the workdir of a finished run or an"

@@ -122,7 +122,7 @@ class Checkpointer:
       "fingerprint": fingerprint_lib.fingerprint(arrays),
     }
     self._checkpointer.save(
-      self._directory / str(step),
+      storage.orbax_path(self._directory / str(step)),
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(arrays),
         position=ocp.args.JsonSave(position),

@@ -16,6 +16,7 @@ import traceback
 import jax
 from ml_collections import ConfigDict
 
+from kd_jax import storage
 from kd_jax.distributed import processes
 from kd_jax.runs import errors, train
 
@@ -107,7 +108,7 @@ def run_grid(
     CellsFailedError: at the end, naming each cell that failed.
     PreemptedError: see `train_and_evaluate`.
   """
-  folder = pathlib.Path(workdir).absolute()
+  folder = storage.local_path(workdir, "--workdir")
   made = cells(config)
   # Trials differ only in their seeds: checking the first ones is enough.
   for name in list(made)[: len(made) // config.trials]:

@@ -131,7 +131,8 @@ def _entry(where: str, entry: Any) -> dict[str, Any]:
 
 def _name_of(where: str, checkpoint: str) -> str:
   try:
-    return opening.name_of(pathlib.Path(checkpoint))
+    path = storage.local_path(checkpoint, "path")
+    return opening.name_of(path)
   except ValueError as error:
     raise ValueError(f"{where}.checkpoint: {error}") from error
 
@@ -180,7 +181,8 @@ def load(
     source: the training set.
     dtype: of the arithmetic.
   """
-  where, path = teacher.where, pathlib.Path(teacher.checkpoint)
+  where = teacher.where
+  path = storage.local_path(teacher.checkpoint, f"{where}.checkpoint")
   is_file = files.is_weights_file(path)
   try:
     model = opening.open_model(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import data
+from kd_jax import data, storage
 from kd_jax.distributed import processes
 from kd_jax.runs import components, identity, logs
 from kd_jax.runs import config as config_lib
@@ -44,7 +44,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
     UnsavedError: when something could not be saved.
   """
-  path = pathlib.Path(workdir).absolute()
+  path = storage.local_path(workdir, "--workdir")
   prepared = processes.on_all_processes(lambda: prepare(config, path))
   processes.require_shared(path)
   config, parts = prepared.config, prepared.parts
