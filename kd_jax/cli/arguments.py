@@ -2,7 +2,9 @@
 
 import argparse
 import contextlib
+import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,23 +53,35 @@ def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
     " imagenet, ... (default: as its classes suggest)",
   )
   parser.add_argument(
-    "--image_size", type=int, help="pixels (default: those of the data)"
+    "--image_size", type=positive, help="pixels (default: those of the data)"
   )
+
+
+def positive(text: str) -> int:
+  """Parse a number of 1 or more, an argument's type."""
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+  return number
 
 
 @contextlib.contextmanager
 def exit_on_error(parser: argparse.ArgumentParser) -> Iterator[None]:
-  """Show the package's log; print an error in one line and exit.
+  """Show the package's log, and errors as one line.
 
   The code is 1 if something could not be written, else 2.
   """
   logs.configure_logging()
   try:
     yield
+    sys.stdout.flush()
   except (ValueError, ImportError, data.UnreadableError) as error:
     parser.exit(2, f"{error}\n")
   except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
     parser.exit(2, f"{error}\n")
+  except BrokenPipeError:  # of `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except OSError as error:
     parser.exit(
       1,

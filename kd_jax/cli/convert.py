@@ -17,7 +17,7 @@ import argparse
 import pathlib
 
 from kd_jax.cli import arguments
-from kd_jax.interop import conversion, opening
+from kd_jax.interop import conversion, naming, opening
 
 
 def main() -> None:
@@ -40,6 +40,17 @@ def main() -> None:
   )
   arguments.add_target_argument(parser)
   arguments.add_origin_arguments(parser)
+  parser.add_argument(
+    "--prefix",
+    help="of --from: first part of the names that are meant, or the key that"
+    " they stand under, such as student or model_ema",
+  )
+  parser.add_argument(
+    "--rename",
+    default="",
+    help="of --from: texts to replace in names, such as"
+    " stage=layer,shortcut=downsample",
+  )
   parser.add_argument(
     "--model_name", help="name of the network (default: the one that fits)"
   )
@@ -72,8 +83,13 @@ def main() -> None:
   }
   with arguments.exit_on_error(parser):
     if args.source is not None:
+      rename = naming.parse_rename(args.rename) if args.rename else ()
       words = conversion.convert(
-        args.source, args.to, model_name=args.model_name, **options
+        args.source,
+        args.to,
+        model_name=args.model_name,
+        names=naming.Names(args.prefix, rename),
+        **options,
       )
     else:
       words = conversion.convert_simkd(
@@ -85,4 +101,4 @@ def main() -> None:
         factor=args.factor,
         **options,
       )
-  print(f"{args.to}: {words}")
+    print(f"{args.to}: {words}")

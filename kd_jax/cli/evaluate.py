@@ -6,7 +6,7 @@
 """
 
 import argparse
-import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -32,11 +32,13 @@ def main() -> None:
     "--data_dir", default="../data", help="folder of a data set that is named"
   )
   parser.add_argument(
-    "--image_size", type=int, help="pixels (default: as the model was trained)"
+    "--image_size",
+    type=arguments.positive,
+    help="pixels (default: as the model was trained)",
   )
   parser.add_argument(
     "--resize",
-    type=int,
+    type=arguments.positive,
     help="of image files: pixels of the shorter side before the centre crop"
     " (default: as the model was trained)",
   )
@@ -46,7 +48,7 @@ def main() -> None:
     help="of image files that cannot be decoded (default: error)",
   )
   parser.add_argument("--split", default="test", choices=("test", "train"))
-  parser.add_argument("--batch_size", type=int, default=500)
+  parser.add_argument("--batch_size", type=arguments.positive, default=500)
   parser.add_argument(
     "--teacher",
     type=pathlib.Path,
@@ -66,6 +68,17 @@ def main() -> None:
     scores = scoring.evaluate(
       model, source, batch_size=args.batch_size, teacher=teacher
     )
+    print(_line(args, model, source, teacher, scores))
+
+
+def _line(
+  args: argparse.Namespace,
+  model: Model,
+  source: data.Source | data.EncodedSource,
+  teacher: Model | None,
+  scores: dict[str, Any],
+) -> str:
+  """The scores in words."""
   top = [f"top-1 {scores['top1']:.2f} %"]
   if source.num_classes > 5:
     top.append(f"top-5 {scores['top5']:.2f} %")
@@ -79,7 +92,7 @@ def main() -> None:
       f", agreement with {teacher.card['architecture']} (top-1"
       f" {scores['teacher_top1']:.2f} %) {scores['agreement']:.2f} %"
     )
-  print(line)
+  return line
 
 
 def _open(
@@ -91,28 +104,28 @@ def _open(
     for name in ("image_size", "resize", "on_bad_image")
     if getattr(args, name) is not None
   }
+  name, folder = args.data, args.data_dir
+  if name is not None and pathlib.Path(name).is_dir():
+    name, folder = data.detect(name), name
 
-  def load(name: str, folder: str, **options: Any) -> Any:
+  def load(**options: Any) -> Any:
     return data.load(name, split=args.split, dir=folder, **{**options, **given})
 
-  def open_model(origin: opening.Origin) -> Model:
-    return opening.open_model(
-      args.model, model_name=args.model_name, origin=origin
-    )
-
-  if args.data is not None and pathlib.Path(args.data).is_dir():
-    source = load(data.detect(args.data), args.data)
-    model = open_model(opening.Origin(source=source))
-  else:
-    model = open_model(opening.Origin(args.data, args.image_size))
-    trained_on = model.card["trained_on"]
-    name = args.data or trained_on
-    options = model.card["data_options"] if name == trained_on else {}
-    source = load(name, args.data_dir, **options)
-  if args.image_size is None and isinstance(source, data.EncodedSource):
-    source = dataclasses.replace(
-      source,
-      image_size=model.card["image_shape"][0],
-      resize=args.resize or model.card.get("resize") or 0,
-    )
-  return model, source
+  # A file without a card has its classes and its normalisation from the data.
+  known = functools.cache(load)
+  origin = opening.Origin(name, args.image_size)
+  if folder == args.data or name == "folder":
+    origin = opening.Origin(source=known)
+  model = opening.open_model(
+    args.model, model_name=args.model_name, origin=origin
+  )
+  if known.cache_info().currsize:
+    return model, known()
+  card = model.card
+  name = name or card["trained_on"]
+  options = dict(card["data_options"]) if name == card["trained_on"] else {}
+  if "resize" in data.options(name):
+    options["image_size"] = card["image_shape"][0]
+    # Another size has a resize of its own.
+    options["resize"] = None if "image_size" in given else card.get("resize")
+  return model, load(**options)

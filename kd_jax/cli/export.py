@@ -61,4 +61,4 @@ def main() -> None:
       model, fold_batch_norm=args.fold_batch_norm, dtype=args.dtype
     )
     words = formats.save(model, args.to, weights_inside=not args.weights_beside)
-  print(f"{args.to}: {words}")
+    print(f"{args.to}: {words}")

@@ -17,7 +17,7 @@ from kd_jax.data.evaluation import EvalStream, eval_batches
 from kd_jax.data.folder import FolderSource
 from kd_jax.data.images import BadImageError, UnreadableError
 from kd_jax.data.pipelines import create, eval_stream, names
-from kd_jax.data.sources import constants, detect, digest, load
+from kd_jax.data.sources import constants, detect, digest, load, options
 
 __all__ = [
   "BadImageError",
@@ -37,4 +37,5 @@ __all__ = [
   "eval_stream",
   "load",
   "names",
+  "options",
 ]

@@ -63,7 +63,7 @@ def _subfolders(folder: str) -> list[str]:
     )
 
 
-def _files(folder: str) -> list[str]:
+def image_files(folder: str) -> list[str]:
   """The image files below a folder, sorted; hidden ones are left out."""
   found, left = [], [folder]
   while left:
@@ -196,10 +196,10 @@ def load(
   _check_same_classes(root)
   flat = split == "test" and _is_flat(folder)
   if flat:
-    paths = _files(folder)
+    paths = image_files(folder)
   else:
     classes = _subfolders(folder)
-    by_class = [_files(os.path.join(folder, item)) for item in classes]
+    by_class = [image_files(os.path.join(folder, item)) for item in classes]
     empty = [item for item, files in zip(classes, by_class) if not files]
     if empty and len(empty) < len(classes):
       raise ValueError(

@@ -98,9 +98,9 @@ def load(
     "resize": resize,
     "on_bad_image": on_bad_image,
   }
-  options = {key: value for key, value in given.items() if value is not None}
-  allowed = inspect.signature(loader).parameters.keys() & given.keys()
-  for key, value in options.items():
+  chosen = {key: value for key, value in given.items() if value is not None}
+  allowed = options(name) & given.keys()
+  for key, value in chosen.items():
     if key not in allowed:
       raise ValueError(
         f"The data set {name} has no option {key}, got {value}; expected"
@@ -109,7 +109,13 @@ def load(
       )
     if isinstance(value, int) and value < 1:
       raise ValueError(f"{key} must be at least 1, got {value}.")
-  return loader(name, split=split, dir=dir, **options)
+  return loader(name, split=split, dir=dir, **chosen)
+
+
+def options(name: str) -> frozenset[str]:
+  """Options of `load` that a set takes; image files take "resize"."""
+  loader = resolve(name, _SOURCES, what="data set")
+  return frozenset(inspect.signature(loader).parameters)
 
 
 def constants(name: str) -> Constants:

@@ -1,5 +1,7 @@
 """The model card of an export: `model.json`."""
 
+import hashlib
+import json
 import logging
 import pathlib
 import re
@@ -16,6 +18,7 @@ _log = logging.getLogger(__name__)
 
 FORMAT = "kd_jax export 2"
 CARD = "model.json"
+_SEAL = "card_sha256"
 # Options of `data.load`, besides the name, that change what a model sees.
 DATA_OPTIONS = ("image_size", "resize", "num_examples", "num_classes")
 
@@ -220,6 +223,23 @@ def describe(card: Mapping[str, Any]) -> str:
   return f"{words}, {card['num_classes']} classes"
 
 
+def seal(card: Mapping[str, Any]) -> dict[str, Any]:
+  """Add a digest of the card to it, which `check` compares.
+
+  Returns:
+    The card as JSON keeps it.
+  """
+  plain = json.loads(storage.to_json(card))
+  return {**plain, _SEAL: _digest(plain)}
+
+
+def _digest(card: Mapping[str, Any]) -> str:
+  """Hash a card's canonical JSON, without its digest."""
+  content = {name: value for name, value in card.items() if name != _SEAL}
+  text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check(content: Any, where: object) -> dict[str, Any]:
   """Check a model card: its types, and that its values make sense.
 
@@ -231,13 +251,19 @@ def check(content: Any, where: object) -> dict[str, Any]:
     The card.
 
   Raises:
-    ValueError: naming the field, what was expected and what came.
+    ValueError: naming the field, what was expected and what came; or that the
+      card was changed since `seal`.
   """
   if not isinstance(content, dict) or content.get("format") != FORMAT:
     found = content.get("format") if isinstance(content, dict) else content
     raise ValueError(
       f"{where}: expected a model card of format {FORMAT!r}, got"
       f" {str(found)[:40]!r}. {_REMEDY}"
+    )
+  if content.get(_SEAL, sealed := _digest(content)) != sealed:
+    raise ValueError(
+      f"{where}: expected the model card as it was written, got one that was"
+      f" changed (its {_SEAL} differs). {_REMEDY}"
     )
   card: Any = storage.convert(content, _Card, where, _REMEDY)
   require_imported(card)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from kd_jax.interop import card as card_lib
-from kd_jax.interop import files, formats, opening, pytorch, simkd_parts
+from kd_jax.interop import files, formats, naming, opening, pytorch, simkd_parts
 from kd_jax.interop import model as model_lib
 from kd_jax.interop.model import Model
 
@@ -18,6 +18,7 @@ def convert(
   model_name: str | None = None,
   num_classes: int | None = None,
   origin: opening.Origin = opening.UNKNOWN,
+  names: naming.Names = naming.AS_THEY_ARE,
 ) -> str:
   """Convert one model.
 
@@ -27,6 +28,7 @@ def convert(
     model_name: see `opening.open_model`.
     num_classes: see `opening.open_model`.
     origin: see `opening.open_model`.
+    names: see `opening.open_model`.
 
   Returns:
     A description of what was written.
@@ -40,7 +42,7 @@ def convert(
   to_state_dict = to.suffix.lower() in files.WRITABLE
   is_unknown = origin == opening.UNKNOWN and files.is_weights_file(source)
   if to_state_dict and is_unknown:
-    weights = files.read(source)
+    weights = files.read(source, names)
     if weights.card is None:  # nor will the new file have one
       name, classes, variables = opening.read_network(
         source, weights, model_name, num_classes
@@ -48,7 +50,11 @@ def convert(
       files.write(to, {"model": pytorch.to_state_dict(name, variables)})
       return f"{name}, {classes} classes, a state dict"
   model = opening.open_model(
-    source, model_name=model_name, num_classes=num_classes, origin=origin
+    source,
+    model_name=model_name,
+    num_classes=num_classes,
+    origin=origin,
+    names=names,
   )
   return _save(model, to)
 

@@ -7,19 +7,25 @@ refused, with the name of what it asks for. Only .pth needs PyTorch.
 import dataclasses
 import io
 import json
+import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import storage
-from kd_jax.interop import naming, readers
+from kd_jax.interop import card as card_lib
+from kd_jax.interop import digests, naming, readers
 from kd_jax.interop.naming import CARD, CLASSIFIER, CONTAINERS, PROJECTOR
 
-# Endings of files of weights that can be read, and written.
+_log = logging.getLogger(__name__)
+
+# Usual endings of files of weights, and those that are written.
 SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".safetensors", ".npz")
 WRITABLE = (".pth", ".pt", ".safetensors", ".npz")
 
@@ -51,14 +57,17 @@ def is_weights_file(path: str | os.PathLike[str]) -> bool:
   return named_so or path.is_file()
 
 
-def read(path: str | os.PathLike[str]) -> Weights:
+def read(
+  path: str | os.PathLike[str], names: naming.Names = naming.AS_THEY_ARE
+) -> Weights:
   """Read a file of weights.
 
-  A state dict may be the whole file, or stand under "model", "state_dict",
-  "net" or "model_state_dict".
+  A state dict may be the whole file, or stand under a key. Of weights and
+  their average over the training, the average is taken.
 
   Args:
-    path: ends in one of `SUFFIXES`.
+    path: of any name; its bytes decide the format.
+    names: what to make of the names in the file.
 
   Raises:
     ValueError: if there is no such file, if it would run code, is cut short,
@@ -67,21 +76,19 @@ def read(path: str | os.PathLike[str]) -> Weights:
   """
   path = pathlib.Path(path)
   _check_is_file(path)
-  reader: Callable[[pathlib.Path], Any] = {
-    ".safetensors": readers.read_safetensors,
-    ".npz": readers.read_npz,
-  }.get(path.suffix.lower(), readers.read_torch)
-  content = reader(path)
+  content = readers.read(path)
   if not isinstance(content, Mapping):
     raise ValueError(
       f"{path}: expected a dict of tensors, got {type(content).__name__}."
       " Save model.state_dict()"
     )
+  content = _split_parts(content)
+  card = _card(content, path)
   try:
-    content = _split_parts(content)
-    tensors = _check_tensors(_network(content))
+    tensors, names = _network(content, names)
+    tensors = _finite(naming.strip_prefixes(tensors, names))
     projector, classifier = (
-      _check_tensors(content[name])
+      _finite(naming.strip_prefixes(content[name], shared=False))
       if _is_state_dict(content.get(name))
       else None
       for name in (PROJECTOR, CLASSIFIER)
@@ -90,7 +97,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
       tensors=tensors,
       projector=projector,
       classifier=classifier,
-      card=_card(content),
+      card=card,
       metadata=_metadata(content),
     )
   except ValueError as error:
@@ -137,7 +144,7 @@ def write(
     for part, tensors in arrays.items()
     for name, array in tensors.items()
   }
-  extra = {} if card is None else {CARD: json.dumps(card)}
+  extra = {} if card is None else {CARD: json.dumps(card_lib.seal(card))}
   suffix = path.suffix.lower()
   if suffix == ".npz" and any(a.dtype.kind == "V" for a in flat.values()):
     raise ValueError(
@@ -149,11 +156,15 @@ def write(
     file = io.BytesIO()
     content = flat if alone else {**flat, **extra}
     np.savez(file, **content)
+    with zipfile.ZipFile(file, "a") as archive:
+      archive.comment = digests.comment(digests.of_tensors(content, None))
     data = file.getvalue()
   elif suffix == ".safetensors":
     from safetensors import numpy as safetensors
 
-    data = safetensors.save(flat, metadata={"format": "pt", **extra})
+    digest = digests.of_tensors(flat, extra.get(CARD))
+    metadata = {"format": "pt", **extra, digests.KEY: digest}
+    data = safetensors.save(flat, metadata=metadata)
   else:
     torch_files = readers.import_torch_files(path)
     data = torch_files.to_bytes(alone or {**arrays, **extra})
@@ -173,13 +184,15 @@ def check_new(path: pathlib.Path) -> None:
 def _check_is_file(path: pathlib.Path) -> None:
   if not path.exists():
     raise ValueError(f"{path} does not exist: expected a file of weights")
-  if not path.is_file():
+  if path.is_dir():
     raise ValueError(f"{path}: expected a file of weights, got a folder")
-  if path.suffix.lower() not in SUFFIXES:
+  if not path.is_file():  # opening a pipe would wait for its writer
+    raise ValueError(f"{path}: expected a file, got a pipe or a device")
+  if re.search(r"-\d{5}-of-\d{5}\.", path.name):
     raise ValueError(
-      f"{path}: expected a file of weights, which ends in"
-      f" {', '.join(SUFFIXES)}, got {path.suffix or 'no ending'!r}. Rename it"
-      " if it is one"
+      f"{path}: expected all weights in one file, got one of several. Files in"
+      " parts are not supported yet; load them with their toolbox and save one"
+      " file"
     )
   if not path.stat().st_size:
     raise ValueError(f"{path} is empty: expected a file of weights")
@@ -206,44 +219,69 @@ def _split_parts(content: Mapping[str, Any]) -> Mapping[str, Any]:
   return nested
 
 
-def _card(content: Mapping[str, Any]) -> dict[str, Any] | None:
+def _card(
+  content: Mapping[str, Any], path: pathlib.Path
+) -> dict[str, Any] | None:
   text = content.get(CARD)
   if isinstance(text, np.ndarray):  # of an .npz
     text = text.item() if not text.ndim else None
   if not isinstance(text, str):
     return None
-  try:
-    card = json.loads(text)
-  except json.JSONDecodeError:
-    card = None
-  if not isinstance(card, dict):
-    raise ValueError(
-      f"expected a model card, JSON, under {CARD!r}, got {text[:40]!r}. Write"
-      " the file again with python -m kd_jax export"
-    )
-  return card
+  where = f"{path}: {CARD}"
+  remedy = "Write the file again with python -m kd_jax export"
+  return card_lib.check(storage.parse_json(text, where, remedy), where)
 
 
-def _network(content: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Find the state dict of the network."""
-  found = [name for name in CONTAINERS if _is_state_dict(content.get(name))]
-  if len(found) > 1:
-    raise ValueError(
-      f"expected one state dict, got {len(found)}: {' and '.join(found)}. Save"
-      " the one that is meant alone"
-    )
-  state_dict: Mapping[str, Any] = content[found[0]] if found else content
+def _network(
+  content: Mapping[str, Any], names: naming.Names
+) -> tuple[dict[str, np.ndarray], naming.Names]:
+  """Find the state dict of the network, and what is left to select of it."""
+  parts = {
+    str(key): value
+    for key, value in content.items()
+    if key not in (PROJECTOR, CLASSIFIER) and _is_state_dict(value)
+  }
+  chosen = _choose(parts, names.prefix)
+  state_dict: Mapping[str, Any] = content if chosen is None else parts[chosen]
+  if chosen is not None and chosen == names.prefix:
+    names = names._replace(prefix=None)
   if not _is_state_dict(state_dict):
     keys = ", ".join(map(str, list(content)[:10])) or "nothing"
     raise ValueError(
       f"expected tensors, alone or under {', '.join(CONTAINERS)}, got {keys}."
       " Save the network's state dict alone"
     )
-  return {
+  tensors = {
     str(name): value
     for name, value in state_dict.items()
     if isinstance(value, np.ndarray) and name != CARD
   }
+  return tensors, names
+
+
+def _choose(parts: Mapping[str, Any], prefix: str | None) -> str | None:
+  """Choose the state dict that is meant."""
+  if prefix in parts:
+    return prefix
+  averaged = [key for key in parts if naming.is_averaged(key)]
+  plain = [key for key in parts if key not in averaged]
+  known = [key for key in plain if key in CONTAINERS]
+  if len(averaged) == 1 and len(known or plain) <= 1:
+    if plain:
+      _log.info(
+        "The file holds weights (%s) and their average over the training (%s);"
+        " the average is taken. --prefix names the other",
+        *((known or plain)[0], averaged[0]),
+      )
+    return averaged[0]
+  found = known or plain or averaged
+  if len(found) > 1:
+    raise ValueError(
+      f"expected one state dict, got {len(found)}: {' and '.join(found)}. Name"
+      " the one that is meant: python -m kd_jax convert --prefix"
+      f" {found[0]}, ..."
+    )
+  return found[0] if found else None
 
 
 def _metadata(content: Mapping[str, Any]) -> dict[str, float | int | str]:
@@ -256,12 +294,10 @@ def _metadata(content: Mapping[str, Any]) -> dict[str, float | int | str]:
   return metadata
 
 
-def _check_tensors(
-  tensors: Mapping[str, np.ndarray],
-) -> dict[str, np.ndarray]:
-  """Strip prefixes and convert floats to float32, which must be finite."""
+def _finite(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Convert floats to float32, which must be finite."""
   checked = {}
-  for name, array in naming.strip_prefixes(tensors).items():
+  for name, array in tensors.items():
     # numpy's own check does not know bfloat16.
     if jnp.issubdtype(array.dtype, jnp.floating):
       with np.errstate(over="ignore"):  # found below

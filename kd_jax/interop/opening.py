@@ -2,18 +2,21 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from kd_jax import data, models
 from kd_jax.interop import card as card_lib
-from kd_jax.interop import files, guess, pytorch, simkd_parts, store
+from kd_jax.interop import files, guess, naming, pytorch, simkd_parts, store
 from kd_jax.interop.model import Model
 
 # Assumed of a network with this many classes, if its data is not named.
 _LIKELY_DATA = {10: "cifar10", 100: "cifar100", 1000: "imagenet"}
+
+
+_Source = data.Source | data.EncodedSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Origin:
       which gives class names and normalisation. None: CIFAR or ImageNet, as
       the network and its number of classes suggest.
     image_size: height and width in pixels; None: that of the data.
-    source: a data set that they were trained on, or one like it; it replaces
-      the other two.
+    source: a data set that they were trained on, or one like it, or a function
+      that loads it; it replaces the other two.
   """
 
   data_name: str | None = None
   image_size: int | None = None
-  source: data.Source | data.EncodedSource | None = None
+  source: _Source | Callable[[], _Source] | None = None
 
 
 UNKNOWN = Origin()
@@ -43,6 +46,7 @@ def open_model(
   model_name: str | None = None,
   num_classes: int | None = None,
   origin: Origin = UNKNOWN,
+  names: naming.Names = naming.AS_THEY_ARE,
 ) -> Model:
   """Read a model of any form.
 
@@ -51,6 +55,7 @@ def open_model(
     model_name: name of the network; None: the one that fits.
     num_classes: of the classifier; None: as the file has.
     origin: the data behind a file without a model card.
+    names: what to make of the names in a file of weights.
 
   Raises:
     ValueError: if it cannot be read or does not fit, or if the data must be
@@ -60,7 +65,7 @@ def open_model(
   if model_name is not None:
     models.entry(model_name)  # imports a network of the user's own
   if files.is_weights_file(path):
-    model = _open_file(path, model_name, num_classes, origin)
+    model = _open_file(path, model_name, num_classes, origin, names)
   else:
     model = store.load(path)
   for what, wanted, key in (
@@ -80,8 +85,9 @@ def _open_file(
   model_name: str | None,
   num_classes: int | None,
   origin: Origin,
+  names: naming.Names,
 ) -> Model:
-  weights = files.read(path)
+  weights = files.read(path, names)
   if weights.card is not None:
     return _with_card(path, weights, weights.card)
   name, classes, variables = read_network(
@@ -162,7 +168,8 @@ def make_variables(
     return pytorch.from_state_dict(model_name, num_classes, tensors)
   except ValueError as error:
     found = guess.guess_model(tensors)
-    hint = f" It looks like {found}." if found else ""
+    hint = f"it looks like {found}" if found else guess.explain_names(tensors)
+    hint = f" {hint[0].upper()}{hint[1:]}" if hint else ""
     raise ValueError(f"{path}: {error}{hint}") from error
 
 
@@ -170,12 +177,6 @@ def _with_card(
   path: pathlib.Path, weights: files.Weights, card: dict[str, Any]
 ) -> Model:
   """Make the model of a file that has a card."""
-  if card.get("format") != card_lib.FORMAT:
-    raise ValueError(
-      f"{path}: expected a model card of format {card_lib.FORMAT!r}, got"
-      f" {card.get('format')!r}. Write it again with python -m kd_jax export"
-    )
-  card_lib.require_imported(card)
   if card["batch_norm_folded"]:
     raise ValueError(
       f"{path}: expected a network with BatchNorm, got one whose BatchNorm is"
@@ -231,9 +232,8 @@ def identify(
     found = guess.guess_model(tensors)
     if found is None:
       raise ValueError(
-        f"{path} fits no known network: its {len(tensors)} tensors begin with"
-        f" {', '.join(list(tensors)[:3])}. Give the name of the network that it"
-        f" should fit: {', '.join(models.names())}"
+        f"{path} fits no known network: {guess.explain(tensors)}. A network"
+        " that it should fit can be named with --model_name"
       )
     model_name = found.model_name
   if num_classes is None:
@@ -251,6 +251,8 @@ def make_card(
     ValueError: if the data is unknown or has another number of classes.
   """
   known: Any = origin.source
+  if callable(known):
+    known = known()
   if known is None:
     name = origin.data_name or likely_data(model_name, num_classes)
     known, size = data.constants(name), origin.image_size

@@ -6,9 +6,10 @@ returns float32 logits [B, K]. It is a file of `jax.export`:
     jax.export.deserialize(file.read_bytes()).call(images)
 
 with the weights inside, or `.call(weights, images)` with the weights beside,
-a flat dict of arrays.
+a flat dict of arrays. Its digest stands behind its end.
 """
 
+import pathlib
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.export
 import numpy as np
 from flax import traverse_util
 
+from kd_jax.interop import digests
 from kd_jax.interop import model as model_lib
 
 # Every program holds code for both: models train on one and serve on either.
@@ -61,4 +63,22 @@ def serialize(model: model_lib.Model, *, weights_inside: bool) -> bytes:
       0, {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in flat.items()}
     )
   exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)
-  return bytes(exported(*arguments).serialize())
+  return digests.append(bytes(exported(*arguments).serialize()))
+
+
+def read(path: pathlib.Path) -> jax.export.Exported:
+  """Read a program, after a check of its digest if it has one.
+
+  Raises:
+    ValueError: if it is damaged.
+  """
+  content = path.read_bytes()
+  digests.check_appended(content, path)
+  try:
+    return jax.export.deserialize(bytearray(content))
+  # Damage surfaces as whatever the first misread byte leads to.
+  except Exception as error:
+    raise ValueError(
+      f"{path}: expected a StableHLO program of jax.export, got a file that is"
+      f" cut short or damaged ({type(error).__name__}). Export or copy it again"
+    ) from error

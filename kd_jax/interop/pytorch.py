@@ -313,8 +313,8 @@ def from_state_dict(
     model_name: one of `kd_jax.models.names()`.
     num_classes: of the checkpoint's classifier.
     state_dict: names to arrays, as the reference toolbox, torchvision, timm
-      or mdistiller saved them; the prefixes `module.` and `_orig_mod.` are
-      removed.
+      or mdistiller saved them; wrappers' prefixes are removed, see
+      `naming.strip_prefixes`.
 
   Returns:
     `{"params": ..., "batch_stats": ...}` of numpy float32 arrays.
@@ -330,9 +330,11 @@ def from_state_dict(
     return len(_shapes(template, mapping.rename, ()).keys() & tensors.keys())
 
   mapping = max(models.entry(model_name).weight_names, key=matches)
+  # A network of one module has a prefix of its own.
+  prefix = naming.shared_prefix(_shapes(template, mapping.rename, ()))
   return variables_from_tensors(
     template,
-    tensors,
+    {prefix + name: tensor for name, tensor in tensors.items()},
     rename=mapping.rename,
     what=f"{model_name} with {num_classes} classes",
   )

@@ -8,6 +8,7 @@ import numpy as np
 
 from kd_jax import data
 from kd_jax.data import images as images_lib
+from kd_jax.interop import card as card_lib
 from kd_jax.interop.model import Model
 
 
@@ -36,8 +37,10 @@ def evaluate(
     ValueError: if the images or classes are not those of a model, or if no
       image could be decoded.
   """
-  for each in (model, *([teacher] if teacher else [])):
-    _check(each.card, source)
+  orders = [
+    match_source(each.card, source)
+    for each in (model, *([teacher] if teacher else []))
+  ]
   rows: dict[str, list[np.ndarray]] = {}
 
   def keep(name: str, values: np.ndarray, mask: np.ndarray) -> None:
@@ -45,7 +48,7 @@ def evaluate(
 
   for batch in data.eval_stream(source, batch_size):
     labels, mask = batch["label"], batch["mask"]
-    logits = np.asarray(model.logits(batch["image"]))
+    logits = np.asarray(model.logits(batch["image"]))[:, orders[0]]
     log_p = _log_probabilities(logits)
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     # Ties count against the label, NaNs too: they are never smaller.
@@ -57,7 +60,8 @@ def evaluate(
     keep("confidence", np.exp(log_p.max(axis=1)), mask)
     keep("correct", chosen == labels, mask)
     if teacher is not None:
-      theirs = np.asarray(teacher.logits(batch["image"])).argmax(axis=1)
+      theirs = np.asarray(teacher.logits(batch["image"]))[:, orders[1]]
+      theirs = theirs.argmax(axis=1)
       keep("agreement", 100.0 * (chosen == theirs), mask)
       keep("teacher_top1", 100.0 * (theirs == labels), mask)
   joined = {name: np.concatenate(parts) for name, parts in rows.items()}
@@ -136,6 +140,10 @@ def read_image(path: pathlib.Path, card: dict[str, Any]) -> np.ndarray:
     BadImageError: if it is not an image.
     UnreadableError: if it cannot be read.
   """
+  if path.exists() and not path.is_file():  # a pipe would wait for its writer
+    raise data.UnreadableError(
+      f"{path}: expected an image file, got a pipe or a device"
+    )
   size = card["image_shape"][0]
   image = images_lib.load(images_lib.read_file(path), str(path))
   return images_lib.evaluate_crop(
@@ -149,9 +157,17 @@ def _log_probabilities(logits: jax.Array | np.ndarray) -> np.ndarray:
   return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
 
 
-def _check(
+def match_source(
   card: dict[str, Any], source: data.Source | data.EncodedSource
-) -> None:
+) -> np.ndarray | slice:
+  """Match a model to data: its images' shape and its classes.
+
+  Returns:
+    Index of the logits that puts them into the data's order.
+
+  Raises:
+    ValueError: if they differ, see also `card.match_classes`.
+  """
   for what, expected, got in (
     ("classes", card["num_classes"], source.num_classes),
     ("image shape", card["image_shape"], list(source.image_shape)),
@@ -161,3 +177,6 @@ def _check(
         f"{what}: the model takes {expected}, {source.name} has {got}."
         f" It was trained on {card['trained_on']}; choose data like it"
       )
+  what = f"{card['architecture']} on {source.name}"
+  order = card_lib.match_classes(card["class_names"], source.class_names, what)
+  return slice(None) if order is None else order

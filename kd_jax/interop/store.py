@@ -32,6 +32,7 @@ def write(model: Model, to: pathlib.Path) -> None:
 
   Raises:
     ValueError: if the folder holds something else.
+    OSError: if it cannot be written; nothing is left then.
   """
   to = storage.local_path(to, "export")
   if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -49,7 +50,7 @@ def write(model: Model, to: pathlib.Path) -> None:
       "parameters": base.count_parameters(arrays["params"]),
       "sha256": _digest(folder / WEIGHTS),
     }
-    storage.write_json(folder / card_lib.CARD, full)
+    storage.write_json(folder / card_lib.CARD, card_lib.seal(full))
 
 
 def _same(to: pathlib.Path, model: Model) -> bool:
@@ -116,6 +117,18 @@ def find(directory: str | pathlib.Path) -> pathlib.Path:
     return path
   if (path / "export" / card_lib.CARD).exists():
     return path / "export"
+  if any(path.glob("*.index.json")) or any(path.glob("*.distcp")):
+    raise ValueError(
+      f"{path} holds weights in parts, by a model hub or"
+      " torch.distributed.checkpoint, which are not supported yet. Load them"
+      " with their toolbox and save the state dict as one file"
+    )
+  for name in ("model.safetensors", "pytorch_model.bin"):
+    if (path / name).is_file():
+      raise ValueError(
+        f"{path} is a folder of a model hub, which is not supported yet. Give"
+        f" its file of weights: {path / name}"
+      )
   if (path / "config.json").exists():
     raise ValueError(
       f"{path} holds a run that is not finished. Run its command again to"

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd_jax.interop import readers
+
 # Older versions can be made to run code, or to write to other places, even with
 # weights_only: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).
 OLDEST = (2, 10)
-# Elements of a tensor, ten times those of the largest in any network here: a
-# stride of 0 makes any number of them out of one.
-_LARGEST = 2**28
 
 
-class _NumpyValue:
-  """Placeholder for numpy's scalars and dtypes, which nobody needs."""
+class _Placeholder:
+  """Stands for what is beside the weights, which nobody needs."""
 
   def __init__(self, *args: Any):
     pass
@@ -30,13 +29,17 @@ class _NumpyValue:
     pass
 
 
+def _plain_dict(*args: Any) -> dict[Any, Any]:
+  """Stands for `collections.defaultdict`."""
+  return {}
+
+
 # Toolboxes save more than tensors: RepDistiller the options of its command
-# line, and several an accuracy that numpy computed.
+# line, others numpy's numbers, paths and times.
 _SAFE: Any = [
   argparse.Namespace,
-  (_NumpyValue, "numpy.dtype"),
-  (_NumpyValue, "numpy.core.multiarray.scalar"),
-  (_NumpyValue, "numpy._core.multiarray.scalar"),
+  (_plain_dict, readers.DEFAULT_DICT),
+  *((_Placeholder, name) for name in readers.HARMLESS),
 ]
 
 
@@ -54,20 +57,18 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
   if tensor.layout is not torch.strided or tensor.is_quantized:
     kind = "quantized" if tensor.is_quantized else str(tensor.layout)
     raise ValueError(f"{name}: expected a dense tensor of floats, got {kind}")
-  if tensor.numel() > _LARGEST:
-    raise ValueError(
-      f"{name}: a tensor of shape {list(tensor.shape)}, which no network has"
-    )
   if tensor.is_floating_point():
     tensor = tensor.to(torch.float32)  # numpy has no bfloat16
   return tensor.detach().numpy()
 
 
-def load(path: pathlib.Path) -> Any:
+def load(path: pathlib.Path, limit: int) -> Any:
   """Read a file of `torch.save` without executing anything in it.
 
   Args:
     path: of a zip archive, or of the pickles that PyTorch before 1.6 wrote.
+    limit: bytes that all its tensors may take together: a stride of 0 makes
+      any number of elements out of one.
 
   Returns:
     The saved object; its tensors, and those in its dicts, are numpy arrays,
@@ -75,7 +76,7 @@ def load(path: pathlib.Path) -> Any:
 
   Raises:
     ImportError: if PyTorch is too old to be safe.
-    ValueError: if a tensor is sparse or quantized.
+    ValueError: if a tensor is sparse or quantized, or for the limit.
     pickle.UnpicklingError: if the file names anything but tensors, numbers,
       strings, containers and options.
     Exception: of whatever type the first misread byte leads to, if the file
@@ -87,8 +88,18 @@ def load(path: pathlib.Path) -> Any:
     warnings.simplefilter("ignore")
     content = torch.load(path, map_location="cpu", weights_only=True)
 
+  left = limit
+
   def arrays(name: str, value: Any, depth: int) -> Any:
+    nonlocal left
     if isinstance(value, torch.Tensor):
+      left -= value.numel() * max(4, value.element_size())
+      if left < 0:
+        raise ValueError(
+          f"{name}: with this tensor of shape {list(value.shape)} the tensors"
+          f" take more than {limit:,} bytes, eight times their file; that fits"
+          " no network. Save the state dict alone"
+        )
       return _array(name, value)
     if isinstance(value, dict) and depth:
       return {

@@ -1,5 +1,7 @@
 """The commands evaluate, predict, export and convert, as typed."""
 
+import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -59,6 +61,93 @@ def model(source, tmp_path):
   return tmp_path / "model"
 
 
+@pytest.fixture
+def pictures(tmp_path):
+  """Pictures three times as wide as high, and a model that saw 16 pixels."""
+  rng = np.random.default_rng(0)
+  for split in ("train", "val"):
+    for name in ("cat", "dog"):
+      (tmp_path / "data" / split / name).mkdir(parents=True)
+      for i in range(4):
+        picture = Image.fromarray(rng.integers(0, 256, (18, 54, 3), np.uint8))
+        picture.save(tmp_path / "data" / split / name / f"{i}.png")
+  source = data.load(
+    "folder", split="test", dir=tmp_path / "data", image_size=16, resize=18
+  )
+  card = card_lib.make(
+    "_tiny",
+    num_classes=2,
+    image_shape=source.image_shape,
+    class_names=source.class_names,
+    mean=source.mean,
+    std=source.std,
+    trained_on="folder",
+    data_options={"image_size": 16, "resize": 18},
+    resize=18,
+  )
+  model = model_lib.Model(card, random_variables("_tiny", 2, 16))
+  formats.save(model, tmp_path / "model")
+  return tmp_path / "data", model, source
+
+
+def test_every_form_of_naming_the_data_gives_the_same(
+  pictures, tmp_path, run_main, capsys
+):
+  folder, model, source = pictures
+  scores = scoring.evaluate(model, source)
+  named = ("--data", "folder", "--data_dir", folder)
+  for arguments in (
+    *(named, ("--data", folder), ("--data_dir", folder)),
+    ("--data", folder, "--resize", 18),
+    (*named, "--image_size", 16, "--resize", 18),
+  ):
+    assert run_main(evaluate, "--model", tmp_path / "model", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert f"cross-entropy {scores['ce']:.4f}" in printed
+  arguments = ("--model", tmp_path / "model", "--data", folder, "--resize", 30)
+  assert run_main(evaluate, *arguments) == 0
+  assert f"cross-entropy {scores['ce']:.4f}" not in capsys.readouterr().out
+
+
+def test_evaluate_on_classes_in_another_order(
+  pictures, tmp_path, run_main, capsys
+):
+  folder, model, source = pictures
+  scores = scoring.evaluate(model, source)
+  for split in ("train", "val"):
+    (folder / split / "cat").rename(folder / split / "Cat")
+    (folder / split / "dog").rename(folder / split / "DOG")
+  arguments = ("--model", tmp_path / "model", "--data", folder)
+  assert run_main(evaluate, *arguments) == 0
+  assert f"cross-entropy {scores['ce']:.4f}" in capsys.readouterr().out
+  for split in ("train", "val"):
+    (folder / split / "DOG").rename(folder / split / "wolf")
+  assert run_main(evaluate, *arguments) == 2
+  assert "1 of 2 that differ (1: 'dog' and 'wolf')" in capsys.readouterr().err
+
+
+def test_predict_sees_what_evaluation_sees(
+  pictures, tmp_path, run_main, capsys, monkeypatch
+):
+  monkeypatch.setattr(predict, "_BATCH", 3)
+  folder, model, source = pictures
+  bad = folder / "val" / "dog" / "1.png"
+  bad.write_bytes(b"not an image")
+  arguments = ("--model", tmp_path / "model", folder / "val")
+  assert run_main(predict, *arguments) == 1
+  output = capsys.readouterr()
+  assert str(bad) in output.err and output.err.count("\n") == 1
+  (batch,) = data.eval_stream(
+    dataclasses.replace(source, on_bad_image="skip"), 8
+  )
+  answers = scoring.top_classes(model, batch["image"])
+  assert output.out.splitlines() == [
+    f"{path}: {', '.join(f'{name} {100 * p:.1f} %' for name, p in best)}"
+    for path, best in zip(source.paths, answers, strict=True)
+    if path != str(bad)
+  ]
+
+
 def test_evaluate_in_a_fresh_process(model, source, repo, tmp_path):
   process = subprocess.run(
     [sys.executable, "-m", "kd_jax", "evaluate", "--model", str(model)],
@@ -90,6 +179,7 @@ def test_evaluate_on_the_training_set(model, run_main, capsys):
     (("--data", "."), "expected one data set, cifar-10-batches-py, cifar-100"),
     (("--data", "cifar100", "--data_dir", "/no/such"), "cifar-100-python"),
     (("--batch_size", "0"), "batch_size"),
+    (("--image_size", "0"), "--image_size: expected 1 or more, got 0"),
     (("--split", "valid"), "invalid choice: 'valid'"),
     (("--model", "/no/such"), "/no/such does not exist: expected the workdir"),
   ],
@@ -179,14 +269,17 @@ def test_errors_of_predict(model, tmp_path, run_main, capsys):
   (stranger / "checkpoint").symlink_to(model / "checkpoint")
   text = (model / "model.json").read_text()
   (stranger / "model.json").write_text(text.replace("_tiny", "resnet8x9"))
-  for opened, image, words in (
-    (model, path, f"{path}: expected an image file, got one that cannot be"),
-    (model, tmp_path / "none.png", "does not exist: expected an image file"),
-    (model, tmp_path, "expected an image file, got one that cannot be read"),
-    (tmp_path, path, "got a folder with neither"),
-    (stranger, picture, "resnet8x9"),
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "empty").mkdir()
+  for opened, image, words, code in (
+    (model, path, f"{path}: expected an image file, got one that cannot be", 1),
+    (model, tmp_path / "none.png", "does not exist: expected an image file", 1),
+    (model, tmp_path / "pipe", "got a pipe or a device", 1),
+    (model, tmp_path / "empty", "expected images in the folder, found none", 2),
+    (tmp_path, path, "got a folder with neither", 2),
+    (stranger, picture, "its card_sha256 differs", 2),
   ):
-    assert run_main(predict, "--model", opened, image) == 2
+    assert run_main(predict, "--model", opened, image) == code
     output = capsys.readouterr()
     assert words in output.err
     assert output.out == ""
@@ -213,6 +306,22 @@ def test_export(model, tmp_path, run_main, capsys):
   assert not new.exists()
 
 
+def test_a_full_disk(model, run_main, capsys, monkeypatch, tmp_path):
+  def fail(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  arguments = ("--model", model, "--to", tmp_path / "new.npz")
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", fail)
+    assert run_main(export, *arguments) == 1
+  assert capsys.readouterr().err.endswith(
+    "No space left on device. Make room, or choose another place, and give the"
+    " same command again\n"
+  )
+  assert [path.name for path in tmp_path.iterdir()] == ["model"]
+  assert run_main(export, *arguments) == 0
+
+
 def test_convert(tmp_path, run_main, capsys):
   weights = write_weights(tmp_path / "a.npz", "resnet8", 100)
   to, new = tmp_path / "out", tmp_path / "new"
@@ -222,6 +331,15 @@ def test_convert(tmp_path, run_main, capsys):
   for arguments, words in (
     (("--from", weights, "--to", new, "--num_classes", 9), "like resnet8 with"),
     (("--from", tmp_path / "b.pth", "--to", new), "b.pth does not exist"),
+    (("--from", weights, "--to", new, "--rename", "a"), "expected old=new"),
+    (
+      ("--from", weights, "--to", new, "--prefix", "a"),
+      "names that begin with",
+    ),
+    (
+      ("--from", weights, "--to", new, "--rename", "layer=stage"),
+      "convert --rename 'stage=layer'",
+    ),
     (("--from", weights, "--to", new, "--factor", 2), "--factor goes with"),
     (simkd, "--simkd_student needs --teacher"),
     ((*simkd, "--teacher", weights), "'model' and 'proj', got a file without"),

@@ -15,6 +15,7 @@ from kd_jax import data
 from kd_jax.interop import card as card_lib
 from kd_jax.interop import files, formats, opening, simkd_parts, store
 from kd_jax.interop import model as model_lib
+from kd_jax.interop import program as program_lib
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,22 @@ def test_program(inside, model, expected, images, tmp_path):
   elif not inside:
     flat = safetensors.numpy.load_file(*weights)
     assert error(program.call(flat, images), expected) < 1e-5
+
+
+def test_no_flipped_bit_of_a_program_goes_unseen(alone, tmp_path):
+  to = tmp_path / "student.stablehlo"
+  formats.save(alone, to)
+  assert program_lib.read(to).platforms == program_lib.PLATFORMS
+  raw = bytearray(to.read_bytes())
+  for bit in range(3, 8 * (len(raw) - 100), len(raw) // 5):
+    raw[bit // 8] ^= 1 << bit % 8
+    to.write_bytes(raw)
+    raw[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(ValueError, match=r"stablehlo: .*its sha256 differs"):
+      program_lib.read(to)
+  to.write_bytes(raw[:100])
+  with pytest.raises(ValueError, match="cut short or damaged"):
+    program_lib.read(to)
 
 
 def test_targets_that_are_refused(alone, tmp_path):

@@ -1,10 +1,12 @@
 """Telling a network from its tensors."""
 
+import re
+
 import numpy as np
 import pytest
 
 from kd_jax import models
-from kd_jax.interop import guess, pytorch
+from kd_jax.interop import guess, naming, pytorch
 
 
 def tensors_of(spec, num_classes):
@@ -55,6 +57,62 @@ def test_every_toolboxes_names_are_recognised(mapping):
 def test_a_network_that_is_not_in_the_table(layouts, monkeypatch):
   monkeypatch.delitem(guess.TENSOR_COUNTS, "resnet8")
   assert guess.guess_model(tensors_of(layouts["resnet8"], 3)) == ("resnet8", 3)
+
+
+def renamed(tensors, *pairs):
+  new = {}
+  for name, value in tensors.items():
+    for old, other in pairs:
+      name = name.replace(old, other)
+    new[name] = value
+  return new
+
+
+@pytest.mark.parametrize(
+  "pairs",
+  [
+    (("layer", "stage"), ("downsample", "shortcut"), ("fc", "linear")),
+    (("fc.", "head.fc."),),
+    (("layer", "a."), ("conv1.weight", "conv1.weight")),
+  ],
+)
+def test_a_rule_that_renames_is_suggested(pairs, layouts):
+  tensors = tensors_of(layouts["resnet20"], 7)
+  found = guess.explain(renamed(tensors, *pairs))
+  assert "are those of resnet20 with 7 classes" in found
+  rule = re.search("--rename '(.*)'", found)[1]
+  rule = naming.Names(rename=naming.parse_rename(rule))
+  again = naming.strip_prefixes(renamed(tensors, *pairs), rule)
+  assert guess.guess_model(again) == ("resnet20", 7)
+
+
+def test_option_a_and_several_networks_are_recognised(layouts):
+  tensors = tensors_of(layouts["resnet32"], 7)
+  plain = {k: v for k, v in tensors.items() if "downsample" not in k}
+  found = guess.explain(renamed(plain, ("fc.", "linear.")))
+  assert re.search("resnet32 with option-A .* not supported yet", found)
+  both = {
+    f"{p}.{k}": v for p in ("student", "teacher") for k, v in plain.items()
+  }
+  assert "convert --prefix student, or teacher" in guess.explain(both)
+
+
+def test_the_nearest_networks_are_named(layouts):
+  tensors = tensors_of(layouts["resnet8x4"], 7)
+  tensors["conv1.weight"] = np.zeros((48, 3, 3, 3))
+  del tensors["fc.bias"]
+  assert re.match(
+    r"the nearest networks are resnet8x4: 1 tensors missing \(fc\.bias\), 1 of"
+    r" another shape \(conv1\.weight \[48, 3, 3, 3\] instead of \[32, 3, 3, 3\]"
+    r"\); resnet\w+: .*; resnet\w+: ",
+    guess.explain(tensors),
+  )
+
+
+@pytest.mark.parametrize("text", ["stage", "=layer", "a=b,c", "a=b,"])
+def test_rules_that_are_none(text):
+  with pytest.raises(ValueError, match=r"expected old=new.*got"):
+    naming.parse_rename(text)
 
 
 def test_nothing_fits():

@@ -1,5 +1,6 @@
 """Scores and predictions against their definitions, and images as read."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -72,6 +73,32 @@ def test_ties_and_nans_are_no_hits(value, card, source):
   model = model_of(card, lambda x: np.full((len(x), 10), value, np.float32))
   got = scoring.evaluate(model, source)
   assert (got["top1"], got["top5"]) == (0, 0)
+
+
+def test_labels_are_matched_by_class_name(card, source, caplog):
+  """The folders of the same classes may be sorted in another way."""
+  names = tuple("abcdefghij")
+  card = {**card, "class_names": list(names)}
+
+  def logits(x):
+    return np.random.default_rng(len(x)).standard_normal((len(x), 10))
+
+  model, order = (
+    model_of(card, logits),
+    np.random.default_rng(1).permutation(10),
+  )
+  known = dataclasses.replace(source, class_names=names)
+  expected = scoring.evaluate(model, known, teacher=model)
+  moved = dataclasses.replace(
+    source,
+    labels=np.argsort(order)[source.labels].astype(np.int32),
+    class_names=tuple(names[i] for i in order),
+  )
+  got = scoring.evaluate(model, moved, teacher=model)
+  assert got == pytest.approx(expected) and 0 < got["top1"] < 100
+  other = dataclasses.replace(source, class_names=(*names[:9], "z"))
+  with pytest.raises(ValueError, match="9: 'j' and 'z'"):
+    scoring.evaluate(model, other)
 
 
 def test_calibration_error_of_three_bins():

@@ -1,7 +1,10 @@
 """Exports: whole, readable by plain Orbax, never half, never overwritten."""
 
+import contextlib
 import json
+import resource
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 
 from kd_jax import data, models, storage
 from kd_jax.interop import card as card_lib
-from kd_jax.interop import store
+from kd_jax.interop import formats, store
 from kd_jax.interop.model import Model
 
 
@@ -133,6 +136,70 @@ def test_damage(how, words, export):
   damage(export, how)
   with pytest.raises(ValueError, match=words):
     store.load(export)
+
+
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ("0.2023", "0.2024"),
+    ('"airplane"', '"aeroplane"'),
+    ('"top1": 12.5', '"top1": 92.5'),
+    ("32,", "64,"),
+  ],
+)
+def test_a_card_that_was_changed(old, new, export):
+  path = export / "model.json"
+  text = path.read_text()
+  path.write_text(text.replace(old, new, 1))
+  with pytest.raises(
+    ValueError, match=r"model\.json: .*its card_sha256 differs"
+  ):
+    store.load(export)
+  path.write_text(json.dumps(json.loads(text)))  # laid out in another way
+  store.load(export)
+  card = json.loads(text.replace(old, new, 1))
+  del card["card_sha256"]  # written before there was a digest
+  path.write_text(json.dumps(card))
+  assert store.load(export).card["architecture"] == "_tiny"
+
+
+def test_a_full_disk(model, tmp_path):
+  """No draft is left, and the same command works afterwards."""
+  for name in ("export", "a.npz", "a.safetensors", "a.pth"):
+    with pytest.raises(OSError, match="File too large"), full_disk():
+      formats.save(model, tmp_path / "new" / name)
+  assert list((tmp_path / "new").iterdir()) == []
+  formats.save(model, tmp_path / "new" / "export")
+  assert_equal(
+    store.load(tmp_path / "new" / "export").variables, model.variables
+  )
+
+
+@contextlib.contextmanager
+def full_disk():
+  """Files end after 1,000 bytes."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_folders_of_other_toolboxes(tmp_path):
+  (tmp_path / "config.json").write_text("{}")
+  (tmp_path / "model.safetensors").write_text("x")
+  with pytest.raises(ValueError, match=r"model hub.*Give .*model\.safetensors"):
+    store.load(tmp_path)
+  for name in ("model.safetensors.index.json", "__0_0.distcp"):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(
+      ValueError, match=r"in parts.*not supported yet.*one fil"
+    ):
+      store.load(tmp_path)
+    (tmp_path / name).unlink()
 
 
 def test_paths_without_an_export(tmp_path):
