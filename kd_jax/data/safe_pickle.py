@@ -162,7 +162,9 @@ def scan(file: Any) -> Summary:
       if arg not in memo:
         raise ValueError(f"a pickle that gets from place {arg:,} of its memo")
       kept = memo[arg]
-      stack.append(_Item(kept.depth, kept.size, kept.value, True))
+      # A text may be encoded each time.
+      more = len(kept.value) // 16 if isinstance(kept.value, str) else 0
+      stack.append(_Item(kept.depth, kept.size + more, kept.value, True))
     elif not before:
       if name == "GLOBAL":
         arg = arg.replace(" ", ".", 1)
