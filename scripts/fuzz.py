@@ -4,27 +4,48 @@
     python scripts/fuzz.py card --count 100000 --seed 7
 
 A reader may give the content back, or refuse the file with a ValueError of one
-line that names it. Anything else is a fault, whose file is kept.
-tests/test_fuzz.py tries a few such files.
+line that names it. Anything else is a fault, whose file is kept. Readers run in
+a process of their own with 1 GB more memory than they start with and 10 s for
+each file. tests/test_fuzz.py tries a few such files.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
+import io
 import json
 import logging
+import multiprocessing
 import pathlib
 import random
+import resource
+import shutil
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from kd_jax import storage
 from kd_jax.interop import card as card_lib
+from kd_jax.interop import (
+  digests,
+  files,
+  formats,
+  opening,
+  program,
+  pytorch,
+  store,
+)
+from kd_jax.interop import model as model_lib
 from kd_jax.runs import records
 
 
@@ -45,6 +66,7 @@ class Target:
   read: Callable[[pathlib.Path], Any]
   kind: str = "json"
   digest: Callable[[Any], Any] = repr
+  examples: int = 100  # for tests/test_fuzz.py: fewer of a slow reader
 
 
 def _json(content: Any) -> Callable[[], bytes]:
@@ -99,7 +121,144 @@ _LINES = [
   {"step": 2, "kind": "eval", **_SCORES},
 ]
 
+
+@functools.cache
+def _model(method: str = "none") -> model_lib.Model:
+  """A tiny model; "simkd": with a projector and its teacher's classifier."""
+  head = None
+  if method != "none":
+    head = card_lib.reused_head(
+      {"name": "simkd"}, names=["_tiny"], weights=[1.0], maps=[(2, 2, 8)]
+    )
+  card = card_lib.make(
+    "_tiny",
+    num_classes=3,
+    image_shape=(8, 8, 3),
+    class_names="abc",
+    mean=[0.5] * 3,
+    std=[0.2] * 3,
+    trained_on="folder",
+    data_options={},
+    head=head,
+    method=method,
+  )
+  shapes = model_lib.variable_shapes(model_lib.build(card), (8, 8, 3))
+  ones = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  return model_lib.Model(card, ones)
+
+
+def _written(name: str, method: str = "none") -> bytes:
+  """A file that `formats.save` writes."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / name
+    formats.save(_model(method), path)
+    return path.read_bytes()
+
+
+def _tensors() -> dict[str, np.ndarray]:
+  return pytorch.to_state_dict("_tiny", _model().variables)
+
+
+def _torch(**options: Any) -> bytes:
+  """What a toolbox saves: the network, the optimiser's state, options."""
+  import torch
+
+  tensors = {k: torch.from_numpy(v) for k, v in _tensors().items()}
+  more = {"epoch": 3, "opt": argparse.Namespace(lr=0.1), "x": np.float64(1)}
+  file = io.BytesIO()
+  torch.save(
+    {"model": tensors, "optimizer": {"state": {}}, **more}, file, **options
+  )
+  return file.getvalue()
+
+
+def _npz() -> bytes:
+  file = io.BytesIO()
+  np.savez(file, **_tensors())
+  return file.getvalue()
+
+
+def _safetensors() -> bytes:
+  from safetensors import numpy as safetensors
+
+  return safetensors.save(_tensors())
+
+
+@functools.cache
+def _largest() -> pathlib.Path:
+  """The path of the largest file in an export, below its folder."""
+  with tempfile.TemporaryDirectory() as folder:
+    to = pathlib.Path(folder) / "export"
+    store.write(_model(), to)
+    found = (p for p in to.rglob("*") if p.is_file())
+    largest = max(found, key=lambda path: path.stat().st_size)
+    kept = pathlib.Path(tempfile.mkdtemp()) / "export"
+    shutil.copytree(to, kept)
+    return kept / largest.relative_to(to)
+
+
+def _read_export(path: pathlib.Path) -> model_lib.Model:
+  """Reads an export whose largest file is this one."""
+  largest, to = _largest(), path.parent / "export"
+  source = next(p for p in largest.parents if p.name == "export")
+  if not to.exists():
+    shutil.copytree(source, to)
+  (to / largest.relative_to(source)).write_bytes(path.read_bytes())
+  return store.load(to)
+
+
+def _arrays(content: Any) -> Any:
+  """A digest of weights or of a model."""
+  if isinstance(content, files.Weights):
+    return digests.of_tensors(content.tensors, None)
+  flat = traverse_util.flatten_dict(content.variables, sep="/")
+  return digests.of_tensors(flat, json.dumps(content.card, sort_keys=True))
+
+
 TARGETS = {
+  "pth": Target("a.pth", _torch, files.read, "zip", _arrays),
+  "legacy": Target(
+    "a.pth",
+    lambda: _torch(_use_new_zipfile_serialization=False),
+    files.read,
+    "pickle",
+    _arrays,
+  ),
+  "npz": Target("a.npz", _npz, files.read, "zip", _arrays),
+  "safetensors": Target(
+    "a.safetensors", _safetensors, files.read, "safetensors", _arrays
+  ),
+  "sealed": Target(
+    "a.safetensors",
+    lambda: _written("a.safetensors"),
+    opening.open_model,
+    "safetensors",
+    _arrays,
+    examples=20,
+  ),
+  "simkd": Target(
+    "a.pth",
+    lambda: _written("a.pth", "simkd"),
+    opening.open_model,
+    "zip",
+    _arrays,
+    examples=20,
+  ),
+  "stablehlo": Target(
+    "a.stablehlo",
+    lambda: _written("a.stablehlo"),
+    program.read,
+    "bytes",
+    lambda found: repr(found.in_avals),
+  ),
+  "export": Target(
+    "largest",
+    lambda: _largest().read_bytes(),
+    _read_export,
+    "bytes",
+    _arrays,
+    examples=20,
+  ),
   "card": Target(
     "model.json", _card, lambda path: card_lib.read_card(path.parent)
   ),
@@ -192,7 +351,79 @@ def mutate_json(rng: random.Random, content: bytes) -> bytes:
   return b"".join(lines)
 
 
-MUTATIONS = {"json": mutate_json, "bytes": mutate_bytes}
+# Instructions that cost an unpickler much.
+_PICKLES = (
+  *(
+    b"]" * 10_000,
+    b"(" * 10_000,
+    b"\x8a\xff" + b"\xff" * 255,
+    b"r\xff\xff\xff\x0f",
+  ),
+  *(
+    b"h\x00",
+    b"h\x01\x86" * 60,
+    b"a",
+    b"u",
+    b"R",
+    b"b",
+    b"0",
+    b".",
+    b"Q",
+    b"2" * 99,
+  ),
+  *(b"cposix\nmkdir\n", b"cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R"),
+  *(b"ctorch\nFloatTensor\nJ\x00\x00\x00\x70\x85R", b"X\xff\xff\xff\x7f"),
+  *(b"c_codecs\nencode\n", b"I99999999999\n", b"K\x00K\x00\x86", b"M\xff\xff"),
+)
+
+
+def mutate_pickle(rng: random.Random, content: bytes) -> bytes:
+  """Changes the bytes of a file with pickles, or its instructions."""
+  if rng.random() < 0.5:
+    return mutate_bytes(rng, content)
+  at = rng.randrange(len(content))
+  until = at + rng.choice((0, 0, 1, 2, 5))
+  return content[:at] + rng.choice(_PICKLES) + content[until:]
+
+
+def mutate_zip(rng: random.Random, content: bytes) -> bytes:
+  """Changes an archive, or one of its parts with the right checksum."""
+  if rng.random() < 0.3:
+    return mutate_bytes(rng, content)
+  file = io.BytesIO()
+  with (
+    zipfile.ZipFile(io.BytesIO(content)) as old,
+    zipfile.ZipFile(file, "w", rng.choice((0, zipfile.ZIP_DEFLATED))) as new,
+  ):
+    names = old.namelist()
+    pickles = [name for name in names if name.endswith(".pkl")]
+    chosen = rng.choice(names + pickles * len(names))
+    for name in names:
+      part = old.read(name)
+      if name == chosen and part:
+        change = mutate_pickle if name in pickles else mutate_bytes
+        part = bytes(2**27) if rng.random() < 0.02 else change(rng, part)
+      if name != chosen or rng.random() < 0.9:
+        new.writestr(name, part)
+  return file.getvalue()
+
+
+def mutate_safetensors(rng: random.Random, content: bytes) -> bytes:
+  """Changes the bytes of a file, or its header alone."""
+  if rng.random() < 0.4:
+    return mutate_bytes(rng, content)
+  end = 8 + int.from_bytes(content[:8], "little")
+  header = mutate_json(rng, content[8:end].rstrip())
+  return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+MUTATIONS = {
+  "json": mutate_json,
+  "bytes": mutate_bytes,
+  "pickle": mutate_pickle,
+  "zip": mutate_zip,
+  "safetensors": mutate_safetensors,
+}
 
 
 def outcome(
@@ -229,6 +460,64 @@ def expected(target: Target, folder: pathlib.Path) -> Any:
   return target.digest(target.read(path))
 
 
+def _serve(pipe: Any, name: str, seed: int, numbers: range, to: str) -> None:
+  """Sends the outcome of each changed file, from a process of its own."""
+  logging.disable()
+  target, path = TARGETS[name], pathlib.Path(to) / TARGETS[name].file
+  content, valid = target.make(), expected(target, path.parent)
+  now = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+  limit = now * resource.getpagesize() + _MEMORY
+  resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+  pipe.send(None)
+  for number in numbers:
+    rng = random.Random(f"{name} {seed} {number}")
+    path.write_bytes(MUTATIONS[target.kind](rng, content))
+    pipe.send(outcome(target, path, valid))
+
+
+_MEMORY, _SECONDS, _START_SECONDS = 1 << 30, 10, 120
+
+
+def run(name: str, seed: int, count: int, to: pathlib.Path) -> dict[str, int]:
+  """Tries changed files of one target; counts the outcomes.
+
+  Besides those of `outcome` they are "hang" and "death", of the process.
+  """
+  found: dict[str, int] = collections.Counter()
+  context, number = multiprocessing.get_context("spawn"), 0
+  while number < count:
+    with tempfile.TemporaryDirectory() as folder:
+      ours, theirs = context.Pipe()
+      rest = range(number, count)
+      child = context.Process(
+        target=_serve, args=(theirs, name, seed, rest, folder)
+      )
+      child.start()
+      theirs.close()
+      if not ours.poll(_START_SECONDS):
+        raise TimeoutError(f"{name}: the reader does not start")
+      ours.recv()
+      for number in rest:
+        try:
+          result, text = ours.recv() if ours.poll(_SECONDS) else ("hang", "")
+        except EOFError:
+          result, text = "death", f"exit code {child.exitcode}"
+        found[result] += 1
+        if result in ("crash", "hang", "death"):
+          kept = to / f"{name}-{seed}-{number}"
+          kept.parent.mkdir(parents=True, exist_ok=True)
+          if result != "crash":
+            child.kill()
+            changed = pathlib.Path(folder) / TARGETS[name].file
+            shutil.copy(changed, kept)
+          print(f"{kept}: {result} {text[:300]}", flush=True)
+          if result != "crash":
+            break
+      child.join()
+      number += 1
+  return dict(found)
+
+
 def main() -> None:
   """The command line."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -237,27 +526,11 @@ def main() -> None:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--to", default="fuzz", help="folder for faults")
   args = parser.parse_args()
-  logging.disable()
   faults = 0
   for name in args.targets or TARGETS:
-    target, found = TARGETS[name], collections.Counter()
-    content = target.make()
-    with tempfile.TemporaryDirectory() as folder:
-      path = pathlib.Path(folder) / target.file
-      valid = expected(target, path.parent)
-      for number in range(args.count):
-        rng = random.Random(f"{name} {args.seed} {number}")
-        changed = MUTATIONS[target.kind](rng, content)
-        path.write_bytes(changed)
-        result, text = outcome(target, path, valid)
-        found[result] += 1
-        if result == "crash":
-          kept = pathlib.Path(args.to) / f"{name}-{args.seed}-{number}"
-          kept.parent.mkdir(parents=True, exist_ok=True)
-          kept.write_bytes(changed)
-          print(f"{kept}: {text[:200]}")
-    faults += found["crash"]
-    print(name, dict(found))
+    found = run(name, args.seed, args.count, pathlib.Path(args.to))
+    faults += sum(found.get(k, 0) for k in ("crash", "hang", "death"))
+    print(name, found, flush=True)
   sys.exit(faults > 0)
 
 

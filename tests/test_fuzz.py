@@ -14,6 +14,7 @@ def test_a_changed_file_is_read_or_refused_in_one_line(name, tmp_path):
   valid = fuzz.expected(target, tmp_path)
   assert fuzz.outcome(target, path, valid) == ("same", "")
 
+  @hypothesis.settings(max_examples=target.examples)
   @hypothesis.given(st.randoms(use_true_random=False))
   def check(rng):
     path.write_bytes(fuzz.MUTATIONS[target.kind](rng, content))
