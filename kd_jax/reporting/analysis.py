@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from kd_jax import data
-from kd_jax.interop import card, opening
+from kd_jax.interop import card, opening, scoring
 from kd_jax.interop.model import Model
 from kd_jax.runs import records, teachers
 
@@ -150,11 +150,13 @@ def look(model: Model, source: Any, *, batch_size: int = 500) -> Seen:
     output = model.output(variables, images)
     return output.logits, output.features["pooled"]
 
+  order = scoring.match_source(model.card, source)
   found: list[tuple[np.ndarray, ...]] = []
   for batch in data.eval_stream(source, batch_size):
     arrays = (*ask(model.variables, batch["image"]), batch["label"])
     found.append(tuple(np.asarray(x)[batch["mask"]] for x in arrays))
   logits, features, labels = map(np.concatenate, zip(*found))
+  logits = logits[:, order]
   few = shown(labels)
   return Seen(
     logits.argmax(axis=1), correlation(logits), features[few], labels[few]
