@@ -20,7 +20,7 @@ def of_tensors(tensors: Mapping[str, np.ndarray], card: str | None) -> str:
   for name in sorted(tensors):
     array = np.asarray(tensors[name], order="C")
     digest.update(f"\n{name} {array.dtype.name} {array.shape}\n".encode())
-    digest.update(memoryview(array.reshape(-1).view(np.uint8)))
+    digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

@@ -53,8 +53,8 @@ class Weights:
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
   """Tell whether a path is a file, or is named like a file of weights."""
   path = pathlib.Path(path)
-  named_so = path.suffix.lower() in SUFFIXES and not path.is_dir()
-  return named_so or path.is_file()
+  named_so = path.suffix.lower() in SUFFIXES
+  return not path.is_dir() and (named_so or path.exists())
 
 
 def read(
@@ -241,6 +241,8 @@ def _network(
     for key, value in content.items()
     if key not in (PROJECTOR, CLASSIFIER) and _is_state_dict(value)
   }
+  if _is_state_dict(content):  # others are a part of it
+    parts = {key: parts[key] for key in CONTAINERS if key in parts}
   chosen = _choose(parts, names.prefix)
   state_dict: Mapping[str, Any] = content if chosen is None else parts[chosen]
   if chosen is not None and chosen == names.prefix:

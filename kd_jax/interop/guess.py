@@ -154,7 +154,10 @@ def explain(tensors: Mapping[str, np.ndarray]) -> str:
     key=lambda item: -_similarity(got, item[1]),
   )
   told = [_difference(name, got, shapes) for name, shapes in nearest[:3]]
-  return f"the nearest networks are {'; '.join(told)}"
+  return (
+    f"the nearest networks are {'; '.join(told)}. Name the one that it should"
+    " fit with --model_name"
+  )
 
 
 def explain_names(tensors: Mapping[str, np.ndarray]) -> str:
@@ -169,12 +172,16 @@ def explain_names(tensors: Mapping[str, np.ndarray]) -> str:
   """
   got = _shapes(tensors)
   first = naming.first_parts(got)
-  if {"student.", "teacher."} <= first.keys():
-    return (
-      "it holds several networks, with names that begin with"
-      f" {' and '.join(first)}. Name the one that is meant: python -m kd_jax"
-      " convert --prefix student, or teacher"
-    )
+  if 1 < len(first) < 6 and all(p.endswith(".") for p in first):
+    parts = {p: naming.strip_prefixes(tensors, naming.Names(p)) for p in first}
+    found = {p: g for p, part in parts.items() if (g := guess_model(part))}
+    if found or {"student.", "teacher."} <= first.keys():
+      told = [f"{p} ({found.get(p, 'no known network')})" for p in first]
+      best = next(iter(found), "student.").rstrip(".")
+      return (
+        f"it has several parts, {' and '.join(told)}. Name the one that is"
+        f" meant: python -m kd_jax convert --prefix {best}"
+      )
   classes = _count_rows(got)
   for name, expected in _candidates(len(got), classes, exact=True):
     if rule := _rename_rule(got, expected):

@@ -232,8 +232,7 @@ def identify(
     found = guess.guess_model(tensors)
     if found is None:
       raise ValueError(
-        f"{path} fits no known network: {guess.explain(tensors)}. A network"
-        " that it should fit can be named with --model_name"
+        f"{path} fits no known network: {guess.explain(tensors)}"
       )
     model_name = found.model_name
   if num_classes is None:
