@@ -314,10 +314,11 @@ def test_a_full_disk(model, run_main, capsys, monkeypatch, tmp_path):
   with monkeypatch.context() as patch:
     patch.setattr(os, "fsync", fail)
     assert run_main(export, *arguments) == 1
-  assert capsys.readouterr().err.endswith(
-    "No space left on device. Make room, or choose another place, and give the"
-    " same command again\n"
+  error = capsys.readouterr().err
+  assert (
+    f"No space left on device: '{tmp_path / 'new.npz'}'. Make room" in error
   )
+  assert error.count("\n") == 1
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
   assert run_main(export, *arguments) == 0
 
