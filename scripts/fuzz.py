@@ -216,15 +216,16 @@ def _arrays(content: Any) -> Any:
 
 
 TARGETS = {
-  "pth": Target("a.pth", _torch, files.read, "zip", _arrays),
+  "pth": Target("a.pth", _torch, files.read, "zip", _arrays, 30),
   "legacy": Target(
     "a.pth",
     lambda: _torch(_use_new_zipfile_serialization=False),
     files.read,
     "pickle",
     _arrays,
+    examples=30,
   ),
-  "npz": Target("a.npz", _npz, files.read, "zip", _arrays),
+  "npz": Target("a.npz", _npz, files.read, "zip", _arrays, 30),
   "safetensors": Target(
     "a.safetensors", _safetensors, files.read, "safetensors", _arrays
   ),
@@ -402,7 +403,7 @@ def mutate_zip(rng: random.Random, content: bytes) -> bytes:
       part = old.read(name)
       if name == chosen and part:
         change = mutate_pickle if name in pickles else mutate_bytes
-        part = bytes(2**27) if rng.random() < 0.02 else change(rng, part)
+        part = bytes(2**27) if rng.randrange(50) == 7 else change(rng, part)
       if name != chosen or rng.random() < 0.9:
         new.writestr(name, part)
   return file.getvalue()

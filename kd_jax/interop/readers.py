@@ -235,7 +235,7 @@ def _storages(summary: safe_pickle.Summary) -> Iterator[tuple[str, int]]:
 
 # What weights are made of.
 _NEEDED = re.compile(
-  r"collections\.(OrderedDict|Counter)|torch\.nn\.parameter\.Parameter"
+  r"collections\.(OrderedDict|Counter|defaultdict)|torch\.nn\.parameter\.Parameter"
   r"|torch\._utils\._rebuild_(tensor|tensor_v2|sparse_tensor)"
   r"|torch\._utils\._rebuild_(parameter|parameter_with_state)"
   r"|torch\.serialization\._get_layout|torch\.(Size|device|\w+Storage)"
@@ -244,7 +244,7 @@ _NEEDED = re.compile(
 )
 # What stands beside them in many files. Nothing reads it, so none of it is
 # built: a placeholder takes its place.
-HARMLESS = (
+_HARMLESS = (
   "numpy.dtype",
   "numpy.ndarray",
   *(
@@ -267,7 +267,6 @@ HARMLESS = (
   ),
   "types.SimpleNamespace",
 )
-DEFAULT_DICT = "collections.defaultdict"
 
 
 class _RefusedError(ValueError):
@@ -283,7 +282,7 @@ def _check_globals(path: pathlib.Path, names: frozenset[str]) -> None:
       (module, last), (module, last)
     )
     name = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{last}"
-    if not _NEEDED.fullmatch(name) and name not in (*HARMLESS, DEFAULT_DICT):
+    if not _NEEDED.fullmatch(name) and name not in _HARMLESS:
       refused.append(name)
   if refused:
     more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
@@ -300,7 +299,8 @@ def _check_globals(path: pathlib.Path, names: frozenset[str]) -> None:
 def _read_torch(path: pathlib.Path) -> Any:
   torch_files = import_torch_files(path)
   try:
-    return torch_files.load(path, memory_limit(path.stat().st_size))
+    limit = memory_limit(path.stat().st_size)
+    return torch_files.load(path, limit, _HARMLESS)
   except (ImportError, MemoryError):
     raise
   except pickle.UnpicklingError as error:

@@ -7,12 +7,11 @@ import argparse
 import io
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-
-from kd_jax.interop import readers
 
 # Older versions can be made to run code, or to write to other places, even with
 # weights_only: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).
@@ -34,12 +33,10 @@ def _plain_dict(*args: Any) -> dict[Any, Any]:
   return {}
 
 
-# Toolboxes save more than tensors: RepDistiller the options of its command
-# line, others numpy's numbers, paths and times.
+# RepDistiller saves the options of its command line.
 _SAFE: Any = [
   argparse.Namespace,
-  (_plain_dict, readers.DEFAULT_DICT),
-  *((_Placeholder, name) for name in readers.HARMLESS),
+  (_plain_dict, "collections.defaultdict"),
 ]
 
 
@@ -62,13 +59,14 @@ def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
   return tensor.detach().numpy()
 
 
-def load(path: pathlib.Path, limit: int) -> Any:
+def load(path: pathlib.Path, limit: int, ignored: Sequence[str]) -> Any:
   """Read a file of `torch.save` without executing anything in it.
 
   Args:
     path: of a zip archive, or of the pickles that PyTorch before 1.6 wrote.
     limit: bytes that all its tensors may take together: a stride of 0 makes
       any number of elements out of one.
+    ignored: globals "module.name" in whose place a placeholder is put.
 
   Returns:
     The saved object; its tensors, and those in its dicts, are numpy arrays,
@@ -83,7 +81,8 @@ def load(path: pathlib.Path, limit: int) -> Any:
       is cut short or damaged.
   """
   _check_version()
-  with warnings.catch_warnings(), torch.serialization.safe_globals(_SAFE):
+  safe = [*_SAFE, *((_Placeholder, name) for name in ignored)]
+  with warnings.catch_warnings(), torch.serialization.safe_globals(safe):
     # Of unusual pickle protocols, which are read or refused.
     warnings.simplefilter("ignore")
     content = torch.load(path, map_location="cpu", weights_only=True)
