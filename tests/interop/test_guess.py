@@ -73,7 +73,7 @@ def renamed(tensors, *pairs):
   [
     (("layer", "stage"), ("downsample", "shortcut"), ("fc", "linear")),
     (("fc.", "head.fc."),),
-    (("layer", "a."), ("conv1.weight", "conv1.weight")),
+    (("layer", "stage_"), ("bn", "norm"), ("fc.", "head.")),
   ],
 )
 def test_a_rule_that_renames_is_suggested(pairs, layouts):
