@@ -3,10 +3,10 @@
 tensorboard --logdir RUNS/hparams
 """
 
-import contextlib
 import errno
 import pathlib
 import shutil
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,9 +57,7 @@ def write(rows: Sequence[dict[str, Any]], folder: pathlib.Path) -> None:
 
 
 def _write_session(folder, hparams, row):
-  # Not SummaryWriter: its thread dies of a full disk, and `close` then waits
-  # for it forever.
-  from tensorboardX import event_file_writer, summary
+  from tensorboardX import summary
   from tensorboardX.proto import event_pb2
 
   scores = {
@@ -68,14 +66,28 @@ def _write_session(folder, hparams, row):
     for name in ("top1", "top5", "ce", "epoch")
   }
   epoch = int(row["final"]["epoch"])
+  events = [
+    event_pb2.Event(file_version="brain.Event:2"),
+    *(event_pb2.Event(summary=x) for x in summary.hparams(hparams, scores)),
+    *(
+      event_pb2.Event(step=epoch, summary=summary.scalar(name, value))
+      for name, value in scores.items()
+    ),
+  ]
   folder.mkdir(parents=True)
-  writer = event_file_writer.EventsWriter(str(folder / "events"))
-  with contextlib.closing(writer):
-    for part in summary.hparams(hparams, scores):
-      writer.write_event(event_pb2.Event(summary=part))
-    for name, value in scores.items():
-      part = summary.scalar(name, value)
-      writer.write_event(event_pb2.Event(step=epoch, summary=part))
+  # Not the library's writers, which leave a full disk to a thread, or a file
+  # open.
+  content = b"".join(_record(event.SerializeToString()) for event in events)
+  (folder / "events.out.tfevents.0").write_bytes(content)
+
+
+def _record(data: bytes) -> bytes:
+  """A record of an event file: length, checksum, data, checksum."""
+  from tensorboardX.record_writer import masked_crc32c
+
+  size = struct.pack("<Q", len(data))
+  sums = (struct.pack("<I", masked_crc32c(part)) for part in (size, data))
+  return size + next(sums) + data + next(sums)
 
 
 def _value(value):
