@@ -100,6 +100,15 @@ def test_prefixes_that_all_names_share(prefix, tensors, assert_same, tmp_path):
     files.read(tmp_path / "b", naming.Names("pupil"))
 
 
+def test_storages_of_a_gpu(tensors, assert_same, tmp_path):
+  file = io.BytesIO()
+  torch.save(as_torch(tensors), file, **LEGACY)
+  place, gpu = b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"
+  assert place in file.getvalue()
+  (tmp_path / "a.pth").write_bytes(file.getvalue().replace(place, gpu))
+  assert_same(read(tmp_path / "a.pth"), tensors)
+
+
 def test_averaged_weights_are_preferred(tensors, assert_same, tmp_path, caplog):
   raw = {k: v + 1 for k, v in as_torch(tensors).items()}
   averaged = {f"module.{k}": v for k, v in as_torch(tensors).items()}
