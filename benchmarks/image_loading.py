@@ -60,8 +60,8 @@ def photographs(folder: str, count: int) -> data.FolderSource:
   return data.FolderSource(
     paths=tuple(paths),
     labels=np.zeros(count, np.int32),
-    num_classes=1,
-    class_names=("photograph",),
+    num_classes=2,
+    class_names=("photograph", "other"),
     name=folder,
     image_size=SIZE,
   )

@@ -1,12 +1,17 @@
 """Source classes of all kinds of data sets, and their checks."""
 
 import abc
+import codecs
 import dataclasses
+import logging
+import os
 from collections.abc import Iterable
 
 import numpy as np
 
 from kd_jax.registry import did_you_mean
+
+_log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
 ON_BAD_IMAGE = ("error", "skip")
@@ -14,6 +19,50 @@ ON_BAD_IMAGE = ("error", "skip")
 # Of ILSVRC 2012; torchvision, timm and SimKD normalise with these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def one_line(error: Exception) -> str:
+  """An error of a library as the part of a message: its type and its text."""
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text[:200]}"
+
+
+# More than any list of labels or words of a data set has.
+_MAX_TEXT = 256 << 20
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+  """Reads a text file: UTF-8, UTF-16 with its mark, or else Latin-1.
+
+  Raises:
+    ValueError: it cannot be read, is too large or no text.
+  """
+  try:
+    with open(path, "rb") as file:
+      content = file.read(_MAX_TEXT + 1)
+  except OSError as error:
+    raise ValueError(
+      f"{path}: expected a text file, got one that cannot be read"
+      f" ({error.strerror}). Check the disk, or the file's permissions"
+    ) from error
+  try:
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if utf16 else "utf-8-sig")
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    _log.warning(
+      "%s, line %d: expected UTF-8, got other bytes; the file is read as"
+      " Latin-1. Save it as UTF-8",
+      *(path, line),
+    )
+    text = content.decode("latin-1")
+  if len(content) > _MAX_TEXT or "\0" in text:
+    raise ValueError(
+      f"{path}: expected a text file of at most {_MAX_TEXT:,} bytes, got"
+      f" {'more' if len(content) > _MAX_TEXT else 'one with null bytes'}."
+      " Correct or remove it."
+    )
+  return text
 
 
 def check_choice(what: str, value: str, known: Iterable[str]) -> None:
@@ -55,6 +104,11 @@ def _check_classes(
   where: str,
 ) -> None:
   """Raises ValueError unless labels, images and class names fit together."""
+  if num_classes < 2:
+    raise ValueError(
+      f"{where} has {num_classes} class: expected at least 2. Check the folder,"
+      " or the number of classes."
+    )
   if labels.dtype != np.int32 or labels.shape != (count,):
     raise ValueError(
       f"The labels of {where} must be int32 [{count}], one per image, got"

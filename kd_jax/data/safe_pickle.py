@@ -9,12 +9,15 @@ arguments so that numpy takes its bytes for object pointers. Stand-ins collect
 the description of an array, and the array is made from it with checks.
 """
 
+import io
 import pickle
 import pickletools
 import re
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from kd_jax.data.common import one_line
 
 # The module's name before and since numpy 2.
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -61,15 +64,20 @@ class _Array:
 class _Unpickler(pickle.Unpickler):
   """Resolves globals to the stand-ins, and refuses all others."""
 
-  def __init__(self, file: BinaryIO, name: str):
-    super().__init__(file, encoding="bytes")
+  def __init__(self, content: bytes | memoryview, name: str):
+    super().__init__(io.BytesIO(content), encoding="bytes")
     self._name = name
+    # One string may be encoded again and again.
+    self._left = len(content)
 
   def _encode(self, text: str, encoding: Any) -> bytes:
     # How Python 3 writes bytes into a pickle of protocol 2. Only this codec:
     # others decompress, or transform at the file's will.
     if _text(encoding) != "latin1":
       raise TypeError(f"_codecs.encode with {encoding!r}, not 'latin1'")
+    self._left -= len(text)
+    if self._left < 0:
+      raise ValueError("_codecs.encode of more text than the file has")
     return text.encode("latin1")
 
   def find_class(self, module: str, name: str) -> Any:
@@ -82,8 +90,9 @@ class _Unpickler(pickle.Unpickler):
       return _DType
     if (module, name) == ("_codecs", "encode"):
       return self._encode
+    asked = ascii(f"{module}.{name}")[1:-1][:100]
     raise UnsafePickleError(
-      f"{self._name} is refused: it asks for the global {module}.{name},"
+      f"{self._name} is refused: it asks for the global {asked},"
       " expected arrays, lists, dicts, strings and numbers only. Nothing of"
       " it was executed. It is not the publisher's file (or was pickled"
       " again with a newer protocol): download the archive again."
@@ -220,12 +229,15 @@ def scan(file: Any) -> Summary:
   return Summary(frozenset(names), tuple(ids))
 
 
-def load(file: BinaryIO, name: str) -> dict[str, Any]:
+def load(
+  content: bytes | memoryview, name: str, *, trusted: bool = False
+) -> dict[str, Any]:
   """Reads one file of the CIFAR python version.
 
   Args:
-    file: opened for reading bytes.
+    content: the whole file.
     name: of the file, for error messages.
+    trusted: do without `scan`.
 
   Returns:
     The file's dict. Its keys are str, its arrays read-only numpy arrays, its
@@ -237,22 +249,24 @@ def load(file: BinaryIO, name: str) -> dict[str, Any]:
     ValueError: the file is cut short, damaged, or no pickled dict.
   """
   try:
-    content = _Unpickler(file, name).load()
+    if not trusted:
+      scan(io.BytesIO(content))
+    tree = _Unpickler(content, name).load()
   except UnsafePickleError:
     raise
   # A misread instruction raises nearly any exception.
   except Exception as error:
     raise ValueError(
       f"{name} is cut short or damaged: expected a pickled dict of the"
-      f" publisher's python version, got {type(error).__name__}: {error}."
+      f" publisher's python version, got {one_line(error)}."
       " Delete it and unpack or download the archive again."
     ) from error
-  if not isinstance(content, dict):
+  if not isinstance(tree, dict):
     raise ValueError(
-      f"{name} must hold a dict, got {type(content).__name__}: it is not a"
+      f"{name} must hold a dict, got {type(tree).__name__}: it is not a"
       " file of the publisher's python version. Download the archive again."
     )
   return {
     _text(key): value.array if isinstance(value, _Array) else value
-    for key, value in content.items()
+    for key, value in tree.items()
   }

@@ -163,6 +163,40 @@ def test_a_damaged_archive_is_reported(archive, name):
     data.load(name, split="test", dir=archive.parent)
 
 
+def test_an_archive_is_bounded_and_holds_plain_files(
+  archive, name, monkeypatch
+):
+  layout = cifar.LAYOUTS[name]
+  monkeypatch.setattr(cifar, "_MAX_ARCHIVE", 1000)
+  with pytest.raises(ValueError, match=r"more than 1,000 bytes"):
+    data.load(name, split="test", dir=archive)
+  monkeypatch.undo()
+  with tarfile.open(archive, "w:gz") as tar:
+    info = tarfile.TarInfo(f"{layout.folder}/{layout.meta}")
+    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    tar.addfile(info)
+  with pytest.raises(ValueError, match=rf"lacks {layout.meta}"):
+    data.load(name, split="test", dir=archive)
+
+
+@pytest.mark.parametrize(
+  ("value", "words"),
+  [
+    (b"]" * 100_000 + b"a" * 99_999 + b".", "more than 64 levels"),
+    (b"]r\x00\x00\x00\x10.", "puts to place 268,435,456"),
+  ],
+)
+def test_a_hostile_pickle_is_refused(folder, name, value, words, monkeypatch):
+  layout = cifar.LAYOUTS[name]
+  path = folder / layout.folder / layout.meta
+  path.write_bytes(value)
+  with pytest.raises(ValueError, match=rf"{path.name} is .*{words}"):
+    data.load(name, split="test", dir=folder)
+  monkeypatch.setattr(cifar, "_MAX_FILE", 100)
+  with pytest.raises(ValueError, match="at most 100 bytes, got more"):
+    data.load(name, split="test", dir=folder)
+
+
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
@@ -177,6 +211,7 @@ def test_a_damaged_archive_is_reported(archive, name):
     ({"labels": lambda old: [*old, 0]}, r"(6|9) images and (7|10) labels"),
     ({"labels": lambda old: [*old[:4], -1, *old[5:]]}, "got -1 at position 4"),
     ({"labels": lambda old: [100, *old[1:]]}, r"in 0\.\.99? .* got 100 at"),
+    ({"labels": lambda old: [2**80, *old[1:]]}, "must be a list of integers"),
     ({"labels": lambda old: [2**40, *old[1:]]}, f"got {2**40} at position 0"),
   ],
 )

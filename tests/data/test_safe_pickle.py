@@ -13,7 +13,7 @@ ARRAY = np.arange(24, dtype=np.uint8).reshape(4, 6)
 
 
 def read(content: bytes) -> dict:
-  return safe_pickle.load(io.BytesIO(content), "some/file")
+  return safe_pickle.load(content, "some/file")
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 3, 4])
@@ -113,6 +113,13 @@ def test_only_latin1_is_decoded():
   content = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00zip"
   with pytest.raises(ValueError, match="'zip', not 'latin1'"):
     read(content + b"\x86R.")
+
+
+def test_one_text_encoded_again_and_again_is_refused():
+  text = b"\x80\x02X\x00\x10\x00\x00" + b"a" * 4096 + b"q\x00"
+  again = b"c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R"
+  with pytest.raises(ValueError, match="more text than the file has"):
+    read(text + b"](" + again * 100 + b"e.")
 
 
 def test_damage_is_reported():

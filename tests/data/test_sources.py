@@ -167,6 +167,7 @@ def test_images_become_contiguous():
     ({"images": np.zeros((4, 8, 8), np.uint8)}, r"got uint8 \(4, 8, 8\)"),
     ({"labels": np.arange(3, dtype=np.int32)}, r"int32 \[4\], one per image"),
     ({"labels": np.arange(4)}, "int32 .* got int64"),
+    ({"num_classes": 1, "class_names": ("a",)}, "mine has 1 class: expected"),
     ({"class_names": ("a",)}, "4 classes but 1 class names"),
     (
       {"labels": np.array([0, 1, 4, -1], np.int32)},
