@@ -2,15 +2,16 @@
 
 The content of a file decides its format, not its name. Photographs are turned
 upright by their EXIF orientation; CMYK, grey, palette and 16-bit images become
-8-bit RGB; an alpha channel is dropped. A file that is cut short is an error.
-Damage that Pillow does not notice stays unnoticed: JPEG has no checksum, and a
-cut file that is filled up with zeros decodes to a picture whose rest is grey.
+8-bit RGB; an alpha channel is dropped. A file that is cut short is an error, as
+is a PNG with a wrong checksum. A damaged JPEG may go unnoticed, since it has no
+checksum: a cut one that is filled up with zeros has a rest that is grey.
 """
 
 import contextlib
 import io
 import math
 import os
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,9 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # crops then differ by 0.2 to 1.1 levels of 255 in the mean from those of full
 # decoding; with 1 instead of 2 it would be 0.3 to 2.2.
 _MARGIN = 2
+# Pixels times scans of a JPEG: encoders write about ten scans, and a small file
+# of hundreds keeps a decoder busy for minutes.
+_MAX_SCANNED = 2**31
 
 Box = tuple[float, float, float, float]
 
@@ -56,6 +60,23 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     ) from error
 
 
+# How files of the formats begin; those of PPM and BMP would fit texts too.
+_BEGINNINGS = (
+  *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"),
+)
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+  """Whether a file begins as an image does, whatever its name."""
+  try:
+    with open(path, "rb") as file:
+      begin = file.read(12)
+  except OSError:
+    return False
+  webp = begin[:4] == b"RIFF" and begin[8:] == b"WEBP"
+  return begin.startswith(_BEGINNINGS) or webp
+
+
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
   """Turns any error of a decoder into a BadImageError."""
@@ -65,9 +86,12 @@ def _named(where: str) -> Iterator[None]:
     raise
   # Damaged files make the decoders raise nearly any exception.
   except Exception as error:
-    reason = str(error)
+    reason = " ".join(str(error).split())
     if isinstance(error, UnidentifiedImageError):
       reason = f"of no known format; known: {', '.join(_FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+      most = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+      reason = f"it has more than {most:.0f} megapixels; scale it down"
     raise BadImageError(
       f"{where}: expected an image file, got one that cannot be decoded"
       f" ({reason})"
@@ -78,7 +102,65 @@ def _open(content: bytes) -> Image.Image:
   """Reads the header; `load` decodes the pixels."""
   if not content:
     raise ValueError("it is empty: 0 bytes")
-  return Image.open(io.BytesIO(content), formats=_FORMATS)
+  image = Image.open(io.BytesIO(content), formats=_FORMATS)
+  if image.format == "PNG":
+    _check_png(content)
+  elif image.format == "JPEG":
+    scanned = content.count(b"\xff\xda") * image.width * image.height
+    if scanned > _MAX_SCANNED:
+      raise ValueError("its scans are far too many; save it again")
+  return image
+
+
+def _check_png(content: bytes) -> bytes:
+  """Checks the checksums, which Pillow does not for the pixels.
+
+  Returns:
+    The compressed pixels.
+  """
+  at, pixels = 8, []
+  while at < len(content):
+    length = int.from_bytes(content[at : at + 4])
+    end = at + length + 8
+    kind, checksum = content[at + 4 : at + 8], content[end : end + 4]
+    if zlib.crc32(content[at + 4 : end]) != int.from_bytes(checksum):
+      raise ValueError(f"it is cut short or damaged at byte {at}")
+    if kind == b"IDAT":
+      pixels.append(content[at + 8 : end])
+    if kind == b"IEND":
+      break
+    at = end + 4
+  return b"".join(pixels)
+
+
+def _load(image: Image.Image, content: bytes) -> None:
+  """Decodes the pixels; a PNG must have all its rows."""
+  image.load()
+  if image.format != "PNG":
+    return
+  # Pillow leaves rows at zero that are not there, which rarely are so.
+  first = max(image.height - 2, 0)
+  last = np.asarray(image.crop((0, first, image.width, image.height)))
+  if last.reshape(len(last), -1).any(axis=1).all():
+    return
+  bits, colour, *_, interlaced = content[24:29]
+  bits *= {2: 3, 4: 2, 6: 4}.get(colour, 1)
+  expected = 0
+  for left, top, x, y in _ADAM7 if interlaced else ((0, 0, 1, 1),):
+    columns = -((left - image.width) // x)
+    rows = -((top - image.height) // y)
+    if columns > 0 and rows > 0:
+      expected += rows * (1 + (columns * bits + 7) // 8)
+  unpacked = zlib.decompressobj().decompress(_check_png(content), expected)
+  if len(unpacked) < expected:
+    raise ValueError("its last rows are missing")
+
+
+# First column and row of each pass of an interlaced PNG, and the steps.
+_ADAM7 = (
+  *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4)),
+  *((1, 0, 2, 2), (0, 1, 1, 2)),
+)
 
 
 def _is_turned(image: Image.Image) -> bool:
@@ -134,7 +216,7 @@ def load(content: bytes, where: str) -> Image.Image:
   """
   with _named(where):
     image = _open(content)
-    image.load()
+    _load(image, content)
     return _upright(image)
 
 
@@ -290,7 +372,7 @@ def load_random_resized_crop(
   with _named(where):
     image = _open(content)
     if image.format != "JPEG":  # others may keep their EXIF data behind
-      image.load()
+      _load(image, content)
     width, height = image.size[:: -1 if _is_turned(image) else 1]
     left, top, right, bottom = crop_box(
       width, height, rng, area=area, aspect=aspect

@@ -3,6 +3,7 @@
 import io
 import math
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -119,6 +120,41 @@ def test_damaged_exif_data_do_not_matter():
     assert crop.shape == (12, 12, 3)
 
 
+def make_png(width, height, raw, colour=2, interlaced=0):
+  """A PNG of 8 bits whose checksums hold, whatever its header says."""
+
+  def part(kind, content):
+    checksum = zlib.crc32(kind + content).to_bytes(4)
+    return len(content).to_bytes(4) + kind + content + checksum
+
+  size = width.to_bytes(4) + height.to_bytes(4)
+  return b"".join(
+    [
+      b"\x89PNG\r\n\x1a\n",
+      part(b"IHDR", size + bytes([8, colour, 0, 0, interlaced])),
+      part(b"IDAT", zlib.compress(raw)),
+      part(b"IEND", b""),
+    ]
+  )
+
+
+def png_of_rows(image, rows):
+  raw = b"".join(b"\0" + row.tobytes() for row in image[:rows])
+  return make_png(image.shape[1], image.shape[0], raw)
+
+
+# An interlaced grey 3 x 3 has passes of 2, 0, 0, 2, 3, 4 and 4 bytes.
+BLACK = [
+  (png_of_rows(np.zeros((5, 4, 3), np.uint8), 5), (5, 4, 3)),
+  (make_png(3, 3, bytes(15), 0, 1), (3, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("content", "shape"), BLACK)
+def test_a_black_png_is_read(content, shape):
+  np.testing.assert_array_equal(images.decode(content, "x"), np.zeros(shape))
+
+
 def bad_files():
   jpeg = encode(picture(), "JPEG", quality=95)
   png = encode(picture(), "PNG")
@@ -130,11 +166,37 @@ def bad_files():
   flipped = bytearray(png)
   flipped[png.index(b"IDAT") + 20] ^= 255
   yield "PNG with a flipped byte", bytes(flipped), ""
+  flipped = bytearray(png)
+  flipped[png.index(b"IDAT") + 60] ^= 1
+  yield "PNG with a flipped bit", bytes(flipped), "damaged at byte"
+  yield "PNG without its last row", png_of_rows(picture(), 47), "rows are miss"
+  yield "interlaced", make_png(3, 3, bytes(11), 0, 1), "rows are missing"
+  yield (
+    "PNG of 182 megapixels",
+    make_png(14000, 13000, b"", 0),
+    r"than 179 megapixels; scale it",
+  )
+  start = jpeg.index(b"\xff\xda")
+  scans = jpeg[:start] + b"\xff\xda" * 800_000 + jpeg[start:]
+  yield "JPEG of many scans", scans, "scans are far too many"
   yield "EPS", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known"
   floats = encode(np.zeros((2, 2), np.float32), "TIFF")
   yield "float TIFF", floats, "8 or 16 bits, got floating point"
   integers = encode(np.array([[0, 70_000]], np.int32), "TIFF")
   yield "32-bit TIFF", integers, "got integers from 0 to 70000"
+
+
+def test_no_flipped_bit_of_a_png_changes_its_pixels():
+  image = picture(9, 12)
+  content = encode(image, "PNG")
+  for bit in range(8 * len(content)):
+    flipped = bytearray(content)
+    flipped[bit // 8] ^= 1 << bit % 8
+    try:
+      got = images.decode(bytes(flipped), "x")
+    except images.BadImageError:
+      continue
+    np.testing.assert_array_equal(got, image)
 
 
 BAD = [pytest.param(*rest, id=name) for name, *rest in bad_files()]
