@@ -4,16 +4,21 @@ Such a set holds file names and labels; the images are read, decoded and
 cropped by the pipelines, when they are needed.
 """
 
+import collections
 import dataclasses
-import json
+import logging
 import os
 from collections.abc import Iterable
 
 import numpy as np
 
+from kd_jax import storage
 from kd_jax.data import images, val_labels
-from kd_jax.data.common import SPLITS, EncodedSource
+from kd_jax.data.common import SPLITS, EncodedSource, read_text
 
+_log = logging.getLogger(__name__)
+
+# Other files are looked into.
 _EXTENSIONS = (
   *(".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif"),
   *(".tiff", ".webp"),
@@ -63,8 +68,16 @@ def _subfolders(folder: str) -> list[str]:
     )
 
 
-def image_files(folder: str) -> list[str]:
-  """The image files below a folder, sorted; hidden ones are left out."""
+def image_files(
+  folder: str, others: collections.Counter[str] | None = None
+) -> list[str]:
+  """The image files below a folder, sorted.
+
+  Args:
+    folder: its hidden files are left out.
+    others: counts the endings of files that are no images.
+  """
+  others = collections.Counter() if others is None else others
   found, left = [], [folder]
   while left:
     with os.scandir(left.pop()) as entries:
@@ -74,8 +87,10 @@ def image_files(folder: str) -> list[str]:
           continue
         if entry.is_dir():
           left.append(entry.path)
-        elif name.lower().endswith(_EXTENSIONS):
+        elif name.lower().endswith(_EXTENSIONS) or images.is_image(entry.path):
           found.append(entry.path)
+        else:
+          others[os.path.splitext(name)[1].lower() or "no ending"] += 1
   return sorted(found)
 
 
@@ -114,21 +129,37 @@ def _readable(root: str) -> dict[str, str]:
   """WordNet numbers with a word, of the first list that the folder holds."""
   path = os.path.join(root, _CLASS_INDEX)
   if os.path.isfile(path):
-    try:
-      with open(path, encoding="utf-8") as file:
-        return {wnid: word for wnid, word in json.load(file).values()}
-    except (ValueError, AttributeError) as error:
-      raise ValueError(
-        f'{path}: expected {{"0": ["n01440764", "tench"], ...}}, got'
-        f" {error}. Correct or remove it."
-      ) from error
+    remedy = 'Expected {"0": ["n01440764", "tench"], ...}. Correct the file'
+    content = storage.parse_json(read_text(path), path, remedy)
+    pairs = storage.convert(content, dict[str, tuple[str, str]], path, remedy)
+    return dict(pairs.values())
   for name in _WORDS:
     path = os.path.join(root, name)
     if os.path.isfile(path):
-      with open(path, encoding="utf-8") as file:
-        parts = [line.split(None, 1) for line in file if line.strip()]
+      lines = read_text(path).split("\n")
+      parts = [line.split(None, 1) for line in lines if line.strip()]
       return {p[0]: p[-1].split(",")[0].strip() for p in parts}
   return {}
+
+
+def _check_depth(folder: str, classes: list[str]) -> None:
+  """Raises ValueError for one class, whose folder may be one too many."""
+  if len(classes) != 1:
+    return
+  only = os.path.join(folder, classes[0])
+  inner = _subfolders(only)
+  with os.scandir(only) as entries:
+    files = any(not e.is_dir() and e.name[0] != "." for e in entries)
+  deep = ""
+  if len(inner) > 1 and not files:
+    deep = (
+      f", and in it are only folders ({_few(inner)}). If those are the classes,"
+      f" move them from {only} to {folder}"
+    )
+  raise ValueError(
+    f"{folder} has one class folder, {classes[0]}: expected at least 2"
+    f" classes{deep}."
+  )
 
 
 def _known_classes(root: str) -> list[str]:
@@ -138,8 +169,7 @@ def _known_classes(root: str) -> list[str]:
     return _subfolders(train)
   path = os.path.join(root, "wnids.txt")
   if os.path.isfile(path):
-    with open(path, encoding="utf-8") as file:
-      return sorted(file.read().split())
+    return sorted(set(read_text(path).split()))
   path = os.path.join(root, _CLASS_INDEX)
   return sorted(_readable(root)) if os.path.isfile(path) else []
 
@@ -183,23 +213,33 @@ def load(
   folder = _split_folder(root, split)
   if folder is None:
     wanted = " or ".join(_FOLDERS[split])
-    exists = (
-      f"which holds {_few(os.listdir(root)) or 'nothing'}"
-      if os.path.isdir(root)
-      else "which does not exist"
-    )
+    exists, where = "which does not exist", "FOLDER"
+    if os.path.isdir(root):
+      exists = f"which holds {_few(os.listdir(root)) or 'nothing'}"
+      deeper = [os.path.join(root, item) for item in _subfolders(root)]
+      if len(deeper) == 1 and _split_folder(deeper[0], split):
+        where = deeper[0]
     raise ValueError(
       f"No {split} images: expected a folder {wanted} with one folder per"
       f" class in {root!r}, {exists}. Name the folder that has it with"
-      " --config.data.dir=FOLDER."
+      f" --config.data.dir={where}."
     )
   _check_same_classes(root)
   flat = split == "test" and _is_flat(folder)
+  others: collections.Counter[str] = collections.Counter()
   if flat:
-    paths = image_files(folder)
+    paths = image_files(folder, others)
   else:
     classes = _subfolders(folder)
-    by_class = [image_files(os.path.join(folder, item)) for item in classes]
+    _check_depth(folder, classes)
+    by_class = [
+      image_files(os.path.join(folder, item), others) for item in classes
+    ]
+    with os.scandir(folder) as entries:
+      others["beside the class folders"] += sum(
+        not entry.is_dir() and not entry.name.startswith(".")
+        for entry in entries
+      )
     empty = [item for item, files in zip(classes, by_class) if not files]
     if empty and len(empty) < len(classes):
       raise ValueError(
@@ -219,6 +259,12 @@ def load(
   if flat:
     known = _known_classes(root)
     classes, labels = val_labels.read(root, folder, paths, known)
+  if +others:
+    listed = ", ".join(f"{n} {name}" for name, n in (+others).most_common(10))
+    _log.warning(
+      "%s: left out %d files that are no images of a class (%s)",
+      *(folder, others.total(), listed),
+    )
   words = _readable(root)
   return FolderSource(
     paths=tuple(paths),

@@ -2,9 +2,13 @@
 
 import collections
 import csv
+import io
 import os
+from collections.abc import Iterator
 
 import numpy as np
+
+from kd_jax.data.common import one_line, read_text
 
 _DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
 _DEVKIT_FOLDERS = ("", "data", "ILSVRC2012_devkit_t12/data")
@@ -16,41 +20,50 @@ def _stem(name: str) -> str:
 
 def _wrong_line(path: str, number: int, line: str, expected: str) -> ValueError:
   return ValueError(
-    f"{path}, line {number}: expected {expected}, got {line.strip()!r}."
+    f"{path}, line {number}: expected {expected}, got"
+    f" {line.strip()[:100]!r}."
     " Correct the line, or download the file again."
   )
 
 
-def _read_pairs(path: str) -> dict[str, str]:
-  """Lines of a file's name and its label, parted by a blank or a tab."""
-  found = {}
-  with open(path, encoding="utf-8") as file:
-    for number, line in enumerate(file, 1):
-      parts = line.split()
-      # Tiny ImageNet's have four numbers more: a box.
-      if len(parts) not in (2, 6):
-        raise _wrong_line(path, number, line, "'<file> <class>'")
-      found[_stem(parts[0])] = parts[1]
-  return found
+def _read_pairs(path: str) -> Iterator[tuple[str, str]]:
+  """Lines of a file's name and its class, parted by a tab, comma or blank."""
+  for number, line in enumerate(read_text(path).splitlines(), 1):
+    parts = line.split("\t") if "\t" in line else line.split()
+    # Tiny ImageNet's have four numbers more: a box.
+    if len(parts) == 6 and all(part.strip().isdecimal() for part in parts[2:]):
+      parts = parts[:2]
+    elif len(parts) != 2 or ("," in line and "\t" not in line):
+      row = next(csv.reader([line]), [])
+      commas = len(row) == 2 and (_ending(row[0]) or " " not in line.strip())
+      parts = row if commas else line.rsplit(None, 1)
+    name, label = (
+      [part.strip(" ,") for part in parts] if len(parts) == 2 else ("", "")
+    )
+    # "a.png 1 2" is no file "a.png 1".
+    if not name or not label or " " in _ending(name):
+      raise _wrong_line(path, number, line, "'<file> <class>'")
+    yield _stem(name), label
 
 
-def _read_kaggle(path: str) -> dict[str, str]:
+def _ending(name: str) -> str:
+  return os.path.splitext(name)[1]
+
+
+def _read_kaggle(path: str) -> Iterator[tuple[str, str]]:
   """Kaggle's: the class and a box for each object, all of one class."""
-  found = {}
-  with open(path, encoding="utf-8", newline="") as file:
-    for number, row in enumerate(csv.reader(file), 1):
-      if number == 1 and row[:1] == ["ImageId"]:
-        continue
-      classes = set(row[1].split()[::5]) if len(row) == 2 else set()
-      if len(classes) != 1:
-        raise _wrong_line(
-          path, number, ",".join(row), "'<file>,<class> <4 numbers> ...'"
-        )
-      found[_stem(row[0])] = classes.pop()
-  return found
+  for number, row in enumerate(csv.reader(io.StringIO(read_text(path))), 1):
+    if number == 1 and row[:1] == ["ImageId"]:
+      continue
+    classes = set(row[1].split()[::5]) if len(row) == 2 else set()
+    if len(classes) != 1:
+      raise _wrong_line(
+        path, number, ",".join(row), "'<file>,<class> <4 numbers> ...'"
+      )
+    yield _stem(row[0]), classes.pop()
 
 
-def _read_devkit(path: str) -> dict[str, str]:
+def _read_devkit(path: str) -> Iterator[tuple[str, str]]:
   """The development kit's: a number per image, in the kit's own order."""
   meta = os.path.join(os.path.dirname(path), "meta.mat")
   if not os.path.isfile(meta):
@@ -73,16 +86,17 @@ def _read_devkit(path: str) -> dict[str, str]:
   except Exception as error:
     raise ValueError(
       f"{meta}: expected the development kit's table of synsets, got"
-      f" {type(error).__name__}: {error}. Copy it from the kit again."
+      f" {one_line(error)}. Copy it from the kit again."
     ) from error
-  found = {}
-  with open(path, encoding="utf-8") as file:
-    for number, line in enumerate(file, 1):
-      text = line.strip()
-      if not text.isdecimal() or int(text) not in wnids:
-        raise _wrong_line(path, number, line, f"a number of {meta}")
-      found[f"ILSVRC2012_val_{number:08d}"] = wnids[int(text)]
-  return found
+  for number, line in enumerate(read_text(path).splitlines(), 1):
+    text = line.strip()
+    if not _is_number(text) or int(text) not in wnids:
+      raise _wrong_line(path, number, line, f"a number of {meta}")
+    yield f"ILSVRC2012_val_{number:08d}", wnids[int(text)]
+
+
+def _is_number(text: str) -> bool:
+  return text.isdecimal() and len(text) < 10
 
 
 _READERS = {
@@ -96,12 +110,24 @@ _READERS = {
 
 def _find(root: str, folder: str) -> dict[str, dict[str, str]]:
   """The label files, each as {file name without its ending: label}."""
-  found = {}
+  found: dict[str, dict[str, str]] = {}
   for name, reader in _READERS.items():
     for place in (folder, *(os.path.join(root, p) for p in _DEVKIT_FOLDERS)):
       path = os.path.join(place, name)
       if os.path.isfile(path):
-        found[path] = reader(path)
+        labels: dict[str, str] = {}
+        found[path] = labels
+        try:
+          for stem, label in reader(path):
+            if labels.setdefault(stem, label) != label:
+              raise ValueError(
+                f"{path} gives {stem} two classes, {labels[stem]} and {label}."
+                " Correct it."
+              )
+        except csv.Error as error:
+          raise ValueError(
+            f"{path}: expected lines of commas, got {one_line(error)}."
+          ) from error
         break
   return found
 
@@ -186,7 +212,7 @@ def read(
         " again, or correct the file."
       )
     labels = [label_of[stem] for stem in stems]
-    if all(label.isdecimal() for label in labels):
+    if all(map(_is_number, labels)):
       order, numbers = _numbers(labels, classes, path)
     else:
       order = classes or sorted(set(labels))

@@ -115,27 +115,45 @@ def test_wrong_options_are_refused(root, options, words):
 
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_other_names_of_the_test_split(tmp_path, name):
-  tree(tmp_path, train={"a": 1}, **{name: {"a": 2}})
+  tree(tmp_path, train={"a": 1, "b": 1}, **{name: {"a": 2, "b": 1}})
   source = data.load("folder", split="test", dir=tmp_path)
   assert relative(source, tmp_path)[0] == f"{name}/a/0.png"
   # val comes first: a published test folder has no labels.
-  tree(tmp_path, val={"a": 1})
+  tree(tmp_path, val={"a": 1, "b": 1})
   source = data.load("folder", split="test", dir=tmp_path)
-  assert relative(source, tmp_path) == ["val/a/0.png"]
+  assert relative(source, tmp_path) == ["val/a/0.png", "val/b/0.png"]
 
 
-def test_only_images_count_wherever_they_lie(tmp_path):
-  for name in ("x.JPEG", "deep/er/y.jpg", "z.WebP"):
+def test_images_count_wherever_they_lie_whatever_their_names(tmp_path, caplog):
+  tree(tmp_path, train={"b": 1})
+  for name in ("deep/er/y.jpg", "u.jfif", "v.jpe", "w", "x.JPEG", "z.WebP"):
     write(tmp_path / "train" / "a" / name)
-  for name in (".hidden.png", "._x.JPEG", "boxes.txt", "x.npy", ".git/o.png"):
+  for name in (".hidden.png", "._x.JPEG", ".git/o.png"):
     write(tmp_path / "train" / "a" / name)
   write(tmp_path / "train" / ".cache" / "x.png")
+  assert len(data.load("folder", split="train", dir=tmp_path)) == 7
+  assert not caplog.records
   write(tmp_path / "train" / "stray.png")
+  for name in ("boxes.txt", "more.txt", "README"):
+    (tmp_path / "train" / "a" / name).write_text("P5 is no picture")
   source = data.load("folder", split="train", dir=tmp_path)
-  assert sorted(relative(source, tmp_path)) == [
-    *("train/a/deep/er/y.jpg", "train/a/x.JPEG", "train/a/z.WebP")
+  assert relative(source, tmp_path) == [
+    *("train/a/deep/er/y.jpg", "train/a/u.jfif", "train/a/v.jpe", "train/a/w"),
+    *("train/a/x.JPEG", "train/a/z.WebP", "train/b/0.png"),
   ]
-  assert source.class_names == ("a",)
+  assert source.class_names == ("a", "b")
+  assert caplog.messages == [
+    f"{tmp_path}/train: left out 4 files that are no images of a class (2 .txt,"
+    " 1 no ending, 1 beside the class folders)"
+  ]
+
+
+def test_the_home_folder_is_known(root, monkeypatch):
+  monkeypatch.setenv("HOME", str(root))
+  assert (
+    data.load("folder", split="train", dir="~").paths[0].startswith(str(root))
+  )
+  assert data.detect("~") == "folder"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +162,17 @@ def test_only_images_count_wherever_they_lie(tmp_path):
     (None, "train", "which does not exist"),
     ({"test": {}}, "train", r"No train images: .*a folder train .*holds test"),
     ({"val": {"a": 1}}, "train", r"a folder train .*which holds val\."),
+    ({"in/train": {"a": 1}}, "train", r"holds in\. .*data\.dir=.*/set/in\."),
+    (
+      {"train": {"a": 1}},
+      "train",
+      "one class folder, a: expected at least 2 classes.",
+    ),
+    (
+      {"train": {"all/cat": 1, "all/dog": 1}},
+      "train",
+      r"one class folder, all: .*\(cat, dog\).*from .*/train/all to .*/train\.",
+    ),
     (
       {"train": {"a": 1}},
       "test",
@@ -206,11 +235,27 @@ def test_classes_are_called_by_their_words(tmp_path, name):
   assert source.class_names == ("goldfish", "Egyptian cat", "bench", "own")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"0": "tench"}'])
+@pytest.mark.parametrize(
+  "content", ["{", "[]", '{"0": "tench"}', '{"0": ["n01", 3]}']
+)
 def test_a_damaged_class_index_is_named(tmp_path, content):
-  tree(tmp_path, train={"a": 1})
+  tree(tmp_path, train={"a": 1, "b": 1})
   (tmp_path / "imagenet_class_index.json").write_text(content)
-  with pytest.raises(ValueError, match=r"class_index\.json: expected .*tench"):
+  with pytest.raises(ValueError, match=r"class_index\.json.* expected .*tench"):
+    data.load("imagenet", split="train", dir=tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_words_in_other_encodings(tmp_path, encoding, caplog):
+  tree(tmp_path, train={wnid: 1 for wnid in WNIDS})
+  text = f"{WNIDS[0]}\tcafé\n{WNIDS[1]}\tThé, noir\n"
+  (tmp_path / "words.txt").write_bytes(text.encode(encoding))
+  source = data.load("imagenet", split="train", dir=tmp_path)
+  assert source.class_names == ("café", "Thé", WNIDS[2])
+  named = any("words.txt, line 1: expected UTF-8" in m for m in caplog.messages)
+  assert named == (encoding == "latin-1")
+  (tmp_path / "words.txt").write_bytes(b"a\0b")
+  with pytest.raises(ValueError, match=r"words\.txt: .* null bytes"):
     data.load("imagenet", split="train", dir=tmp_path)
 
 
@@ -284,6 +329,25 @@ def test_labels_of_a_flat_folder(tmp_path, kind):
     assert load_flat(tmp_path).labels.tolist() == LABELS
 
 
+@pytest.mark.parametrize("line", ["{}\t{}", "{} {}", "{},{}", "{}, {}"])
+def test_file_names_with_blanks_and_commas(tmp_path, line):
+  tree(tmp_path, train={"cat": 1, "dog": 1})
+  found = {"my photo.png": "dog", "x.png": "cat", "y": "dog", "a b": "cat"}
+  if line == "{} {}":
+    found["p, q.png"] = "dog"
+  if line == "{},{}":
+    del found["a b"]
+  text = "".join(line.format(*pair) + "\n" for pair in found.items())
+  for name in found:
+    write(tmp_path / "val" / name)
+  (tmp_path / "val_labels.txt").write_text(text, encoding="utf-8-sig")
+  source = load_flat(tmp_path)
+  assert {
+    os.path.basename(path): source.class_names[label]
+    for path, label in zip(source.paths, source.labels)
+  } == found
+
+
 @pytest.mark.parametrize(
   "where", ["wnids.txt", "imagenet_class_index.json", ""]
 )
@@ -355,6 +419,7 @@ def test_the_kits_numbers_need_its_table(tmp_path):
   [
     ("a.png n01443537 1\n", "line 1: expected '<file> <class>', got 'a.png"),
     ("ILSVRC2012_val_00000001.JPEG n01443537\n", "without a label: 3, such as"),
+    ("a.png n01\na.jpg n02\n", "gives a two classes, n01 and n02"),
     (
       "".join(f"{n} n01443537\n" for n in [*names(), "more"]),
       "labels without an image: 1, such as more",
