@@ -1,9 +1,8 @@
-"""Data sets by name: loading, constants, layout detection, checksums."""
+"""Data sets by name: loading, constants, layout detection."""
 
 import inspect
 import os
 import pathlib
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +69,7 @@ def load(
     dir: the folder that holds the publisher's folder or archive, or that
       folder or archive itself; for image files the folder of `train` and
       `val`; for "tfds:..." TFDS's data folder (TFDS's own default is searched
-      too).
+      too). "~" is the home folder.
     image_size: pixels, height and width (digits, synthetic: 32; image files:
       224; tiny-imagenet: 64).
     num_classes: of the synthetic set (10).
@@ -109,7 +108,7 @@ def load(
       )
     if isinstance(value, int) and value < 1:
       raise ValueError(f"{key} must be at least 1, got {value}.")
-  return loader(name, split=split, dir=dir, **chosen)
+  return loader(name, split=split, dir=os.path.expanduser(dir), **chosen)
 
 
 def options(name: str) -> frozenset[str]:
@@ -153,25 +152,6 @@ def constants(name: str) -> Constants:
   )
 
 
-def digest(source: Source | EncodedSource) -> str:
-  """Describes which images a set has, independently of its folder.
-
-  Args:
-    source: the set.
-
-  Returns:
-    The number of images, and a checksum of their labels and, if there are
-    files, of their paths below the folder that they share.
-  """
-  checksum = zlib.crc32(source.labels.tobytes())
-  if isinstance(source, folder.FolderSource):
-    ends = [min(source.paths), max(source.paths)]
-    start = len(os.path.commonpath(ends))
-    paths = "\n".join(path[start:] for path in source.paths)
-    checksum = zlib.crc32(os.fsencode(paths), checksum)
-  return f"{len(source)} images with the checksum {checksum:08x}"
-
-
 def detect(dir: str | os.PathLike[str]) -> str:
   """Finds out which set's layout a folder has.
 
@@ -184,7 +164,7 @@ def detect(dir: str | os.PathLike[str]) -> str:
   Raises:
     ValueError: the folder has no known layout, or more than one.
   """
-  base = pathlib.Path(dir)
+  base = pathlib.Path(dir).expanduser()
   found = [
     name
     for name, layout in cifar.LAYOUTS.items()

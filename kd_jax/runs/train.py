@@ -55,6 +55,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
   assert parts is not None
   _require_same(config, parts)
   workdir_lib.create(path, config)
+  sources = {"train": parts.train_source, "test": parts.test_source}
+  processes.on_all_processes(
+    lambda: workdir_lib.require_same_data(path, sources)
+  )
   config_lib.compilation_cache(config.parallel.compilation_cache, path)
   try:
     teachers = teachers_lib.obtain(

@@ -1,11 +1,11 @@
 """The workdir: what it holds, and which run it belongs to.
 
 `config.json` (with all defaults), `environment.json` (versions, devices,
-commit, command), `checkpoints/` (to resume from), `best/` (highest top-1),
-`export/`, `metrics.jsonl`, `tensorboard/`, `teacher.json` (the teachers' own
-accuracy), `skipped_images.json` (images that could not be decoded) and, at the
-end, `result.json`. Accuracies are percentages, cross-entropies nats, times
-seconds.
+commit, command), `data.json` (which images), `checkpoints/` (to resume from),
+`best/` (highest top-1), `export/`, `metrics.jsonl`, `tensorboard/`,
+`teacher.json` (the teachers' own accuracy), `skipped_images.json` (images that
+could not be decoded) and, at the end, `result.json`. Accuracies are
+percentages, cross-entropies nats, times seconds.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypedDict
 
 import filelock
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import storage
+from kd_jax import data, storage
 from kd_jax.distributed import processes
+from kd_jax.runs import checkpoint, records
 from kd_jax.runs import identity as identity_lib
-from kd_jax.runs import records
 
 
 def finished(
@@ -79,6 +79,41 @@ def create(workdir: pathlib.Path, config: ConfigDict) -> None:
   if not (workdir / "config.json").exists():
     storage.write_json(workdir / "environment.json", environment())
     storage.write_json(workdir / "config.json", identity_lib.as_json(config))
+
+
+class _Data(TypedDict):
+  train: data.Summary
+  test: data.Summary
+
+
+def require_same_data(
+  workdir: pathlib.Path,
+  sources: Mapping[str, data.Source | data.EncodedSource],
+) -> None:
+  """Write `data.json`, or compare the data with it if there are checkpoints.
+
+  Only the first process does; `processes.require_same` compares the others.
+
+  Args:
+    workdir: absolute path, which exists.
+    sources: the sets by split.
+
+  Raises:
+    ValueError: if the run began with other data.
+  """
+  if not processes.is_first():
+    return
+  path = workdir / "data.json"
+  before = storage.read_json(path, _Data)
+  if before is None or not checkpoint.steps(workdir / "checkpoints"):
+    found = {split: data.summarize(each) for split, each in sources.items()}
+    storage.write_json(path, found)
+  elif different := data.differences(before, sources):
+    raise ValueError(
+      f"{workdir} holds a run of other data: {'; '.join(different)}. Nothing"
+      " was changed. Bring the data back, or give another --workdir, or remove"
+      f" {path} to go on with the data as they are"
+    )
 
 
 @contextlib.contextmanager

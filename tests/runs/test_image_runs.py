@@ -167,6 +167,8 @@ def test_bad_images(run, folder, tmp_path, stop_at, capsys):
   assert run("skipping", "grain", *skip, data_dir=broken)[0] == 75
   # In order again: nothing more is found.
   shutil.copytree(folder, broken, dirs_exist_ok=True)
+  assert run("skipping", "grain", *skip, data_dir=broken)[0] == 2
+  (tmp_path / "skipping" / "data.json").unlink()
   code, workdir = run("skipping", "grain", *skip, data_dir=broken)
   assert code == 0
   count = workdir_lib.result(workdir)["skipped_images"]

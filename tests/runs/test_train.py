@@ -171,8 +171,9 @@ def test_result_and_metrics(first):
 def test_the_workdir(first):
   workdir, result, _ = first
   assert {p.name for p in workdir.iterdir()} == {
-    *("config.json", "environment.json", "result.json", "teacher.json"),
-    *("metrics.jsonl", "tensorboard", "checkpoints", "best", "export"),
+    *("config.json", "data.json", "environment.json", "result.json"),
+    *("checkpoints", "best", "export", "metrics.jsonl", "teacher.json"),
+    "tensorboard",
   }
   config = storage.read_json(workdir / "config.json")
   assert config["optim"]["learning_rate"] == 0.05  # the resolved default

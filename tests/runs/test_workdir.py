@@ -1,14 +1,16 @@
 """The workdir: whose it is, and what is written there."""
 
+import dataclasses
 import json
 import subprocess
 import threading
 
 import jax
 import pytest
+from PIL import Image
 
 from configs import base
-from kd_jax import storage
+from kd_jax import data, storage
 from kd_jax.runs import identity
 from kd_jax.runs import workdir as workdir_lib
 from scripts import fuzz
@@ -59,6 +61,72 @@ def test_a_fresh_workdir_is_made_and_then_recognised(tmp_path):
   result = fuzz.TARGETS["result"].make()
   (workdir / "result.json").write_bytes(result)
   assert workdir_lib.finished(workdir, config) == json.loads(result)
+
+
+def move(train):
+  for i in range(6):
+    (train / "cat" / f"{i}.png").rename(train / "dog" / f"{10 + i}.png")
+
+
+def swap_labels(train):
+  for name in ("3.png", "4.png"):
+    (train / "cat" / name).rename(train / "x")
+    (train / "dog" / name).rename(train / "cat" / f"d{name}")
+    (train / "x").rename(train / "dog" / f"c{name}")
+
+
+def replace_pixels(train):
+  Image.new("RGB", (4, 4), "red").save(train / "dog" / "7.png")
+
+
+def rename_class(train):
+  for folder in (train, train.parent / "val"):
+    (folder / "cat").rename(folder / "cow")
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (move, "train: class 'cat' has 8 images before, 2 now; .*'dog' .* 14 now"),
+    (swap_labels, "train: class 'cat' has 8 other images; .*class 'dog' has 8"),
+    (replace_pixels, "train: the content of .*dog/7.png has changed"),
+    (rename_class, "train: class 0 is 'cat' before, 'cow' now; test: class 0"),
+  ],
+)
+def test_a_run_does_not_go_on_with_other_data(tmp_path, change, words):
+  for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+    (tmp_path / "set" / name).mkdir(parents=True)
+    for i in range(8):
+      Image.new("L", (4, 4), i).save(tmp_path / "set" / name / f"{i}.png")
+
+  def require_same():
+    sources = {
+      split: data.load("folder", split=split, dir=tmp_path / "set")
+      for split in ("train", "test")
+    }
+    workdir_lib.require_same_data(tmp_path, sources)
+
+  require_same()
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  require_same()
+  before = contents(tmp_path)
+  change(tmp_path / "set" / "train")
+  with pytest.raises(ValueError, match=words):
+    require_same()
+  path = tmp_path / "data.json"
+  assert path.read_bytes() == before[path]
+  (tmp_path / "checkpoints" / "3").rmdir()
+  require_same()  # nothing to lose yet
+
+
+@pytest.mark.parametrize("field", ["images", "labels", "class_names"])
+def test_a_set_in_memory_is_compared(field):
+  source = data.load("digits", split="test", image_size=8)
+  before = {"test": data.summarize(source)}
+  assert not data.differences(before, {"test": source})
+  value = getattr(source, field)
+  changed = dataclasses.replace(source, **{field: value[::-1]})
+  assert data.differences(before, {"test": changed})
 
 
 def test_a_run_of_an_older_version_is_recognised(tmp_path):
