@@ -18,10 +18,12 @@ import json
 import logging
 import multiprocessing
 import pathlib
+import pickle
 import random
 import resource
 import shutil
 import sys
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -31,10 +33,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from kd_jax import storage
+from kd_jax import data, storage
+from kd_jax.data import images
 from kd_jax.interop import card as card_lib
 from kd_jax.interop import (
   digests,
@@ -215,6 +219,59 @@ def _arrays(content: Any) -> Any:
   return digests.of_tensors(flat, json.dumps(content.card, sort_keys=True))
 
 
+_META = {b"label_names": [b"class %d" % i for i in range(10)]}
+_BATCH = {
+  b"data": np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072),
+  b"labels": [3, 9],
+}
+
+
+def _cifar_archive() -> bytes:
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w:gz") as tar:
+    for name, content in (("test_batch", _BATCH), ("batches.meta", _META)):
+      packed = pickle.dumps(content, 3)
+      entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+      entry.size = len(packed)
+      tar.addfile(entry, io.BytesIO(packed))
+  return file.getvalue()
+
+
+def _read_cifar(path: pathlib.Path) -> Any:
+  meta = path.with_name("batches.meta")
+  if path.name == "test_batch" and not meta.exists():
+    meta.write_bytes(pickle.dumps(_META, 3))
+  source = data.load("cifar10", split="test", dir=path.parent)
+  return source.images.tolist(), source.labels.tolist(), source.class_names
+
+
+def _picture(format: str) -> Callable[[], bytes]:
+  def make() -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+  return make
+
+
+def _read_picture(path: pathlib.Path) -> Any:
+  return images.decode(path.read_bytes(), str(path)).tolist()
+
+
+def _read_folder(path: pathlib.Path) -> Any:
+  """Two classes, and two images whose classes a list tells."""
+  for name in ("train/n01/x", "train/n02/y", "val/a b", "val/c"):
+    picture = (path.parent / name).with_suffix(".png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.touch()
+  labels = path.with_name("val.txt")
+  if path.name != "val_labels.txt":
+    labels.write_text("a b.png n02\nc.png n01\n")
+  source = data.load("folder", split="test", dir=path.parent)
+  return source.labels.tolist(), source.class_names
+
+
 TARGETS = {
   "pth": Target("a.pth", _torch, files.read, "zip", _arrays, 30),
   "legacy": Target(
@@ -287,6 +344,28 @@ TARGETS = {
     "metrics.jsonl",
     lambda: b"".join(json.dumps(x).encode() + b"\n" for x in _LINES),
     storage.read_metrics,
+  ),
+  "cifar": Target(
+    "test_batch", lambda: pickle.dumps(_BATCH, 3), _read_cifar, "pickle"
+  ),
+  "cifar-archive": Target(
+    "cifar-10-python.tar.gz", _cifar_archive, _read_cifar, "bytes"
+  ),
+  "png": Target("x.png", _picture("PNG"), _read_picture, "bytes"),
+  "jpeg": Target("x.jpg", _picture("JPEG"), _read_picture, "bytes"),
+  "val-labels": Target(
+    "val_labels.txt",
+    lambda: b"a b.png n02\nc.png,n01\n",
+    _read_folder,
+    "bytes",
+  ),
+  "words": Target(
+    "words.txt", lambda: b"n01\tcat, pet\nn02\tdog\n", _read_folder, "bytes"
+  ),
+  "class-index": Target(
+    "imagenet_class_index.json",
+    _json({"0": ["n01", "cat"], "1": ["n02", "dog"]}),
+    _read_folder,
   ),
 }
 
