@@ -185,23 +185,6 @@ def test_negatives_follow_the_step_key_unless_given(tiny, made):
   assert np.array_equal(term(1, **given), term(2, **given))
 
 
-def test_an_examples_draw_does_not_depend_on_its_place(tiny, made):
-  """Order in the batch, and so the split over devices, changes nothing."""
-  module, variables = made
-  plain, _ = tiny.apply(module, variables)
-  flipped, _ = tiny.apply(
-    module,
-    variables,
-    **{
-      name: jax.tree.map(lambda x: x[::-1], getattr(tiny, name))
-      for name in ("student", "teacher", "batch")
-    },
-  )
-  np.testing.assert_allclose(
-    plain.terms["crd"], flipped.terms["crd"][::-1], rtol=1e-5
-  )
-
-
 def test_evaluation_leaves_the_term_out(tiny, made):
   module, variables = made
   batch = {"label": tiny.batch["label"]}

@@ -1,4 +1,3 @@
-import pytest
 from method_cases import Curve, Golden, LossCase, Method, normal
 
 S, T = normal(0, 2, 4, 4, 4, 3)
@@ -18,10 +17,3 @@ METHOD = Method(
     "hint", lambda curves: {"hint_layer": f"stage{curves['hint_layer']}"}
   ),
 )
-
-
-def test_an_unknown_hint_layer_is_named(tiny):
-  with pytest.raises(
-    ValueError, match="the student has no feature 'stage9'; it has stem"
-  ):
-    tiny.init(tiny.create("fitnet", hint_layer="stage9"))
