@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 FORMAT = "kd_jax export 2"
 CARD = "model.json"
-_SEAL = "card_sha256"
+SEAL = "card_sha256"
 # Options of `data.load`, besides the name, that change what a model sees.
 DATA_OPTIONS = ("image_size", "resize", "num_examples", "num_classes")
 
@@ -58,6 +58,7 @@ class _Card(TypedDict):
   test: dict[str, storage.Score]
   parameters: NotRequired[_Size]
   sha256: NotRequired[str]
+  card_sha256: NotRequired[str]
 
 
 def make(
@@ -230,12 +231,12 @@ def seal(card: Mapping[str, Any]) -> dict[str, Any]:
     The card as JSON keeps it.
   """
   plain = json.loads(storage.to_json(card))
-  return {**plain, _SEAL: _digest(plain)}
+  return {**plain, SEAL: _digest(plain)}
 
 
 def _digest(card: Mapping[str, Any]) -> str:
   """Hash a card's canonical JSON, without its digest."""
-  content = {name: value for name, value in card.items() if name != _SEAL}
+  content = {name: value for name, value in card.items() if name != SEAL}
   text = json.dumps(content, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -260,10 +261,10 @@ def check(content: Any, where: object) -> dict[str, Any]:
       f"{where}: expected a model card of format {FORMAT!r}, got"
       f" {str(found)[:40]!r}. {_REMEDY}"
     )
-  if content.get(_SEAL, sealed := _digest(content)) != sealed:
+  if content.get(SEAL, sealed := _digest(content)) != sealed:
     raise ValueError(
       f"{where}: expected the model card as it was written, got one that was"
-      f" changed (its {_SEAL} differs). {_REMEDY}"
+      f" changed (its {SEAL} differs). {_REMEDY}"
     )
   card: Any = storage.convert(content, _Card, where, _REMEDY)
   require_imported(card)

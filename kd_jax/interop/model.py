@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from kd_jax import distillers, models
 from kd_jax.data import augment
@@ -157,6 +158,39 @@ def output_shapes(
   image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   output: Any = jax.eval_shape(init, jax.random.key(0), image)[0]
   return output
+
+
+def check_fit(
+  card: Mapping[str, Any], variables: Variables, where: object
+) -> None:
+  """Raise ValueError unless a card describes the network of these variables.
+
+  Args:
+    card: see `card.make`.
+    variables: as read.
+    where: names the file in the error.
+  """
+  try:
+    wanted = variable_shapes(build(card), card["image_shape"])
+    problem = ""
+  except Exception as error:  # a wrong field may provoke anything
+    wanted = {}
+    problem = f" ({(str(error).splitlines() or [type(error).__name__])[0]})"
+  theirs, ours = (
+    {name: x.shape for name, x in traverse_util.flatten_dict(tree).items()}
+    for tree in (wanted, variables)
+  )
+  different = [
+    f"{'/'.join(name)} (expected {theirs.get(name)}, got {ours.get(name)})"
+    for name in {**theirs, **ours}
+    if theirs.get(name) != ours.get(name)
+  ]
+  if different:
+    raise ValueError(
+      f"{where}: expected the network of the card's architecture, num_classes,"
+      f" image_shape and head{problem}, got {len(different)} other arrays, such"
+      f" as {different[0]}. Export or copy the model again"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

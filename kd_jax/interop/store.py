@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from kd_jax import storage
 from kd_jax.interop import card as card_lib
-from kd_jax.interop.model import Model
+from kd_jax.interop.model import Model, check_fit
 from kd_jax.models import base
 
 WEIGHTS = "checkpoint"
@@ -96,9 +96,13 @@ def load(directory: str | pathlib.Path) -> Model:
       " for, got others (their sha256 differs): something is missing, damaged"
       " or exchanged. Export or copy the model again"
     )
-  # These two describe the files, not the model.
-  card = {k: v for k, v in card.items() if k not in ("parameters", "sha256")}
-  return Model(card, storage.restore_tree(path / WEIGHTS))
+  variables = storage.restore_tree(path / WEIGHTS)
+  # Of an older version, or changed by hand; folding leaves no template.
+  if card_lib.SEAL not in card and not card["batch_norm_folded"]:
+    check_fit(card, variables, path / card_lib.CARD)
+  # These describe the files, not the model.
+  about = ("parameters", "sha256", card_lib.SEAL)
+  return Model({k: v for k, v in card.items() if k not in about}, variables)
 
 
 def find(directory: str | pathlib.Path) -> pathlib.Path:

@@ -119,6 +119,9 @@ def damage(folder, how):
     largest.write_bytes(content)
 
 
+HEAD = card_lib.reused_head(
+  {"name": "simkd"}, names=["resnet8"], weights=[1.0], maps=[(8, 8, 64)]
+)
 SHA = r"expected the files that model\.json was written for.*copy the model"
 
 
@@ -161,6 +164,48 @@ def test_a_card_that_was_changed(old, new, export):
   del card["card_sha256"]  # written before there was a digest
   path.write_text(json.dumps(card))
   assert store.load(export).card["architecture"] == "_tiny"
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"num_classes": 0}, "at num_classes: expected `int` >= 1"),
+    ({"num_classes": "10"}, "at num_classes: expected `int`, got `str`"),
+    (
+      {"image_shape": [-32, 32, 3]},
+      r"at image_shape\[0\]: expected `int` >= 1",
+    ),
+    ({"class_names": ["a"]}, "at class_names: expected one a class"),
+    (
+      {"normalization": {"mean": [0.5], "std": [1.0] * 3}},
+      "mean: expected one",
+    ),
+    ({"normalization": {"mean": [0.5] * 3, "std": [1.0, 0.0, 1.0]}}, "above 0"),
+    ({"normalization": {"mean": [None] * 3, "std": [1.0] * 3}}, "got `null`"),
+    ({"architecture": "resnet9"}, "unknown model 'resnet9'"),
+    (
+      {"architecture": "resnet8"},
+      r"expected the network of the card's archite",
+    ),
+    ({"dtype": "int8"}, "at dtype: invalid enum value 'int8'"),
+    ({"head": {"teachers": ["resnet8"]}}, "at head: object missing required"),
+    (
+      {"head": {**HEAD, "teacher_maps": []}},
+      r"at head.teacher_maps: expected one a teacher, got \[\]",
+    ),
+    ({"head": {**HEAD, "distiller": {"name": "x"}}}, "unknown method 'x'"),
+    ({"head": HEAD}, "expected the network of the card's architecture"),
+  ],
+)
+def test_a_card_without_a_digest_has_to_make_sense(export, changes, words):
+  path = export / "model.json"
+  card = {**json.loads(path.read_text()), **changes}
+  del card["card_sha256"]
+  path.write_text(json.dumps(card))
+  with pytest.raises(ValueError, match=words) as caught:
+    store.load(export)
+  assert str(caught.value).startswith(str(path))
+  assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk(model, tmp_path):
