@@ -248,7 +248,8 @@ def load(name: str, *, split: str, dir: str | os.PathLike[str]) -> Source:
   members = layout.files[split]
   content = _read(name, layout, pathlib.Path(dir), (*members, layout.meta))
   parts = [
-    _rows(content[member], layout, f"{name} ({member})") for member in members
+    _rows(content[member], layout, f"{name} in {dir} ({member})")
+    for member in members
   ]
   names = content[layout.meta].get(layout.names_key)
   if (
@@ -258,8 +259,9 @@ def load(name: str, *, split: str, dir: str | os.PathLike[str]) -> Source:
   ):
     got = len(names) if isinstance(names, list) else "none"
     raise ValueError(
-      f"The file {layout.meta} of {name} must list {layout.num_classes}"
-      f" {layout.names_key}, got {got}. Download the archive again."
+      f"The file {layout.meta} of {name} in {dir} must list"
+      f" {layout.num_classes} {layout.names_key}, got {got}. Download the"
+      " archive again."
     )
   rows = np.concatenate([data for data, _ in parts])
   images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
