@@ -1,11 +1,5 @@
 import numpy as np
-from method_cases import (
-  Curve,
-  Golden,
-  LossCase,
-  Method,
-  normal,
-)
+from method_cases import Curve, Golden, LossCase, Method, normal
 
 from kd_jax import losses
 

@@ -72,12 +72,7 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
     assert used == expected_modules(case, kind.unused)
 
     def loss(
-      varied,
-      variables,
-      teacher,
-      module=module,
-      student=student,
-      given=given,
+      varied, variables, teacher, module=module, student=student, given=given
     ):
       features = {**student.features, **varied}
       if student.features:

@@ -1,13 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from method_cases import (
-  Curve,
-  Golden,
-  LossCase,
-  Method,
-  normal,
-)
+from method_cases import Curve, Golden, LossCase, Method, normal
 
 from kd_jax import losses
 
