@@ -113,6 +113,7 @@ def _run() -> None:
     devices.split_cpu(
       *(cell.batch_size // max(cell.accumulate_steps, 1) for cell in cells)
     )
+  devices.require_backend()
   logs.configure_logging()
   file = config_flags.get_config_filename(flags.FLAGS["config"])
   path, _, arg = file.partition(":")
@@ -159,5 +160,6 @@ def _run_grid(workdir: str, shard: tuple[int, int]) -> None:
 if __name__ == "__main__":
   from kd_jax.distributed import launcher
 
+  launcher.keep_output()
   launcher.set_xla_flags()
   app.run(main, flags_parser=parse)

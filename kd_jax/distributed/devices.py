@@ -197,6 +197,23 @@ def split_cpu(*batch_sizes: int) -> None:
   jax.config.update("jax_num_cpu_devices", count)
 
 
+def require_backend() -> None:
+  """Checks that JAX finds a device.
+
+  Raises:
+    ValueError: if it finds none for JAX_PLATFORMS.
+  """
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:
+    named = os.environ.get("JAX_PLATFORMS", "")
+    raise ValueError(
+      f"JAX_PLATFORMS={named}: expected a platform with a device, JAX finds none"
+      f" ({str(error) or 'no reason given'}). Install its plugin (pip install"
+      " kd_jax[cuda12]), or set JAX_PLATFORMS=cpu"
+    ) from error
+
+
 def make_devices(
   *, num_devices: int = 0, mapping: str = "shard_map"
 ) -> Devices:

@@ -1,7 +1,10 @@
 """What launch.py does before JAX is imported: flags, variables, processes."""
 
+import contextlib
+import errno
 import glob
 import importlib.metadata
+import io
 import os
 import re
 import signal
@@ -11,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 # Seconds that the other local processes get to end after one has failed.
 GRACE = 20.0
@@ -30,6 +33,45 @@ def set_xla_flags() -> None:
   known = jaxlib.startswith(("0.10.", "0.11.", "0.12."))
   if known and flag not in flags and (on_cpu or not _find_gpus()):
     os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
+
+
+class _Lasting(io.RawIOBase):
+  """A file that swallows what its reader no longer takes."""
+
+  def __init__(self, file: io.FileIO):
+    self._file = file
+
+  def writable(self) -> bool:
+    return True
+
+  def isatty(self) -> bool:
+    return self._file.isatty()
+
+  def fileno(self) -> int:
+    return self._file.fileno()
+
+  def write(self, data: Any) -> int:
+    try:
+      return self._file.write(data) or 0
+    except OSError as error:
+      if error.errno not in (errno.EPIPE, errno.EIO):
+        raise
+      return len(data)
+
+
+def keep_output() -> None:
+  """Lets a run go on when its terminal or the reader of its pipe is gone.
+
+  What is printed from then on is lost; the workdir's files have it all.
+  """
+  for name, number in (("stdout", 1), ("stderr", 2)):
+    with contextlib.suppress(OSError):
+      os.fstat(number)
+      file = _Lasting(io.FileIO(number, "wb", closefd=False))
+      text = io.TextIOWrapper(
+        io.BufferedWriter(file), "utf-8", "replace", line_buffering=True
+      )
+      setattr(sys, name, text)
 
 
 def _find_gpus() -> list[str]:

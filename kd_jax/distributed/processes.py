@@ -15,6 +15,7 @@ import os
 import pathlib
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -30,6 +31,8 @@ _BLOCK = 4096  # bytes
 
 # Seconds until a network file system must show a new file.
 VISIBLE = 20.0
+# Seconds until all processes must have found each other.
+FOUND = 300
 
 
 class RefusedError(ValueError):
@@ -53,7 +56,9 @@ def detect(environ: Mapping[str, str]) -> str | None:
   Returns:
     JAX's name of the launcher, "slurm", "ompi" or "k8s", or None.
   """
-  if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
+  # A shell of `srun --pty` sees all tasks announced, and is the only one.
+  interactive = "SLURM_PTY_PORT" in environ
+  if int(environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and not interactive:
     return "slurm"
   if int(environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
     return "ompi"
@@ -95,20 +100,27 @@ def initialize(
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # JAX would handle SIGTERM itself; the training loop does.
   jax.config.update("jax_enable_preemption_service", False)
+  where = coordinator_address or f"what {method} says"
+  hint = (
+    "Name process 0 with --coordinator_address HOST:PORT --num_processes N"
+    " --process_id I; to run one process, unset the launcher's variables"
+  )
   try:
-    jax.distributed.initialize(
-      coordinator_address,
-      num_processes,
-      process_id,
-      cluster_detection_method=method or "deactivate",
-      heartbeat_timeout_seconds=heartbeat_seconds,
-    )
+    with _told_late(
+      f"the processes have not found each other by {where}. {hint}"
+    ):
+      jax.distributed.initialize(
+        coordinator_address,
+        num_processes,
+        process_id,
+        cluster_detection_method=method or "deactivate",
+        heartbeat_timeout_seconds=heartbeat_seconds,
+        initialization_timeout=FOUND + 30,
+      )
   except Exception as error:  # networks raise all kinds
-    where = coordinator_address or f"what {method} says"
     raise ValueError(
       f"the processes have not found each other by {where}"
-      f" ({type(error).__name__}: {error}). Name process 0 with"
-      " --coordinator_address HOST:PORT --num_processes N --process_id I"
+      f" ({type(error).__name__}: {error}). {hint}"
     ) from error
   counts = np.bincount([device.process_index for device in jax.devices()])
   if len(set(counts)) > 1:
@@ -117,6 +129,38 @@ def initialize(
       f" {', '.join(map(str, counts))}. Choose them with CUDA_VISIBLE_DEVICES"
       " or the scheduler's flags"
     )
+
+
+@contextlib.contextmanager
+def _told_late(text: str) -> Iterator[None]:
+  """Connects to the other processes without proxies, with words if it fails.
+
+  JAX would end the process with a stack trace when its own time is over.
+
+  Args:
+    text: printed after `FOUND` seconds, when the process ends with code 2.
+  """
+
+  def end():
+    print(f"launch.py: {text}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+  def remind():
+    print("waiting for the other processes ...", file=sys.stderr, flush=True)
+
+  timers = [threading.Timer(FOUND, end), threading.Timer(10, remind)]
+  names = [f"{kind}_proxy" for kind in ("http", "https", "grpc", "all")]
+  names += [name.upper() for name in names]
+  proxies = {n: os.environ.pop(n) for n in names if n in os.environ}
+  for timer in timers:
+    timer.daemon = True
+    timer.start()
+  try:
+    yield
+  finally:
+    for timer in timers:
+      timer.cancel()
+    os.environ.update(proxies)
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -82,6 +82,8 @@ class Loop:
 
   def _train(self) -> None:
     total, steps = self._parts.total_steps, self._parts.pipeline.steps_per_epoch
+    if self._any_received():  # while the run was being prepared
+      raise self._stopped(saved=False)
     while self.step < total:
       self.dispatch()
       stopping, due = self._agree()
@@ -93,9 +95,7 @@ class Loop:
         self._save()
       if stopping and not last:
         raise self._stopped()
-    # One that came since the last step would be forgotten.
-    received = np.int32(self._stop.received is not None)
-    if collectives.gather_processes(received).any():
+    if self._any_received():  # since the last step
       raise self._stopped()
     if not self._journal.best:  # it was lost since the last step
       self._journal.begin_evaluation(total, self._config.epochs, self.state)
@@ -139,6 +139,10 @@ class Loop:
     if text := self._journal.score():
       self._progress.line(text)
 
+  def _any_received(self) -> bool:
+    received = np.int32(self._stop.received is not None)
+    return bool(collectives.gather_processes(received).any())
+
   def _agree(self) -> tuple[bool, bool]:
     """Whether to stop, and whether to save: the same in all processes."""
     every = self._config.checkpoint.every_steps
@@ -160,12 +164,12 @@ class Loop:
     self._journal.save(self.step, self.state, self._elapsed())
     self._tried_step, self._tried_time = self.step, time.monotonic()
 
-  def _stopped(self) -> errors.PreemptedError:
+  def _stopped(self, *, saved: bool = True) -> errors.PreemptedError:
     self._journal.wait()
+    where = f"saved in {self._journal.workdir}" if saved else "nothing to save"
     return errors.PreemptedError(
       f"stopped by {self._stop.received or 'a signal to another process'} at"
-      f" step {self.step}, saved in {self._journal.workdir}: run the same"
-      " command again to resume"
+      f" step {self.step}, {where}: run the same command again to resume"
     )
 
   def _elapsed(self) -> float:

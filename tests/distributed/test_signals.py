@@ -3,13 +3,16 @@
 import os
 import signal
 import threading
+import weakref
 
 import pytest
 
 from kd_jax.distributed import signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+)
 def test_stop_signals(number):
   seen = []
   outside = signal.signal(number, lambda *_: seen.append("outside"))
@@ -47,3 +50,29 @@ def test_stop_signals_do_nothing_in_another_thread():
   thread.start()
   thread.join()
   assert seen == [(None, before)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_in_a_weak_references_callback_is_noted():
+  class Object:
+    pass
+
+  thing = Object()
+  callback = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+  with signals.ended_by_signals(75):
+    del thing  # Python drops what the handler raises in the callback
+    assert callback() is None
+    with signals.StopSignals() as stop:
+      assert stop.received == "SIGTERM"
+  with signals.StopSignals() as stop:
+    assert stop.received is None
+
+
+def test_an_ignored_signal_stays_ignored():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with signals.ended_by_signals(75), signals.StopSignals() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert stop.received is None
+  finally:
+    signal.signal(signal.SIGHUP, before)
