@@ -101,4 +101,4 @@ def get_config(arg: str = ""):
     methods=methods,
     repdistiller=arg == "repdistiller",
   )
-  return base.finish(config, "" if arg in ("seed", "repdistiller") else arg)
+  return base.finish(config, "" if arg == "repdistiller" else arg)

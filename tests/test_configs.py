@@ -86,10 +86,12 @@ def test_config_repeats_the_modules_defaults(method):
     assert {key: getattr(module, key) for key in settings} == settings
 
 
+@pytest.mark.parametrize("arg", ["smok", "seed"])
 @pytest.mark.parametrize("name", NAMES)
-def test_unknown_argument(name):
-  with pytest.raises(ValueError, match=r"expected '' or 'smoke' .*got 'smok'"):
-    load(name, "smok")
+def test_unknown_argument(name, arg):
+  words = rf"expected '' or 'smoke' .*got '{arg}'"
+  with pytest.raises(ValueError, match=words):
+    load(name, arg)
 
 
 # One of each kind runs to its end: a method without and with variables of its

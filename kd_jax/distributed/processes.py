@@ -284,9 +284,10 @@ def holding(try_lock: Callable[[], bool]) -> Iterator[None]:
   """Waits until process 0 holds a lock; the others wait with it.
 
   Args:
-    try_lock: takes the lock if it is free, and returns whether it did.
+    try_lock: takes the lock if it is free, and returns whether it did; what it
+      raises is raised on all processes.
   """
-  while not broadcast(is_first() and try_lock()):
+  while not broadcast(on_all_processes(lambda: is_first() and try_lock())):
     time.sleep(0.5)
   yield
 

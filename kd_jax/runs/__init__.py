@@ -1,6 +1,6 @@
 """Runs: what one run does on the host.
 
-`train` tells the story of a run. `config` fills and checks a config,
+`train` tells the story of a run. `config` and `limits` fill and check a config,
 `components` builds its parts, `programs` its compiled functions, `teachers`
 finds or trains its teachers. `loop` trains, `evaluator` scores, `journal`
 writes down, with `checkpoint`, `writers`, `workdir` and `finished`. `grid`

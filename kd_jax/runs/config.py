@@ -52,7 +52,7 @@ def check(
   *,
   num_devices: int,
 ) -> None:
-  """Check a config's values.
+  """Check what a config's values have to do with each other and the data.
 
   Args:
     config: with all defaults resolved.
@@ -62,22 +62,6 @@ def check(
   Raises:
     ValueError: that says which field, what was expected, and what to do.
   """
-  for field, value in (
-    ("accumulate_steps", config.accumulate_steps),
-    ("epochs", config.epochs),
-    ("eval.every_epochs", config.eval.every_epochs),
-    ("eval.batch_size", config.eval.batch_size),
-    ("log.every_steps", config.log.every_steps),
-    ("checkpoint.keep", config.checkpoint.keep),
-  ):
-    if value < 1:
-      raise ValueError(f"config.{field}: expected 1 or more, got {value}")
-  seeds = (("seed", config.seed), ("data.seed", config.data.seed))
-  for field, value in seeds:
-    if value is not None and not 0 <= value < 2**32:
-      raise ValueError(
-        f"config.{field}: expected 0 to {2**32 - 1}, got {value}"
-      )
   size, parts = config.batch_size, num_devices * config.accumulate_steps
   if size <= 0 or size % parts:
     raise ValueError(
@@ -90,6 +74,18 @@ def check(
     raise ValueError(
       f"config.batch_size: expected at most the {len(source.labels)} images"
       f" of {source.name}, got {size}"
+    )
+  steps = config.epochs * (len(source.labels) // size)
+  if steps >= 2**31:
+    raise ValueError(
+      f"config.epochs: expected fewer than 2^31 updates, got {steps}"
+      f" ({config.epochs} epochs)"
+    )
+  side = min(source.image_shape[:2])
+  if config.data.crop_padding > side:
+    raise ValueError(
+      f"config.data.crop_padding: expected at most the image's {side} pixels,"
+      f" got {config.data.crop_padding}"
     )
   _check_mixing(config, parts)
   if config.dtype not in ("float32", "bfloat16"):
@@ -106,17 +102,9 @@ def check(
 
 
 def _check_mixing(config: ConfigDict, parts: int) -> None:
-  """Check mixing and smoothing, for a batch cut into so many parts."""
-  if not 0 <= config.label_smoothing < 1:
-    raise ValueError(
-      "config.label_smoothing: expected a share from 0 to below 1, got"
-      f" {config.label_smoothing}"
-    )
+  """Check mixing, for a batch cut into so many parts."""
   for name in ("mixup", "cutmix"):
-    alpha = config.data[name]
-    if alpha < 0:
-      raise ValueError(f"config.data.{name}: expected 0 or more, got {alpha}")
-    if alpha and config.batch_size // parts % 2:
+    if config.data[name] and config.batch_size // parts % 2:
       raise ValueError(
         f"config.data.{name} mixes pairs: expected an even number of images"
         f" for each device and accumulate_step, got"

@@ -52,7 +52,7 @@ class Evaluator:
     self._devices = devices
     self._settings = {"mean": tuple(mean), "std": tuple(std), "dtype": dtype}
     count = devices.mesh.devices.size
-    batch_size = math.ceil(batch_size / count) * count
+    batch_size = math.ceil(min(batch_size, len(source.labels)) / count) * count
     share = {
       "process_index": jax.process_index(),
       "process_count": jax.process_count(),

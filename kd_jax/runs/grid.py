@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from kd_jax import storage
 from kd_jax.distributed import processes
-from kd_jax.runs import errors, train
+from kd_jax.runs import errors, limits, train
 
 # Free-form sections: a cell that names one replaces it.
 _REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
@@ -39,8 +39,10 @@ def cells(config: ConfigDict) -> dict[str, ConfigDict]:
   Raises:
     ValueError: if a cell sets an unknown field, or config.trials is below 1.
   """
-  if config.trials < 1:
-    raise ValueError(f"config.trials: expected 1 or more, got {config.trials}")
+  if not limits.LIMITS["trials"].allow(config.trials):
+    raise ValueError(
+      f"config.trials: expected {limits.LIMITS['trials']}, got {config.trials}"
+    )
   first = _first_trials(config)
   made = dict(first)
   for trial in range(1, config.trials):

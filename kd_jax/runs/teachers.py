@@ -80,6 +80,14 @@ def resolve_teachers(config: ConfigDict) -> ConfigDict:
       be read.
     ImportError: if a checkpoint takes PyTorch and there is none.
   """
+  teacher = config.teacher
+  named = teacher.name or teacher.checkpoint or config.teachers
+  if config.distiller.name == "none" and named:
+    raise ValueError(
+      "config.distiller.name: expected a method that learns from a teacher, got"
+      f" 'none' with the teacher {named!r}. Leave config.teacher.name,"
+      " config.teacher.checkpoint and config.teachers empty, or name a method"
+    )
   with config.unlocked():
     if not config.teachers:
       teacher = config.teacher
@@ -283,20 +291,17 @@ def _train(
     processes.broadcast(str(teacher_workdir(workdir, own, source)))
   )
 
-  def is_trained() -> bool:
-    return processes.broadcast(workdir_lib.result(folder)) is not None
-
-  if is_trained():
+  if processes.broadcast(workdir_lib.result(folder)) is not None:
     logs.say(f"teacher {teacher.name}: reusing {folder}")
     return str(folder)
-  # Runs that start at the same time train it once.
-  with workdir_lib.locked(folder):
-    if not is_trained():
-      logs.say(
-        f"no {teacher.where}.checkpoint: training {teacher.name} first in"
-        f" {folder}"
-      )
-      train(own, str(folder))
+  recipe = f"{own.epochs} epochs, learning rate {own.optim.learning_rate:g}"
+  if config.label_smoothing or config.data.mixup or config.data.cutmix:
+    recipe += ", without the student's label smoothing, mixup and CutMix"
+  logs.say(
+    f"no {teacher.where}.checkpoint: training {teacher.name} first in {folder}"
+    f" ({recipe}), or waiting for the run that does"
+  )
+  train(own, str(folder))
   return str(folder)
 
 

@@ -7,6 +7,7 @@ A run resumes from the newest checkpoint of its workdir. The teachers are in no
 checkpoint.
 """
 
+import functools
 import json
 import logging
 import pathlib
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 
 from kd_jax import data, storage
 from kd_jax.distributed import processes
-from kd_jax.runs import components, identity, logs
+from kd_jax.runs import components, identity, limits, logs
 from kd_jax.runs import config as config_lib
 from kd_jax.runs import journal as journal_lib
 from kd_jax.runs import loop as loop_lib
@@ -28,18 +29,22 @@ from kd_jax.runs import workdir as workdir_lib
 _log = logging.getLogger(__name__)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train_and_evaluate(
+  config: ConfigDict, workdir: str, *, wait: bool = False
+) -> dict[str, Any]:
   """Train a config, resuming if a checkpoint exists.
 
   Args:
     config: made by a file of `configs/`.
     workdir: folder of the run; see `kd_jax.runs.workdir` for what it holds.
+    wait: for another run that uses the workdir, instead of raising.
 
   Returns:
     The content of `result.json`.
 
   Raises:
-    ValueError: for a config that cannot run, before anything is written.
+    ValueError: for a config that cannot run or a workdir in use, before
+      anything is written.
     NonFiniteLossError: when the loss leaves the finite numbers.
     PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
     UnsavedError: when something could not be saved.
@@ -49,36 +54,47 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
   processes.require_shared(path)
   config, parts = prepared.config, prepared.parts
   result: dict[str, Any] | None = processes.broadcast(prepared.result)
-  if result is not None:
-    _log.info("%s is finished: nothing to do", path)
-    return result
-  assert parts is not None
-  _require_same(config, parts)
+  if result is None:
+    assert parts is not None
+    try:
+      _require_same(config, parts)
+      with workdir_lib.locked(path, wait=wait):
+        # Another run may have been here since.
+        result = processes.broadcast(workdir_lib.finished(path, config))
+        if result is None:
+          return _train(config, parts, path)
+    finally:
+      parts.pipeline.close()
+  _log.info("%s is finished: nothing to do", path)
+  return result
+
+
+def _train(
+  config: ConfigDict, parts: components.Components, path: pathlib.Path
+) -> dict[str, Any]:
+  """Train in a workdir that no other run uses."""
   workdir_lib.create(path, config)
   sources = {"train": parts.train_source, "test": parts.test_source}
   processes.on_all_processes(
     lambda: workdir_lib.require_same_data(path, sources)
   )
   config_lib.compilation_cache(config.parallel.compilation_cache, path)
-  try:
-    teachers = teachers_lib.obtain(
-      parts.teachers,
-      config,
-      workdir=path,
-      source=parts.train_source,
-      place=parts.devices.replicate,
-      score=parts.evaluator.score,
-      train=train_and_evaluate,
-    )
-    state = parts.programs.initialize(
-      parts.seeds[0], tuple(t.variables for t in teachers.members)
-    )
-    state = parts.devices.place(state, parts.programs.specs)
-    logs.overview(state, config.student.name)
-    journal = journal_lib.Journal(path, config, parts, teachers.members, state)
-    return loop_lib.Loop(config, parts, teachers, journal).run()
-  finally:
-    parts.pipeline.close()
+  teachers = teachers_lib.obtain(
+    parts.teachers,
+    config,
+    workdir=path,
+    source=parts.train_source,
+    place=parts.devices.replicate,
+    score=parts.evaluator.score,
+    train=functools.partial(train_and_evaluate, wait=True),
+  )
+  state = parts.programs.initialize(
+    parts.seeds[0], tuple(t.variables for t in teachers.members)
+  )
+  state = parts.devices.place(state, parts.programs.specs)
+  logs.overview(state, config.student.name)
+  journal = journal_lib.Journal(path, config, parts, teachers.members, state)
+  return loop_lib.Loop(config, parts, teachers, journal).run()
 
 
 class Prepared(NamedTuple):
@@ -105,6 +121,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Prepared:
   Raises:
     ValueError: for a config that cannot run, or is not the workdir's.
   """
+  limits.check(config)
   train_source, test_source = config_lib.load_data(config)
   config = teachers_lib.resolve_teachers(config_lib.resolve_defaults(config))
   result = workdir_lib.finished(workdir, config)

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -117,22 +118,39 @@ def require_same_data(
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-  """Hold FOLDER/.lock: other runs on the same file system wait.
+def locked(folder: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
+  """Hold FOLDER/.lock, so that one run at a time writes to a folder.
 
-  Only the first process takes the lock; the others wait with it. The kernel
-  releases it when the process ends, however it ends. A network file system
-  must support `flock` (NFS 4, Lustre mounted with `flock`); without it, train
-  the shared teacher once before the runs that need it.
+  Only the first process takes the lock, for all processes of its run. The
+  kernel releases it when the process ends, however it ends. A network file
+  system must support `flock` (NFS 4, Lustre mounted with `flock`). On others
+  filelock warns and leaves the file as the lock; after a crash on another
+  machine, remove it.
+
+  Args:
+    folder: made if it does not exist.
+    wait: for the run that holds the lock, instead of raising.
+
+  Raises:
+    RefusedError: in all processes, if another run holds the lock.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  lock = filelock.FileLock(folder / ".lock")
+  path = folder / ".lock"
+  lock = filelock.FileLock(path, is_singleton=True)
 
   def try_lock() -> bool:
+    folder.mkdir(parents=True, exist_ok=True)
     try:
       lock.acquire(blocking=False)
     except filelock.Timeout:
-      return False
+      if wait:
+        return False
+      holder = path.read_text(encoding="utf-8", errors="replace")[:200]
+      raise ValueError(
+        f"{folder} is in use by another run"
+        f" ({holder.strip() or 'of an unknown process'}). Wait for it, stop it,"
+        " or give another --workdir"
+      ) from None
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     return True
 
   with processes.holding(try_lock):
