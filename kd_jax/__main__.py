@@ -1,6 +1,7 @@
 """The command line: `python -m kd_jax COMMAND ...`, installed as `kd_jax`."""
 
 import importlib
+import os
 import sys
 
 from kd_jax.registry import did_you_mean
@@ -34,6 +35,8 @@ def main() -> None:
     )
     sys.exit(2)
   sys.argv = [f"{sys.argv[0]} {command}", *rest]
+  # Flax promotes ranks, which the user's environment may forbid.
+  os.environ["JAX_NUMPY_RANK_PROMOTION"] = "allow"
   importlib.import_module(f"kd_jax.cli.{command}").main()
 
 

@@ -12,6 +12,7 @@ They then agree on the checkpoint to use.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import pathlib
@@ -74,6 +75,7 @@ class Checkpointer:
       keep: number of newest checkpoints to keep.
     """
     self._directory, self._keep = directory, keep
+    self._newest = max(steps(directory), default=None)
     if processes.is_first():
       directory.mkdir(parents=True, exist_ok=True)
       for path in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
@@ -121,6 +123,7 @@ class Checkpointer:
       "checksum": _checksum(position, meta),
       "fingerprint": fingerprint_lib.fingerprint(arrays),
     }
+    self._newest = step
     self._checkpointer.save(
       storage.orbax_path(self._directory / str(step)),
       args=ocp.args.Composite(
@@ -134,6 +137,11 @@ class Checkpointer:
     """Return when the last save is on disk; raises what made it fail."""
     self._checkpointer.wait_until_finished()
     if processes.is_first():
+      newest = self._directory / str(self._newest)
+      if self._newest is not None and not newest.is_dir():
+        raise FileNotFoundError(
+          errno.ENOENT, "what was saved there is gone", str(newest)
+        )
       for step in steps(self._directory)[: -self._keep]:
         shutil.rmtree(self._directory / str(step))
 

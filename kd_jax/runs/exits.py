@@ -101,8 +101,10 @@ def _explain(error: Exception) -> int | None:
     text = str(error)
   # Raised on all processes, which then end in an orderly way.
   agreed = isinstance(error, (*errors.AGREED, processes.RefusedError))
+  # A disk that is full, read-only or gone; it names the file.
+  of_file = isinstance(error, OSError) and error.filename is not None
   fault = code == FAILED and not (
-    agreed or lost or isinstance(error, errors.UnsavedError)
+    agreed or lost or of_file or isinstance(error, errors.UnsavedError)
   )
   if not several:
     if fault:

@@ -1,6 +1,8 @@
 """What a run writes down: checkpoints, best weights, metrics, the result."""
 
 import contextlib
+import datetime
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -95,6 +97,8 @@ class Journal:
     self.best: dict[str, Any] = (
       {} if kept is None else kept.meta["card"]["test"]
     )
+    if restored is not None:
+      self._require_best(restored.meta.get("best", {}))
     self._checkpoints = checkpoint.Checkpointer(
       folder, keep=config.checkpoint.keep
     )
@@ -102,6 +106,17 @@ class Journal:
     self._writer = writers.Writer(
       workdir, resume_step=self.step, enabled=processes.is_first()
     )
+
+  def _require_best(self, known: dict[str, Any]) -> None:
+    """Check that the best weights are those that the checkpoint knows of."""
+    # Older checkpoints know of none.
+    if known and known["top1"] > self.best.get("top1", -1):
+      raise ValueError(
+        f"{self.workdir / 'best'}: expected the best weights so far, of epoch"
+        f" {known['epoch']} (top-1 {known['top1']:.2f} %), got"
+        f" {(self.best and 'others') or 'none that can be read'}. Bring them"
+        " back from a copy, or start again in another --workdir"
+      )
 
   def close(self) -> None:
     """Release the files, when what is being saved is on disk."""
@@ -139,19 +154,33 @@ class Journal:
       f"step {first + offset + 1}: the loss is not finite (terms:"
       f" {', '.join(terms)}). {kept}. Lower config.optim.learning_rate (now"
       f" {self._config.optim.learning_rate}) or set"
-      " config.optim.warmup_epochs or config.optim.gradient_clip"
+      " config.optim.warmup_epochs or config.optim.gradient_clip, in another"
+      " --workdir: a run keeps its config"
     )
 
-  def log(self, step: int) -> str:
-    """Write a line of training metrics; return it in words."""
+  def log(self, step: int, pace: float | None) -> str:
+    """Write a line of training metrics; return it in words.
+
+    Args:
+      step: number of updates so far.
+      pace: seconds of a step, None if it is not known yet.
+    """
     parts, values = self._parts, metrics.means(self._totals)
     self._totals = {}
     values["learning_rate"] = float(parts.programs.schedule(step - 1))
     values["epoch"] = step / parts.pipeline.steps_per_epoch
+    speed = ""
+    if pace:
+      rate = self._config.batch_size / pace
+      values["images_per_second"] = round(rate, 1)
+      left = datetime.timedelta(
+        seconds=round(pace * (parts.total_steps - step))
+      )
+      speed = f" {rate:.0f} images/s, {left} left"
     self._write(step, "train", values)
     return (
       f"step {step}/{parts.total_steps} loss {values['loss']:.4f}"
-      f" top-1 {values['top1']:.2f} %"
+      f" top-1 {values['top1']:.2f} %{speed}"
     )
 
   def begin_evaluation(self, step: int, epoch: int, state: TrainState) -> None:
@@ -188,7 +217,8 @@ class Journal:
     scores = wait()
     self.last_eval = {**scores, "epoch": epoch}
     self._write(step, "eval", self.last_eval)
-    if not self.best or scores["top1"] > self.best["top1"]:
+    finite = all(map(math.isfinite, scores.values()))
+    if finite and scores["top1"] > self.best.get("top1", -1):
       self.best = self.last_eval
       with self._saving("the best weights"):
         self._best_checkpoint.save(
@@ -217,6 +247,7 @@ class Journal:
         position=self._parts.pipeline.get_state(),
         meta={
           "last_eval": self.last_eval,
+          "best": self.best,
           "seconds": seconds,
           "skipped": skipped,
           "totals": self._totals,
@@ -248,6 +279,12 @@ class Journal:
       The content of `result.json`, in every process.
     """
     self.wait()
+    if not self.best:
+      raise errors.NonFiniteLossError(
+        "no evaluation of this run was finite: it has no best weights. Lower"
+        f" config.optim.learning_rate (now {self._config.optim.learning_rate}),"
+        " in another --workdir: a run keeps its config"
+      )
     self._merge_skipped()
     result: dict[str, Any] = {}
     if processes.is_first():

@@ -56,6 +56,8 @@ class Loop:
       enabled=processes.is_first(),
     )
     self._pending: list[tuple[int, Any, Any]] = []
+    # Step and time of the last line; the first dispatch compiles.
+    self._noted: tuple[int, float] | None = None
     self._stop = signals.StopSignals()
     # Number of processes with a signal, and of those whose clock says save.
     self._wishes = np.zeros(2, int)
@@ -97,9 +99,6 @@ class Loop:
         raise self._stopped()
     if self._any_received():  # since the last step
       raise self._stopped()
-    if not self._journal.best:  # it was lost since the last step
-      self._journal.begin_evaluation(total, self._config.epochs, self.state)
-      self._save()
 
   def dispatch(self) -> None:
     """Start the next chunk of steps, and look at what the last one did."""
@@ -133,7 +132,16 @@ class Loop:
       every = self._config.log.every_steps
       epoch_ends = done % self._parts.pipeline.steps_per_epoch == 0
       if done // every > first // every or epoch_ends:
-        self._progress.line(self._journal.log(done))
+        self._progress.line(self._journal.log(done, self._pace(done)))
+      elif self._noted is None:
+        self._pace(done)
+
+  def _pace(self, step: int) -> float | None:
+    """Seconds of a step since the last line; None for the first one."""
+    before, self._noted = self._noted, (step, time.monotonic())
+    if before is None:
+      return None
+    return (self._noted[1] - before[1]) / (step - before[0])
 
   def _score(self) -> None:
     if text := self._journal.score():

@@ -379,8 +379,8 @@ def _check(
     raise ValueError(
       f"{where}.checkpoint: expected a teacher of {source.num_classes}"
       f" classes, as the data has, got {card['num_classes']} in {path}, trained"
-      f" on {card['trained_on']}. Name a teacher of this data set, or set"
-      " config.data.name"
+      f" on {card['trained_on']}. Name a teacher of this data set (a new"
+      " classifier on its trunk cannot be trained yet), or set config.data.name"
     )
   shape = list(source.image_shape)
   # A projection is onto maps of the size that this image size gives.

@@ -49,6 +49,15 @@ def train_and_evaluate(
     PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
     UnsavedError: when something could not be saved.
   """
+  # Flax and optax promote ranks, which the user's environment may forbid.
+  with jax.numpy_rank_promotion("allow"):
+    return _train_or_skip(config, workdir, wait=wait)
+
+
+def _train_or_skip(
+  config: ConfigDict, workdir: str, *, wait: bool
+) -> dict[str, Any]:
+  """Train a run, unless it is finished."""
   path = storage.local_path(workdir, "--workdir")
   prepared = processes.on_all_processes(lambda: prepare(config, path))
   processes.require_shared(path)

@@ -64,7 +64,8 @@ def finished(
     raise ValueError(
       f"{workdir} holds a run of another config:\n"
       + "\n".join(lines)
-      + "\nNothing was changed. Give another --workdir, or remove that one"
+      + "\nNothing was changed. A run keeps its config, and is not made longer:"
+      " give another --workdir, or remove that one"
     )
   return result(workdir)
 

@@ -2,13 +2,17 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import json
 import logging
+import os
+import pathlib
 import re
 import shutil
 import signal
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +27,16 @@ from kd_jax.runs import (
   components,
   errors,
   evaluator,
+  exits,
   finished,
   journal,
+  limits,
   loop,
   programs,
   train,
   writers,
 )
+from kd_jax.runs import workdir as workdir_lib
 from kd_jax.training import loss
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3
@@ -90,7 +97,11 @@ def newest(workdir):
 
 
 def lines(workdir):
-  return (workdir / "metrics.jsonl").read_text().splitlines()
+  records = storage.read_metrics(workdir / "metrics.jsonl")
+  return [
+    {k: v for k, v in record.items() if k != "images_per_second"}
+    for record in records
+  ]
 
 
 def assert_same_bits(ours, theirs):
@@ -130,7 +141,8 @@ def first(tmp_path_factory):
   programs.network_eval_chunk.cache_clear()
   workdir = tmp_path_factory.mktemp("runs") / "first"
   config = make_config("kd", GRAIN)
-  with compilations() as names:
+  # Its user has set JAX_NUMPY_RANK_PROMOTION.
+  with compilations() as names, jax.numpy_rank_promotion("raise"):
     result = train.train_and_evaluate(config, str(workdir))
   return workdir, result, names
 
@@ -163,6 +175,7 @@ def test_result_and_metrics(first):
     # Both terms weigh 1.
     np.testing.assert_allclose(line["loss"], line["ce"] + line["kd"], rtol=1e-5)
     assert 0 <= line["top1"] <= 100
+    assert line is trained[0] or line["images_per_second"] > 0
   # Reduced after the first epoch.
   rates = [r["learning_rate"] for r in trained]
   np.testing.assert_allclose(rates, [0.05] * 2 + [0.005] * 4, rtol=1e-6)
@@ -274,7 +287,7 @@ def interrupt(first, monkeypatch):
         train.train_and_evaluate(make_config("kd", GRAIN), str(workdir))
     # Within an epoch, and between two lines of metrics.
     assert checkpoint.steps(workdir / "checkpoints") == [3]
-    assert json.loads(lines(workdir)[-1])["step"] == 4
+    assert lines(workdir)[-1]["step"] == 4
     return workdir
 
   return make
@@ -396,10 +409,14 @@ def test_the_best_is_what_is_on_disk(first):
   for path in (step / "state").rglob("*"):
     if path.is_file():
       path.write_bytes(b"")
-  result = train.train_and_evaluate(config, str(workdir))
-  assert result["best"] == result["final"] == first[1]["final"]
-  assert card_lib.read_card(workdir / "export")["test"] == result["best"]
-  assert (workdir / "best_corrupt" / step.name).exists()
+  # A worse one must not take its place.
+  with pytest.raises(
+    ValueError,
+    match=rf"best: expected .* of epoch {EPOCHS} \(top-1 100\.00 %\)",
+  ) as caught:
+    train.train_and_evaluate(config, str(workdir))
+  assert "\n" not in str(caught.value)
+  assert not (workdir / "result.json").exists()
 
 
 def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
@@ -441,6 +458,111 @@ def test_what_cannot_be_saved_ends_the_run(tmp_path, monkeypatch, what):
       train.train_and_evaluate(config, str(tmp_path))
   assert checkpoint.steps(tmp_path / "checkpoints") == [3]
   assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 8
+
+
+@pytest.mark.parametrize("when", ["save", "wait"])
+def test_a_best_that_could_not_be_saved_is_made_good(
+  when, tmp_path, monkeypatch
+):
+  """Epoch 2 of 3 is the best one; the disk is full when it is saved."""
+  changes = {"checkpoint.every_steps": 2}
+  config, top1 = make_config("teacher", changes), {1: 10.0, 2: 40.0, 3: 30.0}
+  begin = journal.Journal.begin_evaluation
+
+  def scored(self, step, epoch, state):
+    begin(self, step, epoch, state)
+    scores = {"top1": top1[epoch], "top5": 50.0, "ce": 1.0}
+    self._unscored = self._unscored._replace(scores=lambda: scores)
+
+  monkeypatch.setattr(journal.Journal, "begin_evaluation", scored)
+  whole = checkpoint.Checkpointer.save
+  full = OSError(28, "No space left on device")
+
+  def save(self, step, *arguments, **more):
+    if self._directory.name == "best" and step == 8:
+      if when == "save":
+        raise full
+      self._checkpointer.wait_until_finished = fail  # of Orbax's own thread
+      return
+    whole(self, step, *arguments, **more)
+
+  def fail():
+    raise full
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpointer, "save", save)
+    with pytest.raises(errors.UnsavedError, match=r"No space left .* step 6$"):
+      train.train_and_evaluate(config, str(tmp_path))
+  result = train.train_and_evaluate(config, str(tmp_path))
+  assert (result["best"]["epoch"], result["best"]["top1"]) == (2, 40.0)
+  assert card_lib.read_card(tmp_path / "export")["test"] == result["best"]
+  assert checkpoint.steps(tmp_path / "best") == [8]
+
+
+def test_scores_that_are_not_finite_are_never_the_best(tmp_path, monkeypatch):
+  ce = {1: 2.0, 2: np.nan, 3: np.inf}
+  begin = journal.Journal.begin_evaluation
+
+  def scored(self, step, epoch, state):
+    begin(self, step, epoch, state)
+    scores = {"top1": 10.0 * epoch, "top5": 50.0, "ce": ce[epoch]}
+    self._unscored = self._unscored._replace(scores=lambda: scores)
+
+  monkeypatch.setattr(journal.Journal, "begin_evaluation", scored)
+  config = make_config("teacher")
+  result = train.train_and_evaluate(config, str(tmp_path / "a"))
+  assert (result["best"]["epoch"], result["final"]["epoch"]) == (1, 3)
+  assert storage.read_json(tmp_path / "a/result.json")["final"]["ce"] is None
+  ce[1] = np.nan
+  with pytest.raises(errors.NonFiniteLossError, match="no evaluation"):
+    train.train_and_evaluate(config, str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("lost", ["", "best", "checkpoints", "read-only"])
+def test_files_lost_under_a_run_end_it(lost, tmp_path, monkeypatch, capfd):
+  config = make_config("teacher", {"checkpoint.every_steps": 4})
+  workdir, dispatch = tmp_path / "a", loop.Loop.dispatch
+
+  def lose(self):
+    if self.step == 9:
+      self._journal.wait()
+      if lost == "read-only":  # as the kernel says, also to root
+        patch.setattr(pathlib.Path, "mkdir", refuse)
+        patch.setattr(os, "makedirs", refuse)
+        patch.setattr(os, "mkdir", refuse)
+      else:
+        shutil.rmtree(workdir / lost)
+    dispatch(self)
+
+  def refuse(path, *arguments, **more):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Loop, "dispatch", lose)
+    with pytest.raises(SystemExit) as ended, exits.explained_errors():
+      train.train_and_evaluate(config, str(workdir))
+  assert ended.value.code == 1
+  err = capfd.readouterr().err
+  assert err.count("\n") == 1 and str(workdir) in err, err
+  assert ("Read-only" if lost == "read-only" else "is gone") in err
+
+
+def test_one_run_at_a_time_uses_a_workdir(first, tmp_path, monkeypatch):
+  config = make_config("teacher", {"epochs": 1})
+  with workdir_lib.locked(tmp_path / "a"):
+    # As another process: a lock of its own.
+    own = filelock.FileLock
+    monkeypatch.setattr(filelock, "FileLock", lambda path, **_: own(path))
+    before = contents(tmp_path)
+    with pytest.raises(
+      ValueError, match=rf"in use by another run \(process {os.getpid()} on "
+    ) as caught:
+      train.train_and_evaluate(config, str(tmp_path / "a"))
+    assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before
+    # A finished run needs no lock.
+    again = train.train_and_evaluate(make_config("kd", GRAIN), str(first[0]))
+    assert again == first[1]
 
 
 def test_data_depend_on_the_seed_alone(tmp_path, monkeypatch):
@@ -496,7 +618,11 @@ def test_data_depend_on_the_seed_alone(tmp_path, monkeypatch):
     ),
   ],
 )
-def test_a_loss_that_is_not_finite_is_not_kept(tmp_path, changes, kept, steps):
+def test_a_loss_that_is_not_finite_is_not_kept(
+  tmp_path, changes, kept, steps, monkeypatch
+):
+  rate = limits.LIMITS["optim.learning_rate"]._replace(high=1e30)
+  monkeypatch.setitem(limits.LIMITS, "optim.learning_rate", rate)
   config = make_config("teacher", {"optim.learning_rate": 1e30, **changes})
   with pytest.raises(
     errors.NonFiniteLossError,
