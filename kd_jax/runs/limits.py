@@ -124,7 +124,7 @@ def check(config: ConfigDict) -> None:
     limits, values = LIMITS.get(name), [value]
     if limits is None and value not in ({}, None):
       limits = _EACH.get(name) or _EACH.get(section)
-      values = value if isinstance(value, tuple | list) else values
+      values = list(value) if isinstance(value, tuple | list) else values
     if limits is not None:
       if wrong := [each for each in values if not limits.allow(each)]:
         raise ValueError(f"config.{name}: expected {limits}, got {wrong[0]!r}")
