@@ -291,17 +291,23 @@ def _train(
     processes.broadcast(str(teacher_workdir(workdir, own, source)))
   )
 
-  if processes.broadcast(workdir_lib.result(folder)) is not None:
+  def is_trained() -> bool:
+    return processes.broadcast(workdir_lib.result(folder)) is not None
+
+  if is_trained():
     logs.say(f"teacher {teacher.name}: reusing {folder}")
     return str(folder)
   recipe = f"{own.epochs} epochs, learning rate {own.optim.learning_rate:g}"
   if config.label_smoothing or config.data.mixup or config.data.cutmix:
     recipe += ", without the student's label smoothing, mixup and CutMix"
-  logs.say(
-    f"no {teacher.where}.checkpoint: training {teacher.name} first in {folder}"
-    f" ({recipe}), or waiting for the run that does"
-  )
-  train(own, str(folder))
+  # Runs that start at the same time train it once.
+  with workdir_lib.locked(folder, wait=True):
+    if not is_trained():
+      logs.say(
+        f"no {teacher.where}.checkpoint: training {teacher.name} first in"
+        f" {folder} ({recipe})"
+      )
+      train(own, str(folder))
   return str(folder)
 
 

@@ -7,7 +7,6 @@ A run resumes from the newest checkpoint of its workdir. The teachers are in no
 checkpoint.
 """
 
-import functools
 import json
 import logging
 import pathlib
@@ -29,15 +28,12 @@ from kd_jax.runs import workdir as workdir_lib
 _log = logging.getLogger(__name__)
 
 
-def train_and_evaluate(
-  config: ConfigDict, workdir: str, *, wait: bool = False
-) -> dict[str, Any]:
+def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
   """Train a config, resuming if a checkpoint exists.
 
   Args:
     config: made by a file of `configs/`.
     workdir: folder of the run; see `kd_jax.runs.workdir` for what it holds.
-    wait: for another run that uses the workdir, instead of raising.
 
   Returns:
     The content of `result.json`.
@@ -51,12 +47,10 @@ def train_and_evaluate(
   """
   # Flax and optax promote ranks, which the user's environment may forbid.
   with jax.numpy_rank_promotion("allow"):
-    return _train_or_skip(config, workdir, wait=wait)
+    return _train_or_skip(config, workdir)
 
 
-def _train_or_skip(
-  config: ConfigDict, workdir: str, *, wait: bool
-) -> dict[str, Any]:
+def _train_or_skip(config: ConfigDict, workdir: str) -> dict[str, Any]:
   """Train a run, unless it is finished."""
   path = storage.local_path(workdir, "--workdir")
   prepared = processes.on_all_processes(lambda: prepare(config, path))
@@ -67,7 +61,7 @@ def _train_or_skip(
     assert parts is not None
     try:
       _require_same(config, parts)
-      with workdir_lib.locked(path, wait=wait):
+      with workdir_lib.locked(path):
         # Another run may have been here since.
         result = processes.broadcast(workdir_lib.finished(path, config))
         if result is None:
@@ -95,7 +89,7 @@ def _train(
     source=parts.train_source,
     place=parts.devices.replicate,
     score=parts.evaluator.score,
-    train=functools.partial(train_and_evaluate, wait=True),
+    train=train_and_evaluate,
   )
   state = parts.programs.initialize(
     parts.seeds[0], tuple(t.variables for t in teachers.members)

@@ -122,11 +122,11 @@ def require_same_data(
 def locked(folder: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
   """Hold FOLDER/.lock, so that one run at a time writes to a folder.
 
-  Only the first process takes the lock, for all processes of its run. The
-  kernel releases it when the process ends, however it ends. A network file
-  system must support `flock` (NFS 4, Lustre mounted with `flock`). On others
-  filelock warns and leaves the file as the lock; after a crash on another
-  machine, remove it.
+  Only the first process takes the lock, for all processes of its run, which
+  may take it again while they hold it. The kernel releases it when the process
+  ends, however it ends. A network file system must support `flock` (NFS 4,
+  Lustre mounted with `flock`). On others filelock warns and leaves the file as
+  the lock; after a crash on another machine, remove it.
 
   Args:
     folder: made if it does not exist.
