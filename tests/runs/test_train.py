@@ -186,7 +186,7 @@ def test_the_workdir(first):
   assert {p.name for p in workdir.iterdir()} == {
     *("config.json", "data.json", "environment.json", "result.json"),
     *("checkpoints", "best", "export", "metrics.jsonl", "teacher.json"),
-    "tensorboard",
+    *("tensorboard", ".lock"),
   }
   config = storage.read_json(workdir / "config.json")
   assert config["optim"]["learning_rate"] == 0.05  # the resolved default
