@@ -338,8 +338,9 @@ class Journal:
     except Exception as error:  # Orbax raises whatever its threads raised
       if processes.is_lost(error):
         raise
-      with contextlib.suppress(Exception):
-        self._checkpoints.wait()
+      for saver in (self._best_checkpoint, self._checkpoints):
+        with contextlib.suppress(Exception):
+          saver.wait()
       raise errors.UnsavedError(
         f"{what} could not be saved in {self.workdir} ({type(error).__name__}:"
         f" {error}). Make room; the same command resumes from step"
