@@ -87,7 +87,7 @@ def _apply(delta, section, where):
       continue
     try:
       section[name] = value
-    except TypeError as error:
+    except (OverflowError, TypeError) as error:
       kind = section.get_type(name).__name__
       raise ValueError(f"{place}: expected {kind}, got {value!r}") from error
 
