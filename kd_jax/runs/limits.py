@@ -99,9 +99,8 @@ LIMITS = {
   "parallel.heartbeat_seconds": _count(5, 10**6),
 }
 # Of each value of a free-form section, and of each number of a tuple.
-_EACH = {
-  "loss_weights": _WEIGHT,
-  "loss_ramp_epochs": Limits(0, 1e6),
+_SECTIONS = {"loss_weights": _WEIGHT, "loss_ramp_epochs": Limits(0, 1e6)}
+_TUPLES = {
   "optim.milestones": Limits(0, 1e6),
   "teacher.milestones": Limits(0, 1e6),
   "data.crop_area": Limits(0, 1, above=True),
@@ -121,10 +120,11 @@ def check(config: ConfigDict) -> None:
   flat = storage.flatten({**config.to_dict(), "grid": {}, "teachers": ()})
   for name, value in flat.items():
     section = name.partition(".")[0]
-    limits, values = LIMITS.get(name), [value]
-    if limits is None and value not in ({}, None):
-      limits = _EACH.get(name) or _EACH.get(section)
-      values = list(value) if isinstance(value, tuple | list) else values
+    if name in _SECTIONS or (name in _TUPLES and value is None):
+      continue  # empty
+    limits = LIMITS.get(name) or _TUPLES.get(name) or _SECTIONS.get(section)
+    is_tuple = name in _TUPLES and isinstance(value, tuple | list)
+    values = list(value) if is_tuple else [value]
     if limits is not None:
       if wrong := [each for each in values if not limits.allow(each)]:
         raise ValueError(f"config.{name}: expected {limits}, got {wrong[0]!r}")
