@@ -208,7 +208,7 @@ def require_backend() -> None:
   except (RuntimeError, AssertionError) as error:
     named = os.environ.get("JAX_PLATFORMS", "")
     raise ValueError(
-      f"JAX_PLATFORMS={named}: expected a platform with a device, JAX finds none"
+      f"JAX_PLATFORMS={named}: expected a platform that has a device, got none"
       f" ({str(error) or 'no reason given'}). Install its plugin (pip install"
       " kd_jax[cuda12]), or set JAX_PLATFORMS=cpu"
     ) from error
