@@ -44,7 +44,8 @@ def update(config, fields):
 
 
 def make(**fields):
-  return update(base.get_config(), fields)
+  config = base.distillation("kd", teacher="", weights={"kd": 1.0})
+  return update(config, fields)
 
 
 def find(source, **fields):
@@ -122,6 +123,22 @@ def test_entries_that_make_no_sense(given, words):
     teachers.resolve_teachers(make(teachers=given))
   with pytest.raises(ValueError, match="expected one of them, got both"):
     teachers.resolve_teachers(make(teachers=given, teacher__checkpoint="x"))
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"teacher__checkpoint": "a"},
+    {"teacher__name": "a"},
+    {"teachers": ("a", "b")},
+  ],
+)
+def test_a_teacher_that_nobody_learns_from(fields):
+  config = update(base.get_config(), fields)
+  with pytest.raises(
+    ValueError, match="learns from a teacher, got 'none' with"
+  ):
+    teachers.resolve_teachers(config)
 
 
 # The run that trains one.
