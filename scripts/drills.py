@@ -520,15 +520,18 @@ def not_shared(folder: pathlib.Path) -> Iterator[str]:
 
 def other_numbers(folder: pathlib.Path) -> Iterator[str]:
   """Four processes, then two of two devices, then one: one result."""
-  expected = straight(folder)
-  for count, devices, steps in ((4, 1, 30), (2, 2, 70)):
-    run = Processes(folder, "numbers", count, devices=devices)
+  # In more steps some unit's ReLU switches at another step, in a run of one
+  # process too: the last bit then decides about a tenth of a gradient.
+  options = ["--config.epochs=10"]
+  expected = straight(folder, 2, options)
+  for count, devices, steps in ((4, 1, 12), (2, 2, 24)):
+    run = Processes(folder, "numbers", count, options, devices=devices)
     run.wait_for_steps(steps)
     run.children[-1].terminate()
     codes = run.codes()
     expect(codes == [75] * count, f"exit codes {codes}:\n{run.said()}")
     yield line_with("stopped by .* at step", run.said(0))
-  said = Processes(folder, "numbers", 1).finish()
+  said = Processes(folder, "numbers", 1, options).finish()
   yield line_with(RESUMED, said)
   worst = worst_difference(run.workdir, expected)
   yield f"differs from the straight run by {worst[0]:.1e} at most ({worst[1]})"
