@@ -14,6 +14,8 @@ import numpy as np
 
 from kd_jax import distillers
 
+# Where losses and logits of a float32 run stray from float64 by percents.
+STRAYING = 2e-2
 FOLDER = pathlib.Path(__file__).resolve().parent / "distillers"
 
 
@@ -52,14 +54,15 @@ class Golden:
     fields: case -> fields of the distiller.
     prefix: case -> prefix of the names of its modules' tensors.
     unused: pattern of tensors that only the reference has.
-    term: which term they are of; None: the method's own.
+    weights: case -> weights of the terms that it sums; None: 1 of the method's
+      own.
   """
 
   pattern: str
   fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda case: {}
   prefix: Callable[[Mapping[str, Any]], str] = lambda case: ""
   unused: str = r"\Z."
-  term: str | None = None
+  weights: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Curve:
 
   Attributes:
     word: the toolbox's name of the method.
+    folder: of the golden values.
     fields: curves -> fields of the distiller.
     prepare: (variables, rebuild, seed) -> variables as the toolbox starts.
     tolerance: relative, of losses and logits.
@@ -75,6 +79,7 @@ class Curve:
 
   word: str
   fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda curves: {}
+  folder: str = "train"
   prepare: Callable[..., Any] = lambda variables, rebuild, seed: variables
   tolerance: float = 1e-4
 
@@ -93,7 +98,7 @@ class Method:
     relational: whether it compares the examples of a batch.
     reference: (pattern of our module's path, its name in the reference).
     golden: cases of the golden losses.
-    curve: six steps of a reference toolbox.
+    curves: six steps of reference toolboxes.
   """
 
   losses: Mapping[str, LossCase] = dataclasses.field(default_factory=dict)
@@ -104,7 +109,7 @@ class Method:
   relational: bool = False
   reference: tuple[tuple[str, Any], ...] = ()
   golden: tuple[Golden, ...] = ()
-  curve: Curve | None = None
+  curves: tuple[Curve, ...] = ()
 
 
 @functools.cache

@@ -45,7 +45,9 @@ class Distiller(nn.Module):
       Then results do not depend on the number of devices. Otherwise each
       device uses its own batch, as the reference toolboxes do per GPU.
     dtype: of the learned modules' arithmetic; losses are float32.
-    temperature: of the term "kd".
+    temperature: of the term "kd", and of the method's own if it has one.
+    standardize: whether these terms see each example's logits less their mean,
+      over their standard deviation (see `losses.standardize_logits`).
     label_smoothing: of the term "ce".
   """
 
@@ -53,6 +55,7 @@ class Distiller(nn.Module):
   sync: bool = False
   dtype: Any = jnp.float32
   temperature: float = 4.0
+  standardize: bool = False
   label_smoothing: float = 0.0
 
   # Whether the mean of the terms over several teachers makes sense.
@@ -185,26 +188,101 @@ class Distiller(nn.Module):
     self, student: ModelOutputs, teacher: ModelOutputs, batch: Batch
   ) -> dict[str, jax.Array]:
     """The terms "ce" and "kd", which need no features."""
+    z_s, z_t = self.compared_logits(student, teacher)
     return {
       "ce": self.cross_entropy(student.logits, batch),
-      "kd": losses.kd_loss(
-        student.logits, teacher.logits, temperature=self.temperature
-      ),
+      "kd": losses.kd_loss(z_s, z_t, temperature=self.temperature),
     }
+
+  def compared_logits(
+    self, student: ModelOutputs, teacher: ModelOutputs
+  ) -> tuple[jax.Array, jax.Array]:
+    """Both networks' logits, standardised if `standardize`."""
+    if not self.standardize:
+      return student.logits, teacher.logits
+    return (
+      losses.standardize_logits(student.logits),
+      losses.standardize_logits(teacher.logits),
+    )
 
   def cross_entropy(self, logits: jax.Array, batch: Batch) -> jax.Array:
     """The term "ce" [B] with smoothed and mixed labels."""
-
-    def of(labels: jax.Array) -> jax.Array:
-      return losses.cross_entropy_loss(
+    return over_labels(
+      lambda labels: losses.cross_entropy_loss(
         logits, labels, label_smoothing=self.label_smoothing
-      )
+      ),
+      batch,
+    )
 
-    own = of(batch["label"])
-    if "lam" not in batch:
-      return own
-    lam = batch["lam"]
-    return lam * own + (1 - lam) * of(batch["mixed_label"])
+
+class LogitDistiller(Distiller):
+  """Base of the methods that compare two networks' logits and nothing else.
+
+  Each is one final subclass with its formula in `compare`. Its term has the
+  class's name in lower case.
+  """
+
+  takes_many_teachers: ClassVar[bool] = True
+
+  def compare(
+    self,
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    labels: jax.Array,
+    *,
+    epoch: jax.Array | int,
+    axis_name: str | None,
+  ) -> jax.Array:
+    """The method's own term.
+
+    Args:
+      student_logits: [B, C], standardised if `standardize`.
+      teacher_logits: [B, C], likewise.
+      labels: [B].
+      epoch: number of the epoch, from 1.
+      axis_name: the mapped axis of a relational term, or None.
+
+    Returns:
+      [B] or scalar float32.
+    """
+    raise NotImplementedError
+
+  def __call__(
+    self,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
+    batch: Batch,
+    *,
+    teacher_head: Head,
+    step: jax.Array | int,
+    epoch: jax.Array | int,
+    train: bool,
+  ) -> DistillOutput:
+    """See `Distiller.__call__`."""
+    z_s, z_t = self.compared_logits(student, teacher)
+    # Evaluation may run without a mapped axis.
+    axis_name = self.bound(self.batch_axis) if train else None
+    own = over_labels(
+      lambda labels: self.compare(
+        z_s, z_t, labels, epoch=epoch, axis_name=axis_name
+      ),
+      batch,
+    )
+    terms = self.logit_terms(student, teacher, batch)
+    return DistillOutput(
+      student.logits, {**terms, type(self).__name__.lower(): own}
+    )
+
+
+def over_labels(
+  loss: Callable[[jax.Array], jax.Array], batch: Batch
+) -> jax.Array:
+  """A loss of the labels; of mixed images, the mean over both labels."""
+  own = loss(batch["label"])
+  if "lam" not in batch:
+    return own
+  lam = batch["lam"]
+  return lam * own + (1 - lam) * loss(batch["mixed_label"])
 
 
 def feature(output: ModelOutputs, name: str, *, whose: str) -> jax.Array:

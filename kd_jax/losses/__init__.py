@@ -35,6 +35,7 @@ from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss
 from kd_jax.losses.semckd import semckd_attention as semckd_attention
 from kd_jax.losses.semckd import semckd_loss as semckd_loss
 from kd_jax.losses.simkd import simkd_loss as simkd_loss
+from kd_jax.losses.softmax import standardize_logits as standardize_logits
 from kd_jax.losses.sp import similarity_matrix as similarity_matrix
 from kd_jax.losses.sp import sp_loss as sp_loss
 from kd_jax.losses.spatial import adaptive_average_pool as adaptive_average_pool

@@ -112,6 +112,20 @@ def labels_of(labels: jax.Array, logits: jax.Array) -> jax.Array:
   return integer_array("labels", given, rank=1, below=logits.shape[1])
 
 
+def logits_of(
+  student_logits: jax.Array, teacher_logits: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns two networks' logits in float32 after checking them.
+
+  Raises:
+    ValueError: unless both are floating-point [B, C] of one shape.
+  """
+  student = float_array("student_logits", student_logits, rank=2)
+  teacher = float_array("teacher_logits", teacher_logits, rank=2)
+  same_shape("student_logits", student, "teacher_logits", teacher)
+  return student, teacher
+
+
 def map_shape(name: str, x: jax.Array) -> tuple[int, int, int, int]:
   """Returns the shape (B, H, W, C) of a map.
 

@@ -36,9 +36,7 @@ def kd_loss(
   >>> kd_loss(z, z, temperature=4.0).tolist()
   [0.0]
   """
-  student = checks.float_array("student_logits", student_logits, rank=2)
-  teacher = checks.float_array("teacher_logits", teacher_logits, rank=2)
-  checks.same_shape("student_logits", student, "teacher_logits", teacher)
+  student, teacher = checks.logits_of(student_logits, teacher_logits)
   t = checks.number(
     "temperature", temperature, above=0, examples=student.shape[0]
   )

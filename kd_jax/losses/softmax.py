@@ -1,8 +1,12 @@
-"""Divergences of softened predictions that do not cancel."""
+"""Predictions from logits, and divergences that do not cancel."""
 
 import jax
 import jax.numpy as jnp
 
+from kd_jax.losses import checks
+
+# Stands for minus infinity, whose differences are NaN.
+_NEVER = -1e30
 # exp of it is well inside float32.
 _LARGE = 80.0
 
@@ -49,6 +53,69 @@ def divergence(student: jax.Array, teacher: jax.Array) -> jax.Array:
   e = jnp.where(alike[..., None], e, 0.0)
   close = jnp.log1p(jnp.sum(_weighted_remainder(log_p, e), axis=-1))
   return jnp.where(alike, close, plain)
+
+
+def cross_entropy(student: jax.Array, teacher: jax.Array) -> jax.Array:
+  """-sum_c softmax(teacher)_c log softmax(student)_c: [B, C] twice -> [B]."""
+  return -jnp.sum(
+    jax.nn.softmax(teacher) * jax.nn.log_softmax(student), axis=-1
+  )
+
+
+def at_label(x: jax.Array, labels: jax.Array) -> jax.Array:
+  """The entry of each row's label: [B, C] and [B] -> [B]; NaN for label C."""
+  return jnp.take_along_axis(x, labels[:, None], axis=1, mode="fill")[:, 0]
+
+
+def without(logits: jax.Array, classes: jax.Array) -> jax.Array:
+  """Logits with probability 0 in `classes`, a mask [B, C]."""
+  return jnp.where(classes, _NEVER, logits)
+
+
+def is_label(labels: jax.Array, num_classes: int) -> jax.Array:
+  """Mask [B, C] of each row's label."""
+  return labels[:, None] == jnp.arange(num_classes)[None]
+
+
+def label_or_not(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Two logits [B, 2] of the classes "the label" and "any other"."""
+  other = without(logits, is_label(label, logits.shape[1]))
+  return jnp.stack(
+    [at_label(logits, label), jax.nn.logsumexp(other, axis=-1)], axis=-1
+  )
+
+
+def standardize_logits(logits: jax.Array) -> jax.Array:
+  """Logits of each example less their mean, over their standard deviation.
+
+  (z - mean z) / (std z + 1e-7) with the unbiased deviation: only the order and
+  the relative distances of a teacher's logits count then.
+
+  Args:
+    logits: [B, C], floating-point.
+
+  Returns:
+    [B, C] float32.
+
+  Source: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR
+  2024, equation 13.
+  """
+  z = checks.float_array("logits", logits, rank=2)
+  z -= jnp.mean(z, axis=1, keepdims=True)
+  return z / (row_std(z) + 1e-7)
+
+
+def row_std(logits: jax.Array) -> jax.Array:
+  """Unbiased standard deviation of each row [B, 1], with a finite gradient."""
+  count = checks.count("number of classes", logits.shape[1], least=2)
+  largest = jnp.max(jnp.abs(logits), axis=1, keepdims=True)
+  scale = jax.lax.stop_gradient(jnp.maximum(largest, 1.0))
+  x = logits / scale
+  x -= jnp.mean(x, axis=1, keepdims=True)
+  squares = jnp.sum(jnp.square(x), axis=1, keepdims=True) / (count - 1)
+  varies = squares > 1e-24
+  root = jnp.sqrt(jnp.where(varies, squares, 1.0))
+  return scale * jnp.where(varies, root, 0.0)
 
 
 def scaled_divergence(

@@ -15,7 +15,7 @@ METHOD = Method(
   },
   weights={"ce": 1, "kd": 1, "at": 1000},
   golden=(Golden("attention"),),
-  curve=Curve("attention"),
+  curves=(Curve("attention"),),
 )
 
 

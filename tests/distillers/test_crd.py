@@ -42,10 +42,12 @@ METHOD = Method(
   reference=(("embed_([st])/linear", r"embed_\1.linear"),),
   weights={"ce": 1, "kd": 1, "crd": 0.8},
   relational=True,
-  curve=Curve(
-    "crd",
-    lambda curves: golden_fields(curves["crd"]),
-    prepare=with_golden_banks,
+  curves=(
+    Curve(
+      "crd",
+      lambda curves: golden_fields(curves["crd"]),
+      prepare=with_golden_banks,
+    ),
   ),
 )
 

@@ -13,7 +13,9 @@ METHOD = Method(
       prefix=lambda case: "regressor.",
     ),
   ),
-  curve=Curve(
-    "hint", lambda curves: {"hint_layer": f"stage{curves['hint_layer']}"}
+  curves=(
+    Curve(
+      "hint", lambda curves: {"hint_layer": f"stage{curves['hint_layer']}"}
+    ),
   ),
 )

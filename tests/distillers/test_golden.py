@@ -71,8 +71,16 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
     )
     assert used == expected_modules(case, kind.unused)
 
+    weights = kind.weights(case) if kind.weights else {method: 1}
+
     def loss(
-      varied, variables, teacher, module=module, student=student, given=given
+      varied,
+      variables,
+      teacher,
+      module=module,
+      student=student,
+      given=given,
+      weights=weights,
     ):
       features = {**student.features, **varied}
       if student.features:
@@ -86,7 +94,8 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
         mutable=["batch_stats"],
         **given,
       )
-      return jnp.mean(output.terms[kind.term or method]), output.logits
+      value = sum(w * jnp.mean(output.terms[n]) for n, w in weights.items())
+      return value, output.logits
 
     names = {key: input_name(pair, key, student) for key in case["grad"]}
     varied = {

@@ -24,7 +24,7 @@ METHOD = Method(
       lambda case: {"temperature": case["temperature"]},
     ),
   ),
-  curve=Curve("kd"),
+  curves=(Curve("kd"),),
 )
 
 

@@ -13,8 +13,8 @@ METHOD = Method(
     )
   },
   terms=frozenset({"ce"}),
-  golden=(Golden("cross_entropy", term="ce"),),
-  curve=Curve("vanilla"),
+  golden=(Golden("cross_entropy", weights=lambda case: {"ce": 1}),),
+  curves=(Curve("vanilla"),),
 )
 
 

@@ -48,7 +48,7 @@ METHOD = Method(
   ),
   # Its attention amplifies rounding: the reference's own float32 run strays as
   # far from its float64 run.
-  curve=Curve("semckd", tolerance=2e-2),
+  curves=(Curve("semckd", tolerance=2e-2),),
 )
 
 

@@ -22,7 +22,7 @@ METHOD = Method(
       prefix=lambda case: f"simkd{case['factor']}.",
     ),
   ),
-  curve=Curve("simkd"),
+  curves=(Curve("simkd"),),
 )
 
 

@@ -14,7 +14,7 @@ METHOD = Method(
   weights={"ce": 1, "kd": 1, "sp": 3000},
   relational=True,
   golden=(Golden("similarity"),),
-  curve=Curve("similarity"),
+  curves=(Curve("similarity"),),
 )
 
 

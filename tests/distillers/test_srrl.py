@@ -6,5 +6,5 @@ METHOD = Method(
   reference=(("transfer/conv", "transfer.0"), ("transfer/bn", "transfer.1")),
   weights={"ce": 1, "kd": 1, "srrl": 1},
   golden=(Golden("srrl", prefix=lambda case: "srrl."),),
-  curve=Curve("srrl"),
+  curves=(Curve("srrl"),),
 )

@@ -23,7 +23,7 @@ METHOD = Method(
   ),
   weights={"ce": 1, "kd": 1, "vid": 1},
   golden=(Golden("vid", prefix=lambda case: "vid"),),
-  curve=Curve("vid"),
+  curves=(Curve("vid"),),
 )
 
 
