@@ -98,7 +98,7 @@ def standardize_logits(logits: jax.Array) -> jax.Array:
     [B, C] float32.
 
   Source: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR
-  2024, equation 13.
+  2024.
   """
   z = checks.float_array("logits", logits, rank=2)
   z -= jnp.mean(z, axis=1, keepdims=True)
@@ -135,3 +135,15 @@ def scaled_divergence(
   if isinstance(temperature, jax.Array) and temperature.ndim:
     temperature = temperature[:, 0]
   return temperature**2 * value
+
+
+def at_least_three(logits: jax.Array) -> None:
+  """Raises ValueError for [B, C] of fewer than three classes.
+
+  With two, only one is other than the label: it has nothing to differ from.
+  """
+  if logits.shape[1] < 3:
+    raise ValueError(
+      "student_logits: expected at least 3 classes, got "
+      f"{logits.shape[1]}; use kd_loss for two"
+    )

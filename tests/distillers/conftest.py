@@ -64,6 +64,8 @@ def fill_distiller(rebuild):
         return old
       if leaf == "log_scale":  # a constant in the reference, not by name
         return jnp.full(old.shape, math.log(math.exp(5 - 1e-5) - 1))
+      if leaf == "theta":  # likewise
+        return jnp.ones(old.shape)
       # Our axes in the order of PyTorch's.
       axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(old.ndim, (0,))
       transposed = modules[-1] == "deconv" and old.ndim == 4

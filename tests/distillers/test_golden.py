@@ -97,7 +97,11 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
       value = sum(w * jnp.mean(output.terms[n]) for n, w in weights.items())
       return value, output.logits
 
-    names = {key: input_name(pair, key, student) for key in case["grad"]}
+    names = {
+      key: input_name(pair, key, student)
+      for key in case["grad"]
+      if key == "logits_s" or "/feat" in key  # others are a module's own
+    }
     varied = {
       n: student.features.get(n, student.logits) for n in names.values()
     }

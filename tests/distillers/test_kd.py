@@ -23,8 +23,19 @@ METHOD = Method(
       r"(kd|funmatch_kl)_T[\d.]+",
       lambda case: {"temperature": case["temperature"]},
     ),
+    Golden(
+      r"lskd_T\d",
+      lambda case: {"temperature": case["temperature"], "standardize": True},
+    ),
   ),
-  curves=(Curve("kd"),),
+  curves=(
+    Curve("kd"),
+    Curve(
+      "lskd",
+      lambda curves: {"temperature": 2.0, "standardize": True},
+      folder="train_2",
+    ),
+  ),
 )
 
 
