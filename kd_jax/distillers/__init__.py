@@ -15,6 +15,7 @@ from kd_jax import registry
 from kd_jax.distillers.at import AT
 from kd_jax.distillers.base import Distiller, DistillOutput
 from kd_jax.distillers.crd import CRD
+from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
 from kd_jax.distillers.kd import KD
@@ -49,6 +50,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "simkd": SimKD,
   "reviewkd": ReviewKD,
   "dkd": DKD,
+  "dist": DIST,
 }
 
 
