@@ -20,6 +20,7 @@ from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
 from kd_jax.distillers.kd import KD
 from kd_jax.distillers.multi_teacher import MultiTeacher
+from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.semckd import SemCKD
@@ -51,6 +52,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "reviewkd": ReviewKD,
   "dkd": DKD,
   "dist": DIST,
+  "nkd": NKD,
 }
 
 
