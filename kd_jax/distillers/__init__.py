@@ -28,6 +28,7 @@ from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
 from kd_jax.distillers.srrl import SRRL
 from kd_jax.distillers.vid import VID
+from kd_jax.distillers.wsld import WSLD
 
 __all__ = [
   "DISTILLERS",
@@ -53,6 +54,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "dkd": DKD,
   "dist": DIST,
   "nkd": NKD,
+  "wsld": WSLD,
 }
 
 
