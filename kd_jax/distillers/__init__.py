@@ -27,6 +27,7 @@ from kd_jax.distillers.semckd import SemCKD
 from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
 from kd_jax.distillers.srrl import SRRL
+from kd_jax.distillers.tfkd import TfKD
 from kd_jax.distillers.vid import VID
 from kd_jax.distillers.wsld import WSLD
 
@@ -55,6 +56,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "dist": DIST,
   "nkd": NKD,
   "wsld": WSLD,
+  "tfkd": TfKD,
 }
 
 
