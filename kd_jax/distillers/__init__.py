@@ -28,6 +28,7 @@ from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
 from kd_jax.distillers.srrl import SRRL
 from kd_jax.distillers.tfkd import TfKD
+from kd_jax.distillers.ttm import TTM
 from kd_jax.distillers.vid import VID
 from kd_jax.distillers.wsld import WSLD
 
@@ -57,6 +58,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "nkd": NKD,
   "wsld": WSLD,
   "tfkd": TfKD,
+  "ttm": TTM,
 }
 
 

@@ -48,6 +48,7 @@ from kd_jax.losses.spatial import pool_to_smaller as pool_to_smaller
 from kd_jax.losses.srrl import srrl_loss as srrl_loss
 from kd_jax.losses.tfkd import tfkd_loss as tfkd_loss
 from kd_jax.losses.tfkd import tfkd_regularization as tfkd_regularization
+from kd_jax.losses.ttm import ttm_loss as ttm_loss
 from kd_jax.losses.vid import MIN_VARIANCE as MIN_VARIANCE
 from kd_jax.losses.vid import vid_loss as vid_loss
 from kd_jax.losses.vid import vid_variance as vid_variance
