@@ -31,6 +31,7 @@ from kd_jax.distillers.tfkd import TfKD
 from kd_jax.distillers.ttm import TTM
 from kd_jax.distillers.vid import VID
 from kd_jax.distillers.wsld import WSLD
+from kd_jax.distillers.wttm import WTTM
 
 __all__ = [
   "DISTILLERS",
@@ -59,6 +60,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "wsld": WSLD,
   "tfkd": TfKD,
   "ttm": TTM,
+  "wttm": WTTM,
 }
 
 

@@ -53,3 +53,4 @@ from kd_jax.losses.vid import MIN_VARIANCE as MIN_VARIANCE
 from kd_jax.losses.vid import vid_loss as vid_loss
 from kd_jax.losses.vid import vid_variance as vid_variance
 from kd_jax.losses.wsld import wsld_loss as wsld_loss
+from kd_jax.losses.wttm import wttm_loss as wttm_loss
