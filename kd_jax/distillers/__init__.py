@@ -23,6 +23,7 @@ from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.reviewkd import ReviewKD
+from kd_jax.distillers.rld import RLD
 from kd_jax.distillers.semckd import SemCKD
 from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
@@ -61,6 +62,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "tfkd": TfKD,
   "ttm": TTM,
   "wttm": WTTM,
+  "rld": RLD,
 }
 
 
