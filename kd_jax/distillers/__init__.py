@@ -19,6 +19,7 @@ from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
 from kd_jax.distillers.kd import KD
+from kd_jax.distillers.luminet import LumiNet
 from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
@@ -63,6 +64,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "ttm": TTM,
   "wttm": WTTM,
   "rld": RLD,
+  "luminet": LumiNet,
 }
 
 

@@ -33,6 +33,7 @@ from kd_jax.losses.dist import dist_loss as dist_loss
 from kd_jax.losses.dkd import dkd_loss as dkd_loss
 from kd_jax.losses.fitnet import fitnet_loss as fitnet_loss
 from kd_jax.losses.kd import kd_loss as kd_loss
+from kd_jax.losses.luminet import luminet_loss as luminet_loss
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
 from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss
 from kd_jax.losses.rld import rld_loss as rld_loss
