@@ -18,6 +18,7 @@ from kd_jax.distillers.crd import CRD
 from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
+from kd_jax.distillers.ikl import IKL
 from kd_jax.distillers.kd import KD
 from kd_jax.distillers.luminet import LumiNet
 from kd_jax.distillers.multi_teacher import MultiTeacher
@@ -65,6 +66,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "wttm": WTTM,
   "rld": RLD,
   "luminet": LumiNet,
+  "ikl": IKL,
 }
 
 

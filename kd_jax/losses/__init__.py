@@ -32,6 +32,7 @@ from kd_jax.losses.cross_entropy import cross_entropy_loss as cross_entropy_loss
 from kd_jax.losses.dist import dist_loss as dist_loss
 from kd_jax.losses.dkd import dkd_loss as dkd_loss
 from kd_jax.losses.fitnet import fitnet_loss as fitnet_loss
+from kd_jax.losses.ikl import ikl_loss as ikl_loss
 from kd_jax.losses.kd import kd_loss as kd_loss
 from kd_jax.losses.luminet import luminet_loss as luminet_loss
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
