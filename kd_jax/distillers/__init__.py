@@ -24,6 +24,7 @@ from kd_jax.distillers.luminet import LumiNet
 from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
+from kd_jax.distillers.normkd import NormKD
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.rld import RLD
 from kd_jax.distillers.semckd import SemCKD
@@ -67,6 +68,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "rld": RLD,
   "luminet": LumiNet,
   "ikl": IKL,
+  "normkd": NormKD,
 }
 
 

@@ -36,6 +36,7 @@ from kd_jax.losses.ikl import ikl_loss as ikl_loss
 from kd_jax.losses.kd import kd_loss as kd_loss
 from kd_jax.losses.luminet import luminet_loss as luminet_loss
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
+from kd_jax.losses.normkd import normkd_loss as normkd_loss
 from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss
 from kd_jax.losses.rld import rld_loss as rld_loss
 from kd_jax.losses.semckd import semckd_attention as semckd_attention
