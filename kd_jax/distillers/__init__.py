@@ -14,6 +14,7 @@ from typing import Any
 from kd_jax import registry
 from kd_jax.distillers.at import AT
 from kd_jax.distillers.base import Distiller, DistillOutput
+from kd_jax.distillers.bkd import BKD
 from kd_jax.distillers.crd import CRD
 from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
@@ -69,6 +70,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "luminet": LumiNet,
   "ikl": IKL,
   "normkd": NormKD,
+  "bkd": BKD,
 }
 
 
