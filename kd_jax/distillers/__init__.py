@@ -16,6 +16,7 @@ from kd_jax.distillers.at import AT
 from kd_jax.distillers.base import Distiller, DistillOutput
 from kd_jax.distillers.bkd import BKD
 from kd_jax.distillers.crd import CRD
+from kd_jax.distillers.ctkd import CTKD
 from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
@@ -71,6 +72,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "ikl": IKL,
   "normkd": NormKD,
   "bkd": BKD,
+  "ctkd": CTKD,
 }
 
 

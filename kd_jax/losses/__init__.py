@@ -30,6 +30,8 @@ from kd_jax.losses.crd import crd_update as crd_update
 from kd_jax.losses.crd import draw_negatives as draw_negatives
 from kd_jax.losses.crd import draw_positives as draw_positives
 from kd_jax.losses.cross_entropy import cross_entropy_loss as cross_entropy_loss
+from kd_jax.losses.ctkd import ctkd_loss as ctkd_loss
+from kd_jax.losses.ctkd import reversed_gradient as reversed_gradient
 from kd_jax.losses.dist import dist_loss as dist_loss
 from kd_jax.losses.dkd import dkd_loss as dkd_loss
 from kd_jax.losses.fitnet import fitnet_loss as fitnet_loss
