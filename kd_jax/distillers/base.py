@@ -13,7 +13,7 @@ from kd_jax.models.layers import ModelOutputs
 
 _T = TypeVar("_T")
 Batch = Mapping[str, jax.Array]
-# A teacher's classifier: pooled features [B, C] -> logits [B, num_classes].
+# A classifier: pooled features [..., C] -> logits [..., num_classes].
 Head = Callable[[jax.Array], jax.Array]
 
 
@@ -121,6 +121,7 @@ class Distiller(nn.Module):
     batch: Batch,
     *,
     teacher_heads: Sequence[Head],
+    student_head: Head | None = None,
     step: jax.Array | int,
     epoch: jax.Array | int,
     train: bool,
@@ -132,6 +133,8 @@ class Distiller(nn.Module):
       teachers: the output of each teacher; `()` if there is none.
       batch: see `__call__`.
       teacher_heads: the classifier of each teacher.
+      student_head: the student's own classifier, which a method that needs it
+        takes by overriding `distill`.
       step: see `__call__`.
       epoch: see `__call__`.
       train: see `__call__`.

@@ -20,6 +20,7 @@ class NoTeacher(base.Distiller):
     batch: base.Batch,
     *,
     teacher_heads: Sequence[base.Head],
+    student_head: base.Head | None = None,
     step: jax.Array | int,
     epoch: jax.Array | int,
     train: bool,

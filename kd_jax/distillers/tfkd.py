@@ -45,6 +45,7 @@ class TfKD(base.LogitDistiller):
     batch: base.Batch,
     *,
     teacher_heads: Sequence[base.Head],
+    student_head: base.Head | None = None,
     step: jax.Array | int,
     epoch: jax.Array | int,
     train: bool,

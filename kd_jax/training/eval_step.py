@@ -49,6 +49,7 @@ def make_eval_step(
       teacher_outputs,
       batch,
       teacher_heads=heads,
+      student_head=loss.classifier(student, variables["student"]),
       step=jnp.zeros((), jnp.int32),
       epoch=jnp.ones((), jnp.int32),
       train=False,

@@ -47,9 +47,14 @@ def teacher_heads(
 ) -> tuple[base.Head, ...]:
   """The teachers' classifiers as functions: pooled -> logits."""
   return tuple(
-    functools.partial(teacher.classify, v["params"])
+    classifier(teacher, v)
     for teacher, v in zip(teachers, variables, strict=True)
   )
+
+
+def classifier(network: Any, variables: Any) -> base.Head:
+  """A network's classifier as a function: pooled -> logits."""
+  return functools.partial(network.classify, variables["params"])
 
 
 def init_distiller(
@@ -82,6 +87,7 @@ def init_distiller(
     outputs,
     batch,
     teacher_heads=heads,
+    student_head=classifier(student, student_variables),
     step=jnp.zeros((), jnp.int32),
     epoch=jnp.ones((), jnp.int32),
     train=True,
@@ -252,6 +258,7 @@ def make_loss_fn(
       teacher_outputs,
       batch,
       teacher_heads=teacher_heads(teachers, teacher_variables),
+      student_head=classifier(student, {"params": params["student"]}),
       step=step,
       epoch=step // steps_per_epoch + 1,
       train=True,

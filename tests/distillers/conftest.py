@@ -188,6 +188,8 @@ class Tiny:
     self.teacher = tiny_output(1, widths=(8, 16), sizes=(8, 8))
     weights = jnp.asarray(method_cases.normal(2, 16, 5))
     self.head = lambda pooled: pooled @ weights
+    own = jnp.asarray(method_cases.normal(3, 12, 5))
+    self.student_head = lambda pooled: pooled @ own
     self.train_labels = np.arange(40, dtype=np.int32) % 5
     index = np.array([3, 11, 19, 24, 0, 36, 7, 8], np.int32)
     self.batch = {"index": index, "label": self.train_labels[index]}
@@ -204,6 +206,7 @@ class Tiny:
       "teachers": (teacher or self.teacher,),
       "batch": batch or self.batch,
       "teacher_heads": (self.head,),
+      "student_head": self.student_head,
       **{"step": 0, "epoch": 1, "train": train, "method": "distill"},
     }
 

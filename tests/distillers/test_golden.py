@@ -29,13 +29,24 @@ def input_name(pair, key, output):
   return f"stage{number}" if number else "stem"
 
 
-def teacher_head(inputs, case):
-  """The classifier of a case; it need not have one."""
+def classifier(inputs, case, side):
+  """The classifier of a case's network; it need not have one."""
+  shapes = dict(case.get("modules", {}).get(f"{side}_fc", ()))
+  for entry in case.get(side, ()):  # such as "teacher_fc.weight:100,256"
+    name, _, shape = entry.partition(":")
+    if name.startswith(f"{side}_fc."):
+      leaf = name.removeprefix(f"{side}_fc.")
+      shapes[leaf] = [int(n) for n in shape.split(",")]
   fc = {
-    leaf: inputs.rebuild.fill(f"teacher_fc.{leaf}", shape, seed=inputs.seed)
-    for leaf, shape in case.get("modules", {}).get("teacher_fc", ())
+    leaf: inputs.rebuild.fill(f"{side}_fc.{leaf}", shape, seed=inputs.seed)
+    for leaf, shape in shapes.items()
   }
-  return lambda pooled: pooled @ fc["weight"].T + fc["bias"][None]
+
+  def head(pooled):
+    bias = jnp.expand_dims(fc["bias"], range(pooled.ndim - 1))
+    return pooled @ fc["weight"].T + bias
+
+  return head
 
 
 def expected_modules(case, unused):
@@ -58,7 +69,8 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
     module = distillers.create(method, **kind.fields(case))
     given = {
       "batch": {"label": inputs.labels(case)},
-      "teacher_heads": (teacher_head(inputs, case),),
+      "teacher_heads": (classifier(inputs, case, "teacher"),),
+      "student_head": classifier(inputs, case, "student"),
       **{"step": 0, "epoch": 1, "train": True, "method": "distill"},
     }
     variables = jax.eval_shape(

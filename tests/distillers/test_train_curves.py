@@ -108,6 +108,7 @@ def test_six_steps(method, curve, read, rebuild, fill_distiller, quick):
       "teachers": outputs,
       "batch": batch,
       "teacher_heads": heads,
+      "student_head": loss.classifier(student, student_variables),
       **{"step": 0, "epoch": 1, "train": train, "method": "distill"},
     }
 
