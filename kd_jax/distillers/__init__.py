@@ -29,6 +29,7 @@ from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.normkd import NormKD
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.rld import RLD
+from kd_jax.distillers.sdd import SDD
 from kd_jax.distillers.semckd import SemCKD
 from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
@@ -73,6 +74,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "normkd": NormKD,
   "bkd": BKD,
   "ctkd": CTKD,
+  "sdd": SDD,
 }
 
 

@@ -42,6 +42,7 @@ from kd_jax.losses.nkd import nkd_loss as nkd_loss
 from kd_jax.losses.normkd import normkd_loss as normkd_loss
 from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss
 from kd_jax.losses.rld import rld_loss as rld_loss
+from kd_jax.losses.sdd import sdd_loss as sdd_loss
 from kd_jax.losses.semckd import semckd_attention as semckd_attention
 from kd_jax.losses.semckd import semckd_loss as semckd_loss
 from kd_jax.losses.simkd import simkd_loss as simkd_loss
