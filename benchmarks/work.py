@@ -237,14 +237,17 @@ def _method(work: Work) -> dict[str, np.ndarray]:
   distiller = distillers.create(work.method, **work.settings)
   teachers = [outputs["teacher"]] if "teacher" in outputs else []
 
+  def head(pooled):
+    return jnp.zeros((*pooled.shape[:-1], work.classes))
+
   def init(key):
     return distiller.init(
       {"params": key, "distiller": key},
       outputs["student"],
       teachers,
       batch,
-      teacher_heads=[lambda pooled: jnp.zeros((size, work.classes))]
-      * len(teachers),
+      teacher_heads=[head] * len(teachers),
+      student_head=head,
       step=jnp.zeros((), jnp.int32),
       epoch=jnp.ones((), jnp.int32),
       train=True,

@@ -1,6 +1,5 @@
 """The total loss of one batch."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +53,8 @@ def teacher_heads(
 
 def classifier(network: Any, variables: Any) -> base.Head:
   """A network's classifier as a function: pooled -> logits."""
-  return functools.partial(network.classify, variables["params"])
+  # Looked up when called: a student of no teacher needs no `classify`.
+  return lambda pooled: network.classify(variables["params"], pooled)
 
 
 def init_distiller(
