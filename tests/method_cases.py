@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pytest
 
 from kd_jax import distillers
 
@@ -96,6 +97,8 @@ class Method:
     terms: names of the terms; None: "ce", "kd" and its own.
     weights: of the terms in the reference's recipe for CIFAR-100.
     relational: whether it compares the examples of a batch.
+    plain: whether it is a function of each example's logits alone. The golden
+      losses prove it; whole steps of it run only with `-m full`.
     reference: (pattern of our module's path, its name in the reference).
     golden: cases of the golden losses.
     curves: six steps of reference toolboxes.
@@ -107,6 +110,7 @@ class Method:
   terms: frozenset[str] | None = None
   weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   relational: bool = False
+  plain: bool = False
   reference: tuple[tuple[str, Any], ...] = ()
   golden: tuple[Golden, ...] = ()
   curves: tuple[Curve, ...] = ()
@@ -125,6 +129,14 @@ def method(name: str) -> Method:
 def methods() -> dict[str, Method]:
   """All declarations, in the registry's order."""
   return {name: method(name) for name in distillers.names()}
+
+
+def stepped() -> list[Any]:
+  """Names of all methods as parameters of tests that run whole steps."""
+  return [
+    pytest.param(name, marks=pytest.mark.full if declared.plain else ())
+    for name, declared in methods().items()
+  ]
 
 
 def terms(name: str) -> tuple[frozenset[str], frozenset[str]]:

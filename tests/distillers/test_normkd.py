@@ -14,6 +14,7 @@ METHOD = Method(
     )
   },
   weights={"ce": 0.1, "kd": 0, "normkd": 0.9},
+  plain=True,
   golden=(
     Golden(
       r"normkd_T\d", lambda case: {"temperature": case["temperature_norm"]}

@@ -87,7 +87,16 @@ def relative_error(ours, theirs):
 
 
 @pytest.mark.parametrize(
-  ("method", "curve"), CURVES, ids=[f"{m}-{c.word}" for m, c in CURVES]
+  ("method", "curve"),
+  [
+    pytest.param(
+      name,
+      curve,
+      marks=pytest.mark.full if method_cases.method(name).plain else (),
+      id=f"{name}-{curve.word}",
+    )
+    for name, curve in CURVES
+  ],
 )
 def test_six_steps(method, curve, read, rebuild, fill_distiller, quick):
   curves = read(curve.folder)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax import distillers, training
+from kd_jax import training
 from kd_jax.distributed import collectives
 from kd_jax.training import eval_step, loss, optim
 from kd_jax.training import step as step_lib
@@ -83,7 +83,7 @@ def is_relational(parts, monkeypatch):
   return 4 in rows
 
 
-@pytest.mark.parametrize("method", distillers.names())
+@pytest.mark.parametrize("method", method_cases.stepped())
 def test_equal_on_any_devices(method, made, monkeypatch):
   parts = made(method)
   one = state, metrics = parts.train(1)
@@ -350,7 +350,7 @@ def test_bfloat16_trains_in_float32_and_decays_what_is_reached(made):
   assert 0 < abs(history[0] - exact) < 0.05 * exact  # bfloat16 it was
 
 
-@pytest.mark.parametrize("method", distillers.names())
+@pytest.mark.parametrize("method", method_cases.stepped())
 def test_bfloat16_keeps_the_types_of_the_state(method, made):
   parts = made(method, dtype=jnp.bfloat16)
   step, state = parts.step()
