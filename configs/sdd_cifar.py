@@ -1,4 +1,4 @@
-"""SDD (Luo, CVPR 2024): ResNet-32x4 teaches ResNet-8x4 on CIFAR-100.
+"""SDD (Wei et al., CVPR 2024): ResNet-32x4 teaches ResNet-8x4 on CIFAR-100.
 
 Published: no figure checked for this pair; weights, scales and temperature are
 the authors' of SDD-KD. Here: not run.

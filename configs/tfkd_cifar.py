@@ -1,8 +1,8 @@
-"""Tf-KD (Yuan et al., CVPR 2020): ResNet-32x4 teaches ResNet-8x4 on CIFAR-100.
+"""Tf-KD (Yuan et al., CVPR 2020): ResNet-8x4 teaches ResNet-8x4 on CIFAR-100.
 
-Published: no figure with this pair. The method's own teacher is a run of the
-student: --config.teacher.name=resnet8x4; without any, --config.teacher.name=
-(the hand-made teacher; the authors weigh it 0.1). Here: not run.
+Published: no figure with this network and recipe. Here: not run. Without a
+teacher (--config.teacher.name=), the labels make one; the authors weigh it 0.1
+and CE 0.9.
 
     python launch.py --config configs/tfkd_cifar.py
 

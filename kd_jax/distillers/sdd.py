@@ -1,4 +1,4 @@
-"""SDD: scale decoupled distillation (Luo, CVPR 2024)."""
+"""SDD: scaled decoupled distillation (Wei et al., CVPR 2024)."""
 
 from collections.abc import Sequence
 from typing import final

@@ -15,7 +15,8 @@ class TfKD(base.LogitDistiller):
   """Learns from an earlier run of the student, or from a hand-made teacher.
 
   The teacher may be any network, but the method is meant for one of the
-  student's kind. Without a teacher, the labels make one.
+  student's kind. Without a teacher, the labels make one, and `standardize`
+  changes nothing.
 
   Attributes:
     correct_prob: of the label, for the hand-made teacher.

@@ -23,7 +23,7 @@ def bkd_loss(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
     ValueError: for other ranks or unequal shapes.
 
   Source: Hao et al., "Revisit the Power of Vanilla Knowledge Distillation: from
-  Small Scale to Large Scale", NeurIPS 2023, section 4.
+  Small Scale to Large Scale", NeurIPS 2023.
 
   >>> import jax.numpy as jnp
   >>> round(float(bkd_loss(jnp.zeros((1, 2)), jnp.ones((1, 2)))[0]), 4)

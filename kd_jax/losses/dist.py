@@ -54,8 +54,7 @@ def dist_loss(
     ValueError: for other ranks or unequal shapes.
 
   Source: Huang et al., "Knowledge Distillation from A Stronger Teacher",
-  NeurIPS 2022; T^2 and 1e-8 in the denominator as in the
-  authors' code.
+  NeurIPS 2022; T^2 and 1e-8 in the denominator as in the authors' code.
 
   >>> import jax.numpy as jnp
   >>> z = jnp.array([[1.0, 2.0], [4.0, 3.0]])

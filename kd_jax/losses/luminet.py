@@ -47,8 +47,7 @@ def luminet_loss(
     ValueError: for other ranks or unequal shapes.
 
   Source: Hossain et al., "LumiNet: The Bright Side of Perceptual Knowledge
-  Distillation", 2023. The square of the authors' alpha is the
-  weight of the term.
+  Distillation", 2023. The square of the authors' alpha weighs the term.
 
   >>> import jax.numpy as jnp
   >>> z = jnp.array([[1.0, 2.0], [4.0, 3.0]])

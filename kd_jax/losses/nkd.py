@@ -34,8 +34,8 @@ def nkd_loss(
 
   Source: Yang et al., "From Knowledge Distillation to Self-Knowledge
   Distillation: A Unified Approach with Normalized Loss and Customized Soft
-  Labels", ICCV 2023. Early revisions of the authors' code leave the
-  label among the other classes.
+  Labels", ICCV 2023. Early revisions of the authors' code leave the label
+  among the other classes.
 
   >>> import jax.numpy as jnp
   >>> z = jnp.zeros((1, 3))

@@ -1,4 +1,4 @@
-"""SDD: scale decoupled distillation."""
+"""SDD: scaled decoupled distillation."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def sdd_loss(
   Raises:
     ValueError: for other ranks, unequal batches or numbers of classes.
 
-  Source: Luo, "Scale Decoupled Distillation", CVPR 2024.
+  Source: Wei, Luo and Luo, "Scaled Decoupled Distillation", CVPR 2024.
 
   >>> import jax.numpy as jnp
   >>> z = jnp.arange(48.0).reshape(1, 4, 4, 3)

@@ -30,7 +30,6 @@ def ttm_loss(
   Source: Zheng and Yang, "Knowledge Distillation Based on Transformed Teacher
   Matching", ICLR 2024.
 
-
   >>> import jax.numpy as jnp
   >>> z = jnp.array([[1.0, 2.0]])
   >>> ttm_loss(0.5 * z, z, exponent=0.5).tolist()

@@ -32,8 +32,8 @@ def wsld_loss(
     ValueError: for other ranks or unequal shapes.
 
   Source: Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A
-  Bias-Variance Tradeoff Perspective", ICLR 2021. Departure,
-  as in the authors' code: the cross-entropies are at temperature 1.
+  Bias-Variance Tradeoff Perspective", ICLR 2021. Departure, as in the
+  authors' code: the cross-entropies are at temperature 1.
 
   >>> import jax.numpy as jnp
   >>> z = jnp.zeros((1, 2))
