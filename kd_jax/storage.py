@@ -189,7 +189,8 @@ def _remove(path: pathlib.Path) -> None:
   if path.is_dir():
     shutil.rmtree(path, ignore_errors=True)
   else:
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      path.unlink()
 
 
 # Seconds after which another machine is taken to have given a draft up.

@@ -15,6 +15,7 @@ import filelock
 import pytest
 
 from configs import base
+from kd_jax import reporting
 from kd_jax.distributed import launcher, processes
 from kd_jax.reporting import report, runs
 from kd_jax.runs import errors, grid, train
@@ -311,6 +312,18 @@ def test_a_grid_is_run_by_shards_and_reported(
   assert "shard 1/2" in output.out and "\ntable\nreport.html" in output.out
   assert code == fails
   assert ("1 of 2 cells failed" in output.err) == fails
+
+
+def test_a_grid_without_the_extra_report_ends_well(
+  launch, monkeypatch, write, tmp_path, capsys
+):
+  write(tmp_path / "kd", 50.0)
+  monkeypatch.setattr(reporting, "_PACKAGES", ("no_such_package",))
+  monkeypatch.setattr(grid, "run_grid", lambda *_, **__: print("training"))
+  assert launch(*QUICKSTART, f"--workdir={tmp_path}") == 0
+  first, second = capsys.readouterr().out.splitlines()
+  assert "no_such_package: pip install 'kd_jax[report]', then" in first
+  assert second == "training"
 
 
 @pytest.mark.usefixtures("nothing_happens")
