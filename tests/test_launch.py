@@ -178,7 +178,7 @@ def test_missing_data(launch, capsys):
       {"ce": 1.0, "kdd": 0.5},
       "loss_weights: 'kdd' is not a term of this method; its terms are ce, kd",
     ),
-    ("loss_weights", {"ce": 0.0}, "at least one weight other than 0"),
+    ("loss_weights", {"ce": 0.0}, "expected a weight above 0 for some term"),
     ("loss_ramp_epochs", {"kdd": 1.0}, r"config\.loss_ramp_epochs: .* 'kdd'"),
     (
       "distiller",
@@ -368,8 +368,12 @@ def test_stopped_while_another_trains_the_teacher(
   """There is nothing to save."""
   before = signal.getsignal(signal.SIGTERM)
 
-  def held(*_, **__):
-    raise filelock.Timeout("held")
+  acquire = filelock.FileLock.acquire
+
+  def held(self, *args, **options):
+    if "teachers" in self.lock_file:
+      raise filelock.Timeout("held")
+    return acquire(self, *args, **options)
 
   monkeypatch.setattr(filelock.FileLock, "acquire", held)
   monkeypatch.setattr(

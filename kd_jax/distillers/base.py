@@ -60,6 +60,8 @@ class Distiller(nn.Module):
 
   # Whether the mean of the terms over several teachers makes sense.
   takes_many_teachers: ClassVar[bool] = False
+  # Whether the method compares the student with a teacher at all.
+  needs_teacher: ClassVar[bool] = True
   # Arrays in the collection "memory" with one row per training example. On
   # several devices each may hold a shard of the rows; see `crd`.
   memory_rows: ClassVar[tuple[str, ...]] = ()

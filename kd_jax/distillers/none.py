@@ -1,7 +1,7 @@
 """Plain supervised training: no teacher."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 import jax
 
@@ -12,6 +12,8 @@ from kd_jax.models.layers import ModelOutputs
 @final
 class NoTeacher(base.Distiller):
   """The student alone, with the term "ce"; teachers are ignored."""
+
+  needs_teacher: ClassVar[bool] = False
 
   def distill(
     self,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_jax import data, models, storage
+from kd_jax import data, distillers, models, storage
 from kd_jax.distributed import processes
 from kd_jax.interop import files, opening
 from kd_jax.interop import model as model_lib
@@ -82,7 +82,8 @@ def resolve_teachers(config: ConfigDict) -> ConfigDict:
   """
   teacher = config.teacher
   named = teacher.name or teacher.checkpoint or config.teachers
-  if config.distiller.name == "none" and named:
+  method = distillers.DISTILLERS.get(config.distiller.name)
+  if named and method is not None and not method.needs_teacher:
     raise ValueError(
       "config.distiller.name: expected a method that learns from a teacher, got"
       f" 'none' with the teacher {named!r}. Leave config.teacher.name,"

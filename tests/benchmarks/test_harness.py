@@ -224,14 +224,14 @@ for turn in range(2):
       "print('because', file=sys.stderr); sys.exit('broken')",
       {"error": "exit code 1: broken", "said": ["because", "broken"]},
     ),
-    ("time.sleep(99)", {"error": "not done in the 3 s that were left"}),
+    ("time.sleep(99)", {"error": "not done in the 9 s that were left"}),
   ],
 )
 def test_a_process_waits_for_its_turns(last, result, tmp_path):
   (tmp_path / "waiting_program.py").write_text(WAITING + last)
   paths = os.pathsep.join([str(REPO), str(tmp_path)])
   environment = {**ENVIRONMENT, "PYTHONPATH": paths}
-  with processes.started(["waiting_program"], 3, environment) as process:
+  with processes.started(["waiting_program"], 9, environment) as process:
     process.wait()
     for warm in (False, True):
       assert process.result is None

@@ -103,7 +103,8 @@ def test_to_a_file_and_back(ending, model, tmp_path):
     options = {"model_name": "_tiny", "origin": origin}
   back = opening.open_model(to, **options)
   assert_same_variables(back.variables, model.variables)
-  assert back.card == json.loads(json.dumps(model.card))
+  about = {k: v for k, v in back.card.items() if k != card_lib.SEAL}
+  assert about == json.loads(json.dumps(model.card))
 
 
 def run_program(program, images, *weights):

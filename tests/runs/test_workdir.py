@@ -207,7 +207,7 @@ def test_a_lock_is_held_by_one(tmp_path):
 
   def second():
     entered.set()
-    with workdir_lib.locked(tmp_path / "run"):
+    with workdir_lib.locked(tmp_path / "run", wait=True):
       order.append("second")
 
   with workdir_lib.locked(tmp_path / "run"):
