@@ -99,7 +99,7 @@ class Checkpointer:
     position: dict[str, Any],
     meta: dict[str, Any],
   ) -> None:
-    """Start saving; the arrays may be overwritten as soon as it returns.
+    """Start saving; the caller may change all arguments once it returns.
 
     A step that exists already is left as it is: runs are deterministic, so
     its content is the same.
@@ -118,6 +118,9 @@ class Checkpointer:
     if step in processes.broadcast(steps(self._directory)):
       return
     arrays = _as_dicts(state)
+    # Orbax writes JSON in a thread of its own, when the next steps may have
+    # changed the caller's dicts.
+    position, meta = json.loads(json.dumps([position, meta]))
     meta = {
       **meta,
       "checksum": _checksum(position, meta),

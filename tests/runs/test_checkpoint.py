@@ -272,6 +272,25 @@ def test_a_full_disk_fails_the_save_and_leaves_the_last(tmp_path, limit):
   np.testing.assert_array_equal(read.state["x"], 3 * x)
 
 
+def test_what_is_saved_beside_the_arrays_may_change_at_once(tmp_path):
+  """Orbax writes it later, in a thread: the copy must have been made."""
+  saver = checkpoint.Checkpointer(tmp_path)
+  meta, position = {"totals": {"loss": 1.0}}, {"next": [3]}
+  write = saver._checkpointer.save
+
+  def write_late(*arguments, **options):
+    meta["totals"]["loss"] = 2.0
+    position["next"].append(4)
+    write(*arguments, **options)
+
+  saver._checkpointer.save = write_late
+  saver.save(1, make_state(1), position=position, meta=meta)
+  saver.close()
+  restored = checkpoint.read_latest(tmp_path)
+  assert restored.meta == {"totals": {"loss": 1.0}}
+  assert restored.position == {"next": [3]}
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, num_devices):
   """Donated memory is written over at once: the copy must have been made."""
