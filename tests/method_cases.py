@@ -76,6 +76,9 @@ class Curve:
     fields: curves -> fields of the distiller.
     prepare: (variables, rebuild, seed) -> variables as the toolbox starts.
     tolerance: relative, of losses and logits.
+    pair: position of the pair's file in the folder; the last has most methods.
+    prefix: of the names of the method's tensors.
+    also: weights of terms that the toolbox counts in the method's own.
   """
 
   word: str
@@ -83,6 +86,9 @@ class Curve:
   folder: str = "train"
   prepare: Callable[..., Any] = lambda variables, rebuild, seed: variables
   tolerance: float = 1e-4
+  pair: int = -1
+  prefix: str = "distiller."
+  also: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from kd_jax import registry
 from kd_jax.distillers.at import AT
 from kd_jax.distillers.base import Distiller, DistillOutput
 from kd_jax.distillers.bkd import BKD
+from kd_jax.distillers.catkd import CATKD
 from kd_jax.distillers.crd import CRD
 from kd_jax.distillers.ctkd import CTKD
 from kd_jax.distillers.dist import DIST
@@ -75,6 +76,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "bkd": BKD,
   "ctkd": CTKD,
   "sdd": SDD,
+  "catkd": CATKD,
 }
 
 

@@ -319,6 +319,11 @@ def stages(output: ModelOutputs, *, whose: str) -> list[jax.Array]:
   return maps
 
 
+def without_bias(head: Head, x: jax.Array) -> jax.Array:
+  """A linear classifier's weights applied to x [..., C], its bias left out."""
+  return head(x) - head(jnp.zeros((*(1,) * (x.ndim - 1), x.shape[-1])))
+
+
 def inverse_softplus(value: float) -> float:
   """x with log(1 + exp(x)) = value."""
   return math.log(math.expm1(value))

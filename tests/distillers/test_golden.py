@@ -43,8 +43,10 @@ def classifier(inputs, case, side):
   }
 
   def head(pooled):
-    bias = jnp.expand_dims(fc["bias"], range(pooled.ndim - 1))
-    return pooled @ fc["weight"].T + bias
+    logits = pooled @ fc["weight"].T
+    if "bias" not in fc:
+      return logits
+    return logits + jnp.expand_dims(fc["bias"], range(pooled.ndim - 1))
 
   return head
 
