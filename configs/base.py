@@ -48,6 +48,15 @@ def get_config(arg: str = "") -> ConfigDict:
   config.teacher.learning_rate = placeholder(float)
   config.teacher.milestones = placeholder(tuple)
   config.teacher.seed = 0
+  # A folder that keeps the teacher's logits for later runs of the same teacher,
+  # data, data.seed and batch_size, which then need not run the teacher; for
+  # methods that read nothing but its logits. "": none.
+  config.teacher.cache = ""
+  # "float16" or "float32" (None: float16).
+  config.teacher.cache_dtype = placeholder(str)
+  # How many of the largest logits are kept; the other classes share what is
+  # left of the probability evenly. 0: all of them are kept.
+  config.teacher.cache_top_k = 0
 
   # Several teachers instead, for the methods that take them (kd, srrl, simkd):
   # checkpoints, or dicts of name, checkpoint and weight. A term of the loss is

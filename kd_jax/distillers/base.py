@@ -62,6 +62,9 @@ class Distiller(nn.Module):
   takes_many_teachers: ClassVar[bool] = False
   # Whether the method compares the student with a teacher at all.
   needs_teacher: ClassVar[bool] = True
+  # Whether it reads nothing of the teacher but its logits, which may then come
+  # from a cache.
+  needs_logits_only: ClassVar[bool] = False
   # Arrays in the collection "memory" with one row per training example. On
   # several devices each may hold a shard of the rows; see `crd`.
   memory_rows: ClassVar[tuple[str, ...]] = ()
@@ -228,6 +231,7 @@ class LogitDistiller(Distiller):
   """
 
   takes_many_teachers: ClassVar[bool] = True
+  needs_logits_only: ClassVar[bool] = True
 
   def compare(
     self,

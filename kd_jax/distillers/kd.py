@@ -13,6 +13,7 @@ class KD(base.Distiller):
   """The terms "ce" and "kd", which every method with a teacher has."""
 
   takes_many_teachers: ClassVar[bool] = True
+  needs_logits_only: ClassVar[bool] = True
 
   def __call__(
     self,

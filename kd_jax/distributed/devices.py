@@ -133,6 +133,26 @@ class Devices:
     )
     return jax.jit(mapped, donate_argnums=(0,) if donate else ())
 
+  def map_batches(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles `fn(scalar, constants, resident, xs)` over the devices.
+
+    Args:
+      fn: of one replica; computes leaves [k, B, ...] from leaves [k, B, ...].
+
+    Returns:
+      The compiled function, whose results are split along B like `xs`.
+    """
+    split = P(None, collectives.AXIS)
+    return jax.jit(
+      jax.shard_map(
+        fn,
+        mesh=self.mesh,
+        in_specs=(P(), P(), P(), split),
+        out_specs=split,
+        check_vma=False,
+      )
+    )
+
   def _pmap(self, fn):
     mine = self.mesh.local_mesh.devices
     mapped = jax.pmap(

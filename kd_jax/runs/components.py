@@ -148,6 +148,7 @@ def _recipe(
     num_classes=source.num_classes,
     train_labels=np.asarray(source.labels, np.int32).tobytes(),
     load=pipeline.load,
+    cached_teacher=bool(config.teacher.cache),
     dtype=config.dtype,
     sync=config.sync_batch_stats,
     batch_size=config.batch_size,

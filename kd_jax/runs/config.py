@@ -43,6 +43,9 @@ def resolve_defaults(config: ConfigDict) -> ConfigDict:
       config.optim.learning_rate,
       name,
     )
+  if config.teacher.cache and config.teacher.cache_dtype is None:
+    with config.unlocked():
+      config.teacher.cache_dtype = "float16"
   return config
 
 

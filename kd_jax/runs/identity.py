@@ -12,7 +12,7 @@ from kd_jax import storage
 _FREE = re.compile(
   r"trials|steps_per_dispatch|eval\.batch_size|verify_export"
   r"|(checkpoint|log|parallel)\..*|data\.(dir|num_workers)"
-  r"|(teacher|teachers\.\d+)\.checkpoint"
+  r"|(teacher|teachers\.\d+)\.checkpoint|teacher\.cache"
   # Fields of earlier versions.
   r"|trials_together"
 )
@@ -38,6 +38,10 @@ def config_fingerprint(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
     for name, value in storage.flatten(tree).items()
     if not _FREE.fullmatch(name)
   }
-  if found.get("data.seed") is None:  # older configs have no such field
-    found.pop("data.seed", None)
+  # Older configs do not have these fields.
+  for name in ("data.seed", "teacher.cache_dtype"):
+    if found.get(name) is None:
+      found.pop(name, None)
+  if not found.get("teacher.cache_top_k"):
+    found.pop("teacher.cache_top_k", None)
   return found

@@ -73,6 +73,7 @@ LIMITS = {
   "teacher.epochs": _EPOCHS._replace(optional=True),
   "teacher.learning_rate": _RATE._replace(optional=True),
   "teacher.seed": _SEED,
+  "teacher.cache_top_k": _count(0, note="0 keeps all classes"),
   "optim.learning_rate": _RATE._replace(optional=True),
   "optim.reference_batch_size": _count(0, note="0 is off"),
   "optim.decay_rate": Limits(0, 1, above=True),

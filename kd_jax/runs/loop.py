@@ -12,6 +12,7 @@ from kd_jax.models import fold
 from kd_jax.runs import errors, logs, writers
 from kd_jax.runs.components import Components
 from kd_jax.runs.journal import Journal
+from kd_jax.runs.teacher_cache import TeacherCache
 from kd_jax.runs.teachers import Teachers
 from kd_jax.training import metrics
 from kd_jax.training import step as step_lib
@@ -26,6 +27,7 @@ class Loop:
     parts: Components,
     teachers: Teachers,
     journal: Journal,
+    cache: TeacherCache | None = None,
   ):
     """Start from the journal's state.
 
@@ -34,9 +36,10 @@ class Loop:
       parts: of the run.
       teachers: with their variables, placed.
       journal: of the run's files.
+      cache: of the teacher's logits, if there is one.
     """
     self._config, self._parts, self._journal = config, parts, journal
-    self._about_teachers = teachers.about
+    self._about_teachers, self._cache = teachers.about, cache
     self.state, self.step = journal.state, journal.step
     if self.step:
       logs.say(f"resuming from step {self.step} of {parts.total_steps}")
@@ -105,7 +108,11 @@ class Loop:
     parts = self._parts
     # A checkpoint may be of other hardware, and of between two dispatches.
     size = parts.steps_per_dispatch - self.step % parts.steps_per_dispatch
-    xs = parts.devices.shard(parts.pipeline.next_chunk(size))
+    xs: Any = parts.pipeline.next_chunk(size)
+    if self._cache:
+      kept = self._cache.chunk(self.step, size, self._constants, self._resident)
+      xs = {"batch": xs, "cached_logits": kept}
+    xs = parts.devices.shard(xs)
     self.state, sums = parts.programs.train_chunk(
       self.state, self._constants, self._resident, xs
     )

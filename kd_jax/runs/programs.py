@@ -52,6 +52,7 @@ class Recipe:
     num_classes: of the data.
     train_labels: int32, as bytes.
     load: (resident data, one step's slice) -> batch.
+    cached_teacher: whether the slice holds the teacher's logits.
     dtype: of the networks' arithmetic.
     sync: whether BatchNorm and the losses see the batch of all devices.
     batch_size: over all devices.
@@ -79,6 +80,7 @@ class Recipe:
   num_classes: int
   train_labels: bytes
   load: Callable[..., loss.Batch]
+  cached_teacher: bool
   dtype: str
   sync: bool
   batch_size: int
@@ -100,6 +102,8 @@ class Programs:
     specs: which arrays of the state are split over the devices.
     train_chunk: (state, `step.Constants`, resident data, chunk) -> (state, sums
       [k]); the state is donated.
+    teacher_chunk: (step, `step.Constants`, resident data, chunk) -> the
+      teacher's logits [k, B, C].
     eval_chunk: ({"student", "distiller"}, teacher variables, {}, chunk) ->
       sums.
   """
@@ -109,6 +113,7 @@ class Programs:
   initialize: Callable[..., state_lib.TrainState]
   specs: state_lib.TrainState
   train_chunk: Callable[..., tuple[state_lib.TrainState, Any]]
+  teacher_chunk: Callable[..., jax.Array]
   eval_chunk: Callable[..., Any]
 
 
@@ -182,9 +187,18 @@ def make_programs(recipe: Recipe) -> Programs:
     initialize=initialize,
     specs=specs,
     train_chunk=recipe.devices.map_chunk(
-      step_lib.make_train_chunk(step, recipe.load),
+      step_lib.make_train_chunk(step, _load(recipe)),
       donate=True,
       carry_specs=specs,
+    ),
+    teacher_chunk=recipe.devices.map_batches(
+      step_lib.make_teacher_chunk(
+        loss.make_precompute_teacher(
+          teachers=recipe.teachers,
+          transform=_loss_arguments(recipe)["transform"],
+        ),
+        recipe.load,
+      )
     ),
     eval_chunk=_eval_chunk(recipe.devices, _normalizer(recipe), **parts),
   )
@@ -264,6 +278,16 @@ def _loss_arguments(recipe: Recipe) -> dict[str, Any]:
     "steps_per_epoch": recipe.steps_per_epoch,
     "transform": transform,
     "mixing": mixing if any(mixing.values()) else None,
+  }
+
+
+def _load(recipe: Recipe) -> Callable[..., loss.Batch]:
+  """The pipeline's `load`, which hands a cached teacher's logits through."""
+  if not recipe.cached_teacher:
+    return recipe.load
+  return lambda resident, x: {
+    **recipe.load(resident, x["batch"]),
+    "cached_logits": x["cached_logits"],
   }
 
 

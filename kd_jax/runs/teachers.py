@@ -337,9 +337,10 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
       if config.teacher[field] is not None:
         place[field] = config.teacher[field]
     # Its own teacher settings are spent.
-    for field in ("epochs", "learning_rate", "milestones"):
+    for field in ("epochs", "learning_rate", "milestones", "cache_dtype"):
       teacher.teacher[field] = None
-    teacher.teacher.seed = 0
+    teacher.teacher.seed = teacher.teacher.cache_top_k = 0
+    teacher.teacher.cache = ""
     teacher.grid = ConfigDict()
     teacher.verify_export = False
   return teacher

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from kd_jax import data, storage
 from kd_jax.distributed import processes
-from kd_jax.runs import components, identity, limits, logs
+from kd_jax.runs import components, identity, limits, logs, teacher_cache
 from kd_jax.runs import config as config_lib
 from kd_jax.runs import journal as journal_lib
 from kd_jax.runs import loop as loop_lib
@@ -91,13 +91,18 @@ def _train(
     score=parts.evaluator.score,
     train=train_and_evaluate,
   )
+  cache = None
+  if config.teacher.cache:
+    cache = teacher_cache.TeacherCache(
+      config, parts, teachers.about["fingerprint"]
+    )
   state = parts.programs.initialize(
     parts.seeds[0], tuple(t.variables for t in teachers.members)
   )
   state = parts.devices.place(state, parts.programs.specs)
   logs.overview(state, config.student.name)
   journal = journal_lib.Journal(path, config, parts, teachers.members, state)
-  return loop_lib.Loop(config, parts, teachers, journal).run()
+  return loop_lib.Loop(config, parts, teachers, journal, cache).run()
 
 
 class Prepared(NamedTuple):
@@ -132,6 +137,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Prepared:
     return Prepared(config, result, None)
   teachers = teachers_lib.find(config, train_source)
   parts = components.build(config, train_source, test_source, teachers)
+  teacher_cache.check(config, parts.programs.distiller)
   return Prepared(config, None, parts)
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from kd_jax.data import augment
 from kd_jax.distillers import base
 from kd_jax.distributed import collectives
-from kd_jax.training import metrics
+from kd_jax.training import cached_logits, metrics
 
-# "image", "label", "index", "mask"; after `precompute_teacher` also
-# "augmented_images" and "teacher_outputs".
+# "image", "label", "index", "mask", and "cached_logits" of a cached teacher;
+# after `precompute_teacher` also "augmented_images" and "teacher_outputs".
 Batch = Mapping[str, Any]
 # (key, batch) -> images [B, H, W, C] as the networks take them.
 Transform = Callable[[jax.Array, Batch], jax.Array]
@@ -130,6 +130,14 @@ def make_precompute_teacher(
   def precompute_teacher(
     teacher_variables: Any, batch: Batch, step: jax.Array, seeds: jax.Array
   ) -> Batch:
+    batch = dict(batch)
+    if (kept := batch.pop("cached_logits", None)) is not None:
+      (teacher,) = teachers
+      outputs = (cached_logits.expand(kept, teacher.num_classes),)
+      augment_all = augment_images
+      if jnp.ndim(step):
+        augment_all = jax.vmap(augment_images, (0, 0, None))
+      return {**augment_all(batch, step, seeds), "teacher_outputs": outputs}
     if jnp.ndim(step) == 0:
       augmented = augment_images(batch, step, seeds)
       images = augmented["augmented_images"]

@@ -232,6 +232,36 @@ def make_train_chunk(
   return train_chunk
 
 
+def make_teacher_chunk(
+  precompute_teacher: loss.PrecomputeTeacher, load: Callable[..., loss.Batch]
+) -> Callable[..., jax.Array]:
+  """Wraps the teacher's part of k steps: what a cache keeps of them.
+
+  Args:
+    precompute_teacher: of one teacher.
+    load: see `make_train_chunk`.
+
+  Returns:
+    `teacher_chunk(first step, constants, resident, xs) -> logits [k, B, C]` of
+    the images that the steps from `first step` on will see.
+  """
+
+  def teacher_chunk(
+    first: jax.Array, constants: Any, resident: Any, xs: Any
+  ) -> jax.Array:
+    teacher_variables, seeds = constants
+    batches = jax.vmap(load, (None, 0))(resident, xs)
+    numbers = first + jnp.arange(jax.tree.leaves(xs)[0].shape[0])
+    batches = precompute_teacher(
+      teacher_variables, batches, numbers, jnp.asarray(seeds)
+    )
+    (output,) = batches["teacher_outputs"]
+    logits: jax.Array = output.logits
+    return logits
+
+  return teacher_chunk
+
+
 def precomputed_steps(steps: int, shape: Sequence[int]) -> int:
   """The number of steps whose batches a teacher sees at once.
 
