@@ -64,6 +64,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config.teachers = ()
 
   # The method: a name of kd_jax.distillers.names() and that module's fields.
+  # Several at once: "crd+dkd". All take the fields that every method has, such
+  # as temperature; one takes what it alone has. Fields that several have, and
+  # fields for one alone, go into a section of its name: distiller.dkd.beta.
   config.distiller = ConfigDict({"name": "none"})
   # Weight of each term of the loss; a term of weight 0 is not computed.
   config.loss_weights = ConfigDict({"ce": 1.0})

@@ -2,20 +2,23 @@
 
 One final linen module per method, in a file of the method's name, and a line in
 `DISTILLERS`. `connectors` holds the learned modules between the two networks,
-`multi_teacher` the mean over several teachers. This room imports
+`multi_teacher` the mean over several teachers, `combination` several methods at
+once. This room imports
 `kd_jax.losses`, `kd_jax.models.layers`, `kd_jax.distributed.collectives` and
 `kd_jax.registry`.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, NoReturn
 
 from kd_jax import registry
 from kd_jax.distillers.at import AT
 from kd_jax.distillers.base import Distiller, DistillOutput
 from kd_jax.distillers.bkd import BKD
 from kd_jax.distillers.catkd import CATKD
+from kd_jax.distillers.combination import Combination
 from kd_jax.distillers.crd import CRD
 from kd_jax.distillers.ctkd import CTKD
 from kd_jax.distillers.dist import DIST
@@ -47,6 +50,8 @@ __all__ = [
   "Distiller",
   "create",
   "create_for_teachers",
+  "fields_of_members",
+  "member_name",
   "names",
 ]
 
@@ -86,37 +91,26 @@ def names() -> list[str]:
 
 
 def create(name: str, **fields: Any) -> Distiller:
-  """Makes the distiller of a method.
+  """Makes the distiller of a method, or of several: "crd+dkd".
 
   Args:
-    name: one of `names()`, or a class of yours as "package.module:Class".
-    **fields: the module's fields, such as `temperature` or SimKD's `factor`.
+    name: one of `names()`, a class of yours as "package.module:Class", or
+      several of them joined by "+".
+    **fields: the module's fields, such as `temperature` or SimKD's `factor`. Of
+      several methods, all take the fields that every method has
+      (`temperature`, `standardize`), and one takes what it alone has. Any other
+      field, and one for a single method, goes into a dict of the method's name:
+      `create("dkd+sdd", dkd={"beta": 2.0, "temperature": 1.0})`. A class of
+      yours has its own name in lower case.
 
   Returns:
     The module, without variables.
 
   Raises:
-    ValueError: for an unknown method or field, with the nearest names.
+    ValueError: for an unknown method or field, with the nearest names; for
+      methods that do not go together, or a field that two of them have.
   """
-  cls = registry.resolve(name, DISTILLERS, what="method")
-  if not (isinstance(cls, type) and issubclass(cls, Distiller)):
-    raise ValueError(
-      f"method {name!r}: expected a subclass of kd_jax.distillers.Distiller, "
-      f"got {cls!r}"
-    )
-  known = [
-    field.name
-    for field in dataclasses.fields(cls)
-    if field.init and field.name not in ("parent", "name")
-  ]
-  for field in fields:
-    if field not in known:
-      raise ValueError(
-        f"{name} has no field {field!r}."
-        f"{registry.did_you_mean(field, known)} Its fields are: "
-        f"{', '.join(known)}"
-      )
-  return cls(**fields)
+  return create_for_teachers(name, (), **fields)
 
 
 def create_for_teachers(
@@ -130,15 +124,96 @@ def create_for_teachers(
     **fields: see `create`.
 
   Returns:
-    The method's own module for at most one teacher, else a `MultiTeacher`.
+    The method's own module for at most one teacher, else a `MultiTeacher`; of
+    several methods a `Combination` of such modules.
 
   Raises:
     ValueError: see `create`; or for several teachers of a method with one.
   """
+  if "+" not in name:
+    return _create_one(name, weights, fields)
+  parts = fields_of_members(name, **fields)
+  module = Combination(
+    members=tuple(
+      _create_one(part.pop("name"), weights, part).clone(name=key)
+      for key, part in parts.items()
+    )
+  )
+  # Raises if two members make the prediction.
+  _ = module.predictor
+  return module
+
+
+def member_name(method: str) -> str:
+  """What a method is called among several: a class of yours in lower case."""
+  return method.rpartition(":")[2].lower()
+
+
+def fields_of_members(name: str, **fields: Any) -> dict[str, dict[str, Any]]:
+  """Parts the fields of several methods; see `create`.
+
+  Args:
+    name: several methods, joined by "+".
+    **fields: see `create`.
+
+  Returns:
+    Name of the member -> "name" and the fields of its method.
+  """
+  methods: dict[str, str] = {}
+  known: dict[str, list[str]] = {}
+  for method in name.split("+"):
+    cls, key = _class(method), member_name(method)
+    if key in methods:
+      raise ValueError(
+        f"method {name!r}: expected different methods, got {methods[key]} and"
+        f" {method}"
+      )
+    if not cls.needs_teacher:
+      raise ValueError(
+        f"method {name!r}: expected methods that learn from a teacher, got"
+        f" {method}. Leave it out: every method has the term 'ce'"
+      )
+    methods[key], known[key] = method, _fields(cls)
+  made: dict[str, dict[str, Any]] = {key: {} for key in methods}
+  for field, value in fields.items():
+    takers = [key for key in known if field in known[key]]
+    if field in made:
+      if not isinstance(value, Mapping):
+        raise ValueError(
+          f"method {name!r}: expected the fields of {field} as a dict, got"
+          f" {value!r}"
+        )
+    elif not takers:
+      _refuse(name, field, [*made, *dict.fromkeys(chain(*known.values()))])
+    elif len(takers) > 1 and field not in _fields(Distiller):
+      raise ValueError(
+        f"method {name!r}: {' and '.join(takers)} each have a field {field!r}."
+        f" Say whose you mean: {takers[0]}={{{field!r}: {value!r}}}"
+      )
+    else:
+      for key in takers:
+        made[key][field] = value
+  for key, method in methods.items():
+    own = fields.get(key, {})
+    for field in own:
+      if field not in known[key]:
+        _refuse(key, field, known[key])
+    made[key] = {"name": method, **made[key], **own}
+  return made
+
+
+def _create_one(
+  name: str, weights: Sequence[float], fields: Mapping[str, Any]
+) -> Distiller:
+  """The module of one method for any number of teachers."""
+  cls = _class(name)
+  known = _fields(cls)
+  for field in fields:
+    if field not in known:
+      _refuse(name, field, known)
   if len(weights) <= 1:
-    return create(name, **fields)
-  members = tuple(create(name, **fields) for _ in weights)
-  if not members[0].takes_many_teachers:
+    return cls(**fields)
+  if not cls.takes_many_teachers:
     able = [n for n, cls in DISTILLERS.items() if cls.takes_many_teachers]
     raise ValueError(
       f"{name} learns from one teacher, got {len(weights)}: what it compares"
@@ -147,5 +222,32 @@ def create_for_teachers(
     )
   total = sum(weights)
   return MultiTeacher(
-    members=members, weights=tuple(weight / total for weight in weights)
+    members=tuple(cls(**fields) for _ in weights),
+    weights=tuple(weight / total for weight in weights),
+  )
+
+
+def _class(name: str) -> type[Distiller]:
+  cls = registry.resolve(name, DISTILLERS, what="method")
+  if not (isinstance(cls, type) and issubclass(cls, Distiller)):
+    raise ValueError(
+      f"method {name!r}: expected a subclass of kd_jax.distillers.Distiller, "
+      f"got {cls!r}"
+    )
+  return cls
+
+
+def _fields(cls: type[Distiller]) -> list[str]:
+  return [
+    field.name
+    for field in dataclasses.fields(cls)
+    if field.init and field.name not in ("parent", "name")
+  ]
+
+
+def _refuse(name: str, field: str, known: Sequence[str]) -> NoReturn:
+  raise ValueError(
+    f"{name} has no field {field!r}."
+    f"{registry.did_you_mean(field, known)} Its fields are: "
+    f"{', '.join(known)}"
   )

@@ -65,9 +65,19 @@ class Distiller(nn.Module):
   # Whether it reads nothing of the teacher but its logits, which may then come
   # from a cache.
   needs_logits_only: ClassVar[bool] = False
-  # Arrays in the collection "memory" with one row per training example. On
-  # several devices each may hold a shard of the rows; see `crd`.
-  memory_rows: ClassVar[tuple[str, ...]] = ()
+
+  @property
+  def memory_rows(self) -> tuple[str, ...]:
+    """Paths in the collection "memory" of arrays with a row per example.
+
+    On several devices each may hold a shard of the rows; see `crd`.
+    """
+    return ()
+
+  @property
+  def predictor(self) -> "Distiller":
+    """The module that the prediction needs: itself, or a member of several."""
+    return self
 
   @property
   def predicts_with_teacher_head(self) -> bool:

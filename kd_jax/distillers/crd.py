@@ -1,7 +1,7 @@
 """CRD: contrastive representation distillation (Tian et al., ICLR 2020)."""
 
 import math
-from typing import ClassVar, final
+from typing import final
 
 import flax.linen as nn
 import jax
@@ -52,13 +52,16 @@ class CRD(base.Distiller):
       of its class).
   """
 
-  memory_rows: ClassVar[tuple[str, ...]] = ("bank_s", "bank_t")
-
   k: int = 16384
   nce_temperature: float = 0.07
   momentum: float = 0.5
   feat_dim: int = 128
   mode: str = "exact"
+
+  @property
+  def memory_rows(self) -> tuple[str, ...]:
+    """The banks."""
+    return ("bank_s", "bank_t")
 
   @nn.compact
   def __call__(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
 from kd_jax import data
@@ -162,7 +163,10 @@ def _recipe(
 
 def _items(fields: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
   """A dict as a hashable value, in its order."""
-  return tuple(
-    (name, tuple(value) if isinstance(value, list) else value)
-    for name, value in fields.items()
-  )
+  return tuple((name, _hashable(value)) for name, value in fields.items())
+
+
+def _hashable(value: Any) -> Any:
+  if isinstance(value, list):
+    return tuple(value)
+  return FrozenDict(_items(value)) if isinstance(value, Mapping) else value

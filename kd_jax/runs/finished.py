@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd_jax import data
+from kd_jax import data, distillers
 from kd_jax.distillers import base
 from kd_jax.interop import card as card_lib
 from kd_jax.interop import model as model_lib
@@ -48,8 +48,11 @@ def model_card(
       model_lib.output_shapes(t.network, shape).features["last"].shape[1:]
       for t in teachers
     ]
+    settings, part = config.distiller.to_dict(), distiller.predictor.name
+    if part:
+      settings = distillers.fields_of_members(**settings)[part]
     head = card_lib.reused_head(
-      config.distiller.to_dict(),
+      settings,
       names=[t.name for t in teachers],
       weights=[t.weight for t in teachers],
       maps=maps,
@@ -95,7 +98,17 @@ def inference_variables(
     [t.variables["params"][t.network.head] for t in teachers],
     [t.weight / total for t in teachers],
   )
-  return model_lib.join(student, state.variables("distiller"), classifier)
+  own = _part(state.variables("distiller"), distiller.predictor.name)
+  return model_lib.join(student, own, classifier)
+
+
+def _part(
+  variables: model_lib.Variables, member: str | None
+) -> model_lib.Variables:
+  """The variables of one member of several methods; None: of the only one."""
+  if member is None:
+    return variables
+  return {k: tree[member] for k, tree in variables.items() if member in tree}
 
 
 def run_model(workdir: pathlib.Path, *, weights: str = "best") -> Model:
@@ -128,8 +141,14 @@ def run_model(workdir: pathlib.Path, *, weights: str = "best") -> Model:
   }
   card, variables = newest.meta["card"], parts["student"]
   if card["head"] is not None:
+    method = card["head"]["distiller"]["name"]
+    alone = method == card["method"]
     variables = model_lib.join(
-      **parts, classifier=model.variables["params"]["classifier"]
+      variables,
+      _part(
+        parts["distiller"], None if alone else distillers.member_name(method)
+      ),
+      model.variables["params"]["classifier"],
     )
   return Model(card, variables)
 

@@ -57,7 +57,7 @@ def parameter_overview(params: dict[str, Any], network: str) -> str:
   return "parameters\n" + "\n".join(lines)
 
 
-def memory_overview(memory: dict[str, jax.Array]) -> str:
+def memory_overview(memory: dict[str, Any]) -> str:
   """Describe the memory that a method takes.
 
   Args:
@@ -67,7 +67,7 @@ def memory_overview(memory: dict[str, jax.Array]) -> str:
     One line.
   """
   sizes = []
-  for x in memory.values():
+  for x in jax.tree.leaves(memory):
     shard = x.addressable_shards[0].data
     sizes.append((shard.nbytes, x.nbytes))
   each, whole = (sum(column) / 1e6 for column in zip(*sizes))

@@ -72,7 +72,7 @@ def state_specs(
   def spec(path: Any, _: Any) -> P:
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
     memory = names[:3] == ["collections", "distiller", "memory"]
-    split = memory and names[-1] in distiller.memory_rows
+    split = memory and "/".join(names[3:]) in distiller.memory_rows
     return P(collectives.AXIS) if split else P()
 
   specs: TrainState = jax.tree_util.tree_map_with_path(spec, state)

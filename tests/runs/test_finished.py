@@ -1,5 +1,6 @@
 """Exports of runs: complete, equal to the run, from any of its weights."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -8,12 +9,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from configs import base as base_config
 from kd_jax import data, distillers, models, storage
 from kd_jax.data import augment
 from kd_jax.interop import card as card_lib
+from kd_jax.interop import model as model_lib
 from kd_jax.interop import store
 from kd_jax.models import base
-from kd_jax.runs import finished
+from kd_jax.runs import finished, train
 from kd_jax.runs import workdir as workdir_lib
 from kd_jax.training import loss
 
@@ -171,3 +174,47 @@ def test_a_run_without_weights(kd, tmp_path, missing, weights, words):
   with pytest.raises(ValueError, match=words):
     finished.export_run(run, tmp_path / "export", weights=weights)
   assert not (tmp_path / "export").exists()
+
+
+def test_a_combination_exports_what_predicts(fast_compile, tmp_path):
+  """A SimKD student like any other, without the variables of its companion."""
+  config = base_config.distillation(
+    "simkd+crd",
+    weights={"simkd": 1.0, "crd": 0.8},
+    factor=4,
+    crd={"k": 16, "feat_dim": 8},
+  )
+  config = base_config.finish(config, "smoke").lock()
+  parts = train.prepare(config, tmp_path / "run").parts
+  (teacher,) = parts.teachers
+  image = jnp.zeros((1, *parts.train_source.image_shape))
+  variables = jax.jit(teacher.network.init)(jax.random.key(0), image)
+  teachers = (dataclasses.replace(teacher, variables=variables),)
+  state = parts.programs.initialize(np.uint32(0), (variables,))
+  distiller = parts.programs.distiller
+  assert set(state.params["distiller"]) == {"simkd", "crd"}
+  card = finished.model_card(
+    config,
+    source=parts.train_source,
+    distiller=distiller,
+    teachers=teachers,
+    scores={},
+  )
+  assert card["method"] == "simkd+crd"
+  assert card["head"]["distiller"] == {"name": "simkd", "factor": 4}
+  exported = finished.inference_variables(state, distiller, teachers)
+  model_lib.check_fit(card, exported, "the export")
+  rows = [len(parts.train_source.labels), 8]
+  banks = jax.tree_util.tree_leaves_with_path(
+    state.collections["distiller"]["memory"]
+  )
+  split = [
+    path[-1].key
+    for (path, x), spec in zip(
+      banks,
+      jax.tree.leaves(parts.programs.specs.collections["distiller"]["memory"]),
+      strict=True,
+    )
+    if spec and [*x.shape] == rows
+  ]
+  assert split == ["bank_s", "bank_t"]

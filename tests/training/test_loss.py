@@ -231,6 +231,7 @@ SIMKD = {"ce": 0.0, "kd": 0.0, "simkd": 1.0}
       {"student/classifier_0", "student/conv2_0", "student/conv2_1"},
     ),
     ("_tiny", "simkd", {"ce": 1.0, "simkd": 0.0}, {"distiller/projector"}),
+    ("_tiny", "simkd+dkd", {"dkd": 1.0}, {"distiller/simkd"}),
   ],
 )
 def test_reached_parameters(student, method, weights, modules):
