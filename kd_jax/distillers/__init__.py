@@ -24,6 +24,7 @@ from kd_jax.distillers.ctkd import CTKD
 from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
+from kd_jax.distillers.ickd import ICKD
 from kd_jax.distillers.ikl import IKL
 from kd_jax.distillers.kd import KD
 from kd_jax.distillers.luminet import LumiNet
@@ -82,6 +83,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "ctkd": CTKD,
   "sdd": SDD,
   "catkd": CATKD,
+  "ickd": ICKD,
 }
 
 

@@ -32,7 +32,7 @@ def catkd_loss(
     ValueError: for other ranks, unequal batches or numbers of classes.
 
   Source: Guo et al., "Class Attention Transfer Based Knowledge Distillation",
-  CVPR 2023, equation 4.
+  CVPR 2023.
 
   >>> import jax.numpy as jnp
   >>> a = jnp.ones((1, 4, 4, 3))
