@@ -38,6 +38,7 @@ from kd_jax.distillers.sdd import SDD
 from kd_jax.distillers.semckd import SemCKD
 from kd_jax.distillers.simkd import SimKD
 from kd_jax.distillers.sp import SP
+from kd_jax.distillers.srd import SRD
 from kd_jax.distillers.srrl import SRRL
 from kd_jax.distillers.tfkd import TfKD
 from kd_jax.distillers.ttm import TTM
@@ -84,6 +85,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "sdd": SDD,
   "catkd": CATKD,
   "ickd": ICKD,
+  "srd": SRD,
 }
 
 

@@ -55,6 +55,7 @@ from kd_jax.losses.spatial import adaptive_average_pool as adaptive_average_pool
 from kd_jax.losses.spatial import l2_normalize as l2_normalize
 from kd_jax.losses.spatial import nearest_resize as nearest_resize
 from kd_jax.losses.spatial import pool_to_smaller as pool_to_smaller
+from kd_jax.losses.srd import srd_loss as srd_loss
 from kd_jax.losses.srrl import srrl_loss as srrl_loss
 from kd_jax.losses.tfkd import tfkd_loss as tfkd_loss
 from kd_jax.losses.tfkd import tfkd_regularization as tfkd_regularization

@@ -143,12 +143,14 @@ class BatchNorm(nn.Module):
   Attributes:
     momentum: share of the old running statistics kept at each step.
     epsilon: added to the variance.
+    affine: whether it learns a scale and a bias.
     axis_name: mapped axis whose devices share their statistics, or None.
     dtype: of the result.
   """
 
   momentum: float = 0.9
   epsilon: float = 1e-5
+  affine: bool = True
   axis_name: str | None = None
   dtype: Any = jnp.float32
 
@@ -160,8 +162,10 @@ class BatchNorm(nn.Module):
     f32 = jnp.float32
     ra_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, f32)
     ra_var = self.variable("batch_stats", "var", jnp.ones, shape, f32)
-    scale = self.param("scale", nn.initializers.ones, shape, f32)
-    bias = self.param("bias", nn.initializers.zeros, shape, f32)
+    scale, bias = jnp.ones(shape), jnp.zeros(shape)
+    if self.affine:
+      scale = self.param("scale", nn.initializers.ones, shape, f32)
+      bias = self.param("bias", nn.initializers.zeros, shape, f32)
     if not train:
       multiplier = jax.lax.rsqrt(ra_var.value + self.epsilon) * scale
       y = (x.astype(f32) - _like(ra_mean.value, x)) * _like(multiplier, x)
