@@ -57,6 +57,7 @@ class Golden:
     unused: pattern of tensors that only the reference has.
     weights: case -> weights of the terms that it sums; None: 1 of the method's
       own.
+    batch: (inputs, case) -> what the batch has beside the labels.
   """
 
   pattern: str
@@ -64,6 +65,7 @@ class Golden:
   prefix: Callable[[Mapping[str, Any]], str] = lambda case: ""
   unused: str = r"\Z."
   weights: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
+  batch: Callable[..., Mapping[str, Any]] = lambda inputs, case: {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from kd_jax.distillers.ickd import ICKD
 from kd_jax.distillers.ikl import IKL
 from kd_jax.distillers.kd import KD
 from kd_jax.distillers.luminet import LumiNet
+from kd_jax.distillers.mgd import MGD
 from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
@@ -86,6 +87,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "catkd": CATKD,
   "ickd": ICKD,
   "srd": SRD,
+  "mgd": MGD,
 }
 
 

@@ -40,6 +40,8 @@ from kd_jax.losses.ickd import ickd_loss as ickd_loss
 from kd_jax.losses.ikl import ikl_loss as ikl_loss
 from kd_jax.losses.kd import kd_loss as kd_loss
 from kd_jax.losses.luminet import luminet_loss as luminet_loss
+from kd_jax.losses.mgd import mgd_loss as mgd_loss
+from kd_jax.losses.mgd import mgd_mask as mgd_mask
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
 from kd_jax.losses.normkd import normkd_loss as normkd_loss
 from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss

@@ -70,7 +70,7 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
     student, teacher = inputs.output(pair, "s"), inputs.output(pair, "t")
     module = distillers.create(method, **kind.fields(case))
     given = {
-      "batch": {"label": inputs.labels(case)},
+      "batch": {"label": inputs.labels(case), **kind.batch(inputs, case)},
       "teacher_heads": (classifier(inputs, case, "teacher"),),
       "student_head": classifier(inputs, case, "student"),
       **{"step": 0, "epoch": 1, "train": True, "method": "distill"},
