@@ -44,6 +44,7 @@ from kd_jax.distillers.srrl import SRRL
 from kd_jax.distillers.tfkd import TfKD
 from kd_jax.distillers.ttm import TTM
 from kd_jax.distillers.vid import VID
+from kd_jax.distillers.wkd_f import WKDF
 from kd_jax.distillers.wkd_l import WKDL
 from kd_jax.distillers.wsld import WSLD
 from kd_jax.distillers.wttm import WTTM
@@ -90,6 +91,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "srd": SRD,
   "mgd": MGD,
   "wkd_l": WKDL,
+  "wkd_f": WKDF,
 }
 
 
