@@ -68,6 +68,15 @@ class ReusedClassifier(models.Classifier):
       {**output.features, "last": last, "pooled": pooled},
     )
 
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `models.Classifier`: those of the student."""
+    norms: list[tuple[jax.Array, jax.Array]]
+    norms = self.student.stage_norms(params["student"])
+    return norms
+
 
 def join(
   student: Mapping[str, Any],

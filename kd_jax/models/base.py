@@ -102,6 +102,32 @@ class Classifier(nn.Module, abc.ABC):
     return logits + jnp.expand_dims(bias, range(pooled.ndim - 1))
 
   @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """Reads the BatchNorm just before the ReLU of each stage.
+
+    Its scale and bias are each channel's deviation and mean before the ReLU,
+    but for what a shortcut adds. OFD reads the teacher's. A plain function of
+    arrays, which each family has for itself.
+
+    Args:
+      params: the model's parameters, not folded.
+
+    Returns:
+      (scale [C], bias [C]) of stage1..stageN. Both are 0 for a channel that no
+      BatchNorm but an earlier ReLU made.
+
+    Raises:
+      ValueError: if the family does not have it, or BatchNorm is folded.
+    """
+    raise ValueError(
+      f"{type(self).__name__}: expected a network that tells which BatchNorm"
+      " comes before the ReLU of its stages, it has no method stage_norms; add"
+      " it, or choose another teacher or method"
+    )
+
+  @nn.nowrap
   def make_conv(self, **defaults: Any) -> layers.Conv:
     """`layers.conv` in this model's dtype."""
     return functools.partial(layers.conv, dtype=self.dtype, **defaults)

@@ -4,7 +4,8 @@ A block returns its sum before the ReLU: the caller activates, because methods
 such as ReviewKD read a stage's last map before activation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -123,3 +124,13 @@ def residual_stages(
     features[f"stage{stage}_preact"] = preact
     features[f"stage{stage}"] = x
   return x
+
+
+def residual_norms(
+  params: Mapping[str, Any], blocks: Sequence[int], norm: str
+) -> list[tuple[jax.Array, jax.Array]]:
+  """See `Classifier.stage_norms`: a norm of the last block of each stage."""
+  return [
+    layers.norm_parameters(params, f"layer{stage}_{count - 1}", norm)
+    for stage, count in enumerate(blocks, start=1)
+  ]

@@ -5,7 +5,7 @@ running variance decide the accuracy and make weights interchangeable.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +28,7 @@ __all__ = [
   "global_average_pool",
   "kaiming_normal_fan_out",
   "max_pool",
+  "norm_parameters",
   "relu",
   "torch_default_init",
   "uniform_bias_init",
@@ -156,6 +157,25 @@ def dense(
     dtype=dtype,
     name=name,
   )(x)
+
+
+def norm_parameters(
+  params: Mapping[str, Any], *path: str
+) -> tuple[jax.Array, jax.Array]:
+  """Scale and bias [C] of the BatchNorm at a path.
+
+  Raises:
+    ValueError: if it is folded.
+  """
+  for name in path:
+    params = params[name]
+  if "scale" not in params:
+    raise ValueError(
+      f"{'/'.join(path)}: expected a BatchNorm's scale and bias, got one folded"
+      " into its convolution, which has lost them; take the weights from before"
+      " folding"
+    )
+  return params["scale"], params["bias"]
 
 
 def relu(x: jax.Array) -> jax.Array:

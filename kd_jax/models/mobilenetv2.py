@@ -6,8 +6,8 @@ stride 1 where stage 1 would halve the map, and an expansion in every block.
 """
 
 import functools
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -137,6 +137,22 @@ class MobileNetV2Classifier(base.Classifier):
       bias_init=nn.initializers.zeros,
       dropout_rate=self.dropout_rate if train else 0.0,
     )
+
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`.
+
+    No ReLU follows a linear bottleneck. Its own BatchNorm stands in for the one
+    that would come before it, as in mdistiller.
+    """
+    return [
+      layers.norm_parameters(
+        params, f"blocks_{group}_{_GROUPS[group][2] - 1}", "conv_7"
+      )
+      for group in _STAGE_ENDS
+    ]
 
 
 def _weight_names(

@@ -8,14 +8,19 @@ basic blocks, all of whose stages have twice the channels, are SimKD's.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
-from kd_jax.models.blocks import BasicBlock, Bottleneck, residual_stages
+from kd_jax.models.blocks import (
+  BasicBlock,
+  Bottleneck,
+  residual_norms,
+  residual_stages,
+)
 from kd_jax.models.entry import Entry
 
 
@@ -74,6 +79,14 @@ class ResNet(base.Classifier):
       block = functools.partial(BasicBlock, conv=conv, norm=norm)
     x = residual_stages(x, features, block, self.blocks, widths, train=train)
     return self.finish(features, x)
+
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`."""
+    norm = "bn3" if self.bottleneck else "bn2"
+    return residual_norms(params, self.blocks, norm)
 
 
 def _resnet(*blocks: int, **fields: Any) -> Entry:

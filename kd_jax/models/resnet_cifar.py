@@ -8,13 +8,19 @@ its max-pool, RepDistiller's teacher.
 """
 
 import functools
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 
 from kd_jax.models import base, layers
-from kd_jax.models.blocks import BasicBlock, Bottleneck, residual_stages
+from kd_jax.models.blocks import (
+  BasicBlock,
+  Bottleneck,
+  residual_norms,
+  residual_stages,
+)
 from kd_jax.models.entry import Entry
 
 
@@ -59,6 +65,13 @@ class ResNetCifar(base.Classifier):
     )
     return self.finish(features, x)
 
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`."""
+    return residual_norms(params, 3 * ((self.depth - 2) // 6,), "bn2")
+
 
 class BottleneckResNetCifar(base.Classifier):
   """Stem and four stages of bottlenecks, at 1, 1/2, 1/4 and 1/8 resolution.
@@ -94,6 +107,13 @@ class BottleneckResNetCifar(base.Classifier):
       x, features, block, self.blocks, self.widths, train=train
     )
     return self.finish(features, x)
+
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`."""
+    return residual_norms(params, self.blocks, "bn3")
 
 
 _X1 = (16, 16, 32, 64)

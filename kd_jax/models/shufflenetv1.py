@@ -4,13 +4,15 @@ Zhang et al., ShuffleNet: An Extremely Efficient Convolutional Neural Network
 for Mobile Devices (CVPR 2018), table 1, with a 1x1 stem at stride 1.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from kd_jax.models import base, layers
+from kd_jax.models.blocks import residual_norms
 from kd_jax.models.entry import MOBILE_LEARNING_RATE, Entry
 
 _STEM_WIDTH = 24
@@ -111,6 +113,21 @@ class ShuffleNetV1(base.Classifier):
       features[f"stage{stage}_preact"] = preact
       features[f"stage{stage}"] = x
     return self.finish(features, x)
+
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`."""
+    norms = residual_norms(params, self.blocks, "bn3")
+    # A stage of one unit ends in channels pooled from the stage before.
+    return [
+      (
+        jnp.pad(scale, (0, width - scale.size)),
+        jnp.pad(bias, (0, width - bias.size)),
+      )
+      for width, (scale, bias) in zip(self.widths, norms, strict=True)
+    ]
 
 
 ENTRIES = {

@@ -7,6 +7,7 @@ stride 1.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.models import base, layers
+from kd_jax.models.blocks import residual_norms
 from kd_jax.models.entry import MOBILE_LEARNING_RATE, Entry, WeightNames
 
 
@@ -137,6 +139,24 @@ class ShuffleNetV2(base.Classifier):
     if self.imagenet:
       features["stage3_preact"], features["stage3"] = preact, x
     return self.finish(features, x)
+
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`: a stage's last unit passes half of its channels."""
+    blocks = [count + 1 for count in self.blocks]
+
+    def spread(v: jax.Array) -> jax.Array:
+      return layers.channel_shuffle(jnp.concatenate([0 * v, v]), 2)
+
+    norms = [
+      (spread(scale), spread(bias))
+      for scale, bias in residual_norms(params, blocks, "bn3")
+    ]
+    if self.imagenet:
+      norms[-1] = layers.norm_parameters(params, "bn2")
+    return norms
 
 
 def _torchvision_names() -> dict[str, str]:

@@ -5,7 +5,8 @@ Recognition (ICLR 2015), table 1; VGG-8 has one convolution per block.
 """
 
 import functools
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,17 @@ class VGG(base.Classifier):
       kernel_init=nn.initializers.normal(0.01),
       bias_init=nn.initializers.zeros,
     )
+
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`."""
+    return [
+      layers.norm_parameters(params, f"block{block}_{3 * count - 2}")
+      for block, count in enumerate(self.convs)
+      if block
+    ]
 
 
 ENTRIES = {

@@ -4,7 +4,8 @@ Zagoruyko and Komodakis, Wide Residual Networks (BMVC 2016), table 1.
 """
 
 import functools
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -107,6 +108,14 @@ class WideResNet(base.Classifier):
       layers.relu(features[f"{before}_preact"]),
       bias_init=nn.initializers.zeros,
     )
+
+  @nn.nowrap
+  def stage_norms(
+    self, params: Mapping[str, Any]
+  ) -> list[tuple[jax.Array, jax.Array]]:
+    """See `Classifier`: a stage's ReLU is in the next stage."""
+    paths = [("block2_layer_0", "bn1"), ("block3_layer_0", "bn1"), ("bn1",)]
+    return [layers.norm_parameters(params, *path) for path in paths]
 
 
 ENTRIES = {

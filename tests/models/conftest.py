@@ -95,6 +95,7 @@ def family(request):
     model=model,
     variables=variables,
     images=images,
+    run=run,
     output=output,
     grads=grads,
   )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kd_jax import models
-from kd_jax.models import resnet_cifar, wrn
+from kd_jax.models import fold, resnet_cifar, vgg, wrn
 
 HE, UNIFORM, SMALL_NORMAL = "He normal", "uniform", "N(0, 0.01^2)"
 # Initialisers of convolutions, of the classifier's kernel, and of its bias.
@@ -63,6 +63,46 @@ def test_pool_and_classify_are_the_networks_end(family):
   np.testing.assert_allclose(pooled, features["pooled"], rtol=1e-5, atol=1e-6)
   logits = family.model.classify(family.variables["params"], pooled)
   np.testing.assert_allclose(logits, family.output.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_norms_are_just_before_the_relu(family):
+  """Each bias moves its channels of its stage's map by as much."""
+  model, params = family.model, family.variables["params"]
+  flat = flax.traverse_util.flatten_dict(params)
+  biases = [path for path in flat if path[-1] == "bias"]
+  numbered = {p: np.full(flat[p].shape, i + 1.0) for i, p in enumerate(biases)}
+  tree = flax.traverse_util.unflatten_dict({**flat, **numbered})
+  norms = model.stage_norms(tree)
+  assert len(norms) == len(family.output.stages())
+  for stage, (scale, bias) in enumerate(norms, start=1):
+    key = f"stage{stage}_preact"
+    key = f"stage{stage}" if family.name == "mobilenetv2" else key
+    before = family.output.features[key]
+    (number,) = set(np.asarray(bias)) - {0}
+    path = biases[int(number) - 1]
+    assert scale.shape == bias.shape == before.shape[-1:]
+    assert np.array_equal(scale == 0, bias == 0)
+    step = np.linspace(-2, 2, flat[path].size, dtype=np.float32)
+    moved = flax.traverse_util.unflatten_dict({**flat, path: flat[path] + step})
+    expected = model.stage_norms(moved)[stage - 1][1]
+    expected = expected - model.stage_norms(params)[stage - 1][1]
+    _, output = family.run(moved)
+    difference = output.features[key] - before
+    np.testing.assert_allclose(
+      difference, np.broadcast_to(expected, before.shape), atol=1e-4
+    )
+    # What no BatchNorm made comes out of a ReLU.
+    assert (np.asarray(before)[..., np.asarray(bias) == 0] >= 0).all()
+
+
+def test_stage_norms_need_a_family_that_has_them_and_no_folding(draw):
+  model = vgg.VGG(10)
+  variables = draw(model)
+  folded = fold.fold(model, variables, (32, 32, 3))
+  with pytest.raises(ValueError, match=r"block1_1: .*folded.* before folding"):
+    model.stage_norms(folded["params"])
+  with pytest.raises(ValueError, match=r"VGG: .*no method stage_norms; add it"):
+    models.Classifier.stage_norms(model, variables["params"])
 
 
 def _check_kernel(kind, kernel, tolerance):
