@@ -15,6 +15,8 @@ _T = TypeVar("_T")
 Batch = Mapping[str, jax.Array]
 # A classifier: pooled features [..., C] -> logits [..., num_classes].
 Head = Callable[[jax.Array], jax.Array]
+# The collection of `Distiller.teacher_constants`.
+CONSTANTS = "constants"
 
 
 class DistillOutput(NamedTuple):
@@ -32,9 +34,9 @@ class DistillOutput(NamedTuple):
 class Distiller(nn.Module):
   """Base of the methods; each is one final subclass in a file of its name.
 
-  A distiller owns what its method learns (`params`, `batch_stats`) and
-  remembers (`memory`). It reads every shape from the arguments of `init`. Maps
-  are NHWC.
+  A distiller owns what its method learns (`params`, `batch_stats`), remembers
+  (`memory`) and has read of its teachers' weights (`constants`, which never
+  move). It reads every shape from the arguments of `init`. Maps are NHWC.
 
   A method with one teacher implements `__call__`. A method with none or
   several overrides `distill` instead. The train step always calls `distill`.
@@ -95,6 +97,32 @@ class Distiller(nn.Module):
   def bound(self, axis_name: str | None) -> str | None:
     """`axis_name`, or None during `init`, where no axis is mapped."""
     return None if self.is_initializing() else axis_name
+
+  @nn.nowrap
+  def teacher_constants(
+    self, teachers: Sequence[Any], variables: Sequence[Any]
+  ) -> dict[str, Any]:
+    """Computes what the method reads of its teachers beyond their outputs.
+
+    `training.loss.init_distiller` calls it once, when a run starts; `__call__`
+    reads the arrays by `constant`.
+
+    Args:
+      teachers: the networks, each a `models.Classifier`.
+      variables: of each, before BatchNorm is folded.
+
+    Returns:
+      Arrays by name, float32; most methods have none.
+    """
+    del teachers, variables
+    return {}
+
+  def constant(self, name: str, shape: Sequence[int]) -> jax.Array:
+    """One of `teacher_constants`, float32; NaN until they are computed."""
+    value: jax.Array = self.variable(
+      CONSTANTS, name, jnp.full, tuple(shape), jnp.nan, jnp.float32
+    ).value
+    return value
 
   def __call__(
     self,
@@ -336,6 +364,18 @@ def stages(output: ModelOutputs, *, whose: str) -> list[jax.Array]:
 def without_bias(head: Head, x: jax.Array) -> jax.Array:
   """A linear classifier's weights applied to x [..., C], its bias left out."""
   return head(x) - head(jnp.zeros((*(1,) * (x.ndim - 1), x.shape[-1])))
+
+
+def preactivations(output: ModelOutputs, *, whose: str) -> list[jax.Array]:
+  """The maps stage1..stageN before their activation, if the network has them.
+
+  Raises:
+    ValueError: if there are no stages.
+  """
+  return [
+    output.features.get(f"stage{i}_preact", x)
+    for i, x in enumerate(stages(output, whose=whose), start=1)
+  ]
 
 
 def inverse_softplus(value: float) -> float:

@@ -1,8 +1,9 @@
 """Several methods at once: one distiller with the terms of all."""
 
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
+import flax.linen as nn
 import jax
 
 from kd_jax.distillers import base
@@ -57,6 +58,17 @@ class Combination(base.Distiller):
   def predicts_with_teacher_head(self) -> bool:
     """Whether a member does."""
     return self.predictor is not self
+
+  @nn.nowrap
+  def teacher_constants(
+    self, teachers: Sequence[Any], variables: Sequence[Any]
+  ) -> dict[str, Any]:
+    """See `base.Distiller.teacher_constants`: the members', by name."""
+    found = {
+      str(member.name): member.teacher_constants(teachers, variables)
+      for member in self.members
+    }
+    return {name: constants for name, constants in found.items() if constants}
 
   def last_map(
     self,

@@ -40,10 +40,7 @@ class ReviewKD(base.Distiller):
     """See `base.Distiller.__call__`; the method's term is "reviewkd"."""
     terms = self.logit_terms(student, teacher, batch)
     maps_s = base.stages(student, whose="student")
-    maps_t = [
-      teacher.features.get(f"stage{i}_preact", x)
-      for i, x in enumerate(base.stages(teacher, whose="teacher"), start=1)
-    ]
+    maps_t = base.preactivations(teacher, whose="teacher")
     if len(maps_s) != len(maps_t):
       raise ValueError(
         "reviewkd: expected equally many stages, each level teaches its "

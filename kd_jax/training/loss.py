@@ -68,7 +68,7 @@ def init_distiller(
   images: jax.Array,
   batch: Batch,
 ) -> Any:
-  """Initial variables of a distiller, from the outputs of the networks.
+  """Initial variables of a distiller, from the networks and their outputs.
 
   Args:
     distiller: the method.
@@ -76,12 +76,17 @@ def init_distiller(
     student: the model.
     student_variables: of the student.
     teachers: the networks; `()` if there are none.
-    teacher_variables: of each.
+    teacher_variables: of each, not folded if the method has
+      `teacher_constants`.
     images: [B, H, W, C] float, for the shapes.
     batch: with "label" [B]; for methods with a memory also "train_labels" [N].
+
+  Raises:
+    ValueError: if the teacher's constants cannot be computed, or are others
+      than the method reads.
   """
   outputs, heads = run_teachers(teachers, teacher_variables, images)
-  return distiller.init(
+  variables = distiller.init(
     rngs,
     student.apply(student_variables, images, train=False),
     outputs,
@@ -93,6 +98,18 @@ def init_distiller(
     train=True,
     method="distill",
   )
+  constants = distiller.teacher_constants(teachers, teacher_variables)
+  read, found = (
+    jax.tree.map(jnp.shape, arrays)
+    for arrays in (variables.get(base.CONSTANTS, {}), constants)
+  )
+  if read != found:
+    raise ValueError(
+      f"{type(distiller).__name__}: expected teacher_constants of the shapes"
+      f" {read}, got {found}; does the teacher's stage_norms have an entry for"
+      " each of its stages?"
+    )
+  return {**variables, base.CONSTANTS: constants} if constants else variables
 
 
 def make_precompute_teacher(
@@ -271,7 +288,7 @@ def make_loss_fn(
       epoch=step // steps_per_epoch + 1,
       train=True,
       method="distill",
-      mutable=list(collections["distiller"]),
+      mutable=[n for n in collections["distiller"] if n != base.CONSTANTS],
       rngs={"distiller": distiller_key},
     )
     # With a ramp of W steps, a term's weight grows to 1 over W steps.

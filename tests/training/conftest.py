@@ -14,6 +14,7 @@ import pytest
 from kd_jax import distillers, losses
 from kd_jax.distributed import collectives
 from kd_jax.distributed import devices as devices_lib
+from kd_jax.models import layers
 from kd_jax.models.base import Classifier
 from kd_jax.training import loss, optim
 from kd_jax.training import state as state_lib
@@ -44,6 +45,10 @@ class Mini(Classifier):
       x = features[name] = nn.relu(x)
     rate = self.dropout if train else 0.0
     return self.finish(features, x, dropout_rate=rate)
+
+  @nn.nowrap
+  def stage_norms(self, params):
+    return [layers.norm_parameters(params, f"bn{i}") for i in (1, 2)]
 
 
 def _settings(method):

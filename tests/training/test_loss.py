@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,72 @@ def make_loss(weights, **options):
   )
   params = {"student": variables["params"], "distiller": distilled["params"]}
   return loss_fn, params, ({"student": {}, "distiller": {}}, (), BATCH)
+
+
+class Reads(base.Distiller):
+  """Reads its teacher's classifier once; it may try to change what it read."""
+
+  width: int = 5
+  moves: bool = False
+
+  @nn.nowrap
+  def teacher_constants(self, teachers, variables):
+    return {"bias": self.only(variables)["params"]["fc"]["bias"]}
+
+  @nn.compact
+  def distill(self, student, teachers, batch, **_):
+    bias = self.constant("bias", (self.width,))
+    if self.moves and not self.is_initializing():
+      self.put_variable(base.CONSTANTS, "bias", bias + 1)
+    return base.DistillOutput(student.logits, {"bias": jnp.sum(bias)})
+
+
+def init_reads(distiller, teacher_variables):
+  student = Linear()
+  variables = student.init(jax.random.key(0), BATCH["image"])
+  return loss.init_distiller(
+    *(distiller, jax.random.key(1)),
+    **{"student": student, "student_variables": variables},
+    **{"teachers": (student,), "teacher_variables": (teacher_variables,)},
+    **{"images": BATCH["image"], "batch": BATCH},
+  )
+
+
+def test_constants_are_those_of_the_weights_and_never_move():
+  """One compiled program serves whichever teacher is trained later."""
+  teacher = Linear().init(jax.random.key(2), BATCH["image"])
+  init = jax.jit(functools.partial(init_reads, Reads()))
+  for seed in range(2):
+    bias = np.random.default_rng(seed).standard_normal(5).astype(np.float32)
+    teacher["params"]["fc"]["bias"] = bias
+    variables = init(teacher)
+    np.testing.assert_array_equal(variables["constants"]["bias"], bias)
+  assert init._cache_size() == 1
+
+  def loss_of(distiller):
+    loss_fn = loss.make_loss_fn(
+      **{"student": Linear(), "teachers": (Linear(),), "distiller": distiller},
+      **{"loss_weights": {"bias": 1.0}, "steps_per_epoch": 1},
+      transform=lambda key, batch: batch["image"],
+    )
+    params = {"student": teacher["params"], "distiller": {}}
+    collections = {"student": {}, "distiller": variables}
+    arguments = params, collections, (teacher,), BATCH, jnp.int32(0), SEEDS
+    return loss_fn(*arguments)
+
+  total, (collections, _) = loss_of(Reads())
+  np.testing.assert_allclose(total, bias.sum(), rtol=1e-6)
+  moved = collections["distiller"]["constants"]
+  np.testing.assert_array_equal(moved["bias"], bias)
+  with pytest.raises(flax.errors.ModifyScopeVariableError):
+    loss_of(Reads(moves=True))
+
+
+def test_constants_that_the_method_does_not_read():
+  teacher = Linear().init(jax.random.key(2), BATCH["image"])
+  words = r"Reads: expected.*'bias': \(4,\).*got.*'bias': \(5,\)"
+  with pytest.raises(ValueError, match=words):
+    init_reads(Reads(width=4), teacher)
 
 
 def test_a_ramp_grows_over_its_steps():
