@@ -58,6 +58,7 @@ class Golden:
     weights: case -> weights of the terms that it sums; None: 1 of the method's
       own.
     batch: (inputs, case) -> what the batch has beside the labels.
+    constants: (inputs, case) -> the teacher constants of the method.
   """
 
   pattern: str
@@ -66,6 +67,7 @@ class Golden:
   unused: str = r"\Z."
   weights: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
   batch: Callable[..., Mapping[str, Any]] = lambda inputs, case: {}
+  constants: Callable[..., dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

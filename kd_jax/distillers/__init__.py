@@ -33,6 +33,7 @@ from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.normkd import NormKD
+from kd_jax.distillers.ofd import OFD
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.rld import RLD
 from kd_jax.distillers.sdd import SDD
@@ -72,6 +73,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "semckd": SemCKD,
   "simkd": SimKD,
   "reviewkd": ReviewKD,
+  "ofd": OFD,
   "dkd": DKD,
   "dist": DIST,
   "nkd": NKD,

@@ -209,6 +209,28 @@ class FeatureTransfer(nn.Module):
     return layers.relu(x)[:, 0, 0]
 
 
+class LinearConnector(nn.Module):
+  """OFD's connector: 1x1 convolution and BatchNorm, He normal over fan-out."""
+
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, channels: int, *, train: bool) -> jax.Array:
+    """[B, H, W, C] -> [B, H, W, channels]."""
+    x = layers.conv(
+      x.astype(self.dtype),
+      channels,
+      1,
+      name="conv",
+      kernel_init=layers.kaiming_normal_fan_out,
+      dtype=self.dtype,
+    )
+    return layers.BatchNorm(
+      axis_name=self.axis_name, dtype=self.dtype, name="bn"
+    )(x, train=train)
+
+
 class AttentionFusion(nn.Module):
   """ReviewKD's ABF: fuses a level with the deeper ones and projects it.
 

@@ -1,5 +1,7 @@
 """Several methods at once: the terms of all, and whose a field is."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -176,3 +178,13 @@ def test_several_teachers(tiny, quick):
     np.testing.assert_allclose(output.terms[term], value, rtol=1e-6)
   with pytest.raises(ValueError, match="crd learns from one teacher, got 2"):
     distillers.create_for_teachers("kd+crd", (3.0, 1.0))
+
+
+def test_constants_are_those_of_the_members(tiny):
+  norms = [(jnp.ones(8), jnp.zeros(8)), (jnp.ones(16), jnp.zeros(16))]
+  teacher = types.SimpleNamespace(stage_norms=lambda params: norms)
+  both = distillers.create("dkd+ofd")
+  found = both.teacher_constants((teacher,), ({"params": {}},))
+  expected = tiny.shapes(both)["constants"]
+  assert [*expected] == ["ofd"]
+  assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)

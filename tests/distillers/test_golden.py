@@ -23,10 +23,29 @@ def input_name(pair, key, output):
   key = key.removeprefix(f"{pair}/s/")
   if key == "logits_s":
     return ""
+  if key.startswith("pre"):
+    return preactivation(key)
   number = int(key.removeprefix("feat"))
   if number > len(output.stages()):
     return "pooled"
   return f"stage{number}" if number else "stem"
+
+
+def preactivation(key):
+  """ "pre0" -> "stage1_preact"."""
+  return f"stage{int(key.removeprefix('pre')) + 1}_preact"
+
+
+def network(inputs, pair, case, side):
+  """A network's output, with the pre-activations that a case names."""
+  output = inputs.output(pair, side)
+  names = case.get({"s": "student", "t": "teacher"}[side], ())
+  more = {
+    preactivation(name.rpartition("/")[2]): inputs.tensor(name)
+    for name in names
+    if "/pre" in name
+  }
+  return output._replace(features={**output.features, **more})
 
 
 def classifier(inputs, case, side):
@@ -67,7 +86,7 @@ def expected_modules(case, unused):
 def test_method(golden_inputs, fill_distiller, quick, method, kind):
   inputs = golden_inputs
   for pair, case in inputs.cases(kind.pattern):
-    student, teacher = inputs.output(pair, "s"), inputs.output(pair, "t")
+    student, teacher = (network(inputs, pair, case, side) for side in "st")
     module = distillers.create(method, **kind.fields(case))
     given = {
       "batch": {"label": inputs.labels(case), **kind.batch(inputs, case)},
@@ -84,6 +103,10 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
       method, variables, kind.prefix(case), inputs.seed
     )
     assert used == expected_modules(case, kind.unused)
+    if kind.constants:
+      constants = kind.constants(inputs, case)
+      assert variables["constants"].keys() == constants.keys()
+      variables["constants"] = constants
 
     weights = kind.weights(case) if kind.weights else {method: 1}
 
@@ -114,7 +137,7 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
     names = {
       key: input_name(pair, key, student)
       for key in case["grad"]
-      if key == "logits_s" or "/feat" in key  # others are a module's own
+      if key == "logits_s" or "/s/" in key  # others are a module's own
     }
     varied = {
       n: student.features.get(n, student.logits) for n in names.values()

@@ -128,9 +128,15 @@ def test_six_steps(method, curve, read, rebuild, fill_distiller, quick):
     labels = np.arange(64, dtype=np.int32) % 8
     if "crd" in curves:
       labels = np.arange(curves["crd"]["n_data"], dtype=np.int32) % 8
-    batch = {**batch, "train_labels": labels}
-    return distiller.init(
-      jax.random.key(0), **given(student_variables, frozen, batch, True)
+    return loss.init_distiller(
+      distiller,
+      jax.random.key(0),
+      student=student,
+      student_variables=student_variables,
+      teachers=(teacher,),
+      teacher_variables=(frozen,),
+      images=batch["image"],
+      batch={**batch, "train_labels": labels},
     )
 
   variables = initialize(student_variables, frozen, batches[0])
