@@ -91,7 +91,7 @@ def build(
       "sharding": devices.batch_sharding,
     },
   )
-  recipe = _recipe(config, train_source, teachers, devices, pipeline)
+  recipe = make_recipe(config, train_source, teachers, devices, pipeline)
   return Components(
     train_source=train_source,
     test_source=test_source,
@@ -119,14 +119,22 @@ def build(
   )
 
 
-def _recipe(
+def make_recipe(
   config: ConfigDict,
   source: data.Source | data.EncodedSource,
   teachers: Sequence[Teacher],
   devices: devices_lib.Devices,
   pipeline: data.Pipeline,
 ) -> programs_lib.Recipe:
-  """What the compiled programs depend on, but no seed."""
+  """What the compiled programs depend on, but no seed.
+
+  Args:
+    config: with all defaults resolved.
+    source: the training set.
+    teachers: see `teachers.find`.
+    devices: over which a batch is split.
+    pipeline: of the training set.
+  """
   steps_per_epoch, optim = pipeline.steps_per_epoch, config.optim
   return programs_lib.Recipe(
     student=config.student.name,

@@ -99,6 +99,7 @@ class Programs:
     distiller: of a replica.
     schedule: learning rate as a function of the step.
     initialize: (seed, teacher variables) -> a fresh TrainState.
+    shapes: of the state's arrays, whole.
     specs: which arrays of the state are split over the devices.
     train_chunk: (state, `step.Constants`, resident data, chunk) -> (state, sums
       [k]); the state is donated.
@@ -111,6 +112,7 @@ class Programs:
   distiller: distillers.Distiller
   schedule: optax.Schedule
   initialize: Callable[..., state_lib.TrainState]
+  shapes: state_lib.TrainState
   specs: state_lib.TrainState
   train_chunk: Callable[..., tuple[state_lib.TrainState, Any]]
   teacher_chunk: Callable[..., jax.Array]
@@ -185,6 +187,7 @@ def make_programs(recipe: Recipe) -> Programs:
     distiller=distiller,
     schedule=schedule,
     initialize=initialize,
+    shapes=shapes,
     specs=specs,
     train_chunk=recipe.devices.map_chunk(
       step_lib.make_train_chunk(step, _load(recipe)),
