@@ -110,7 +110,7 @@ class GoldenInputs:
   def cases(self, pattern):
     """[(pair or "", case)] of the cases of a kind; there must be one."""
     found = [
-      (name.rpartition("/")[0], case)
+      (name.rpartition("/")[0], {"batch": self.batch, **case})
       for name, case in self.named.items()
       if re.fullmatch(pattern, name.rpartition("/")[2])
     ]

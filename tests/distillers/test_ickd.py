@@ -14,7 +14,7 @@ METHOD = Method(
       lambda case: {"kernel_size": 3},
       prefix=lambda case: "embed.",
       # It divides by the batch size twice.
-      weights=lambda case: {"ickd": 1 / 8},
+      weights=lambda case: {"ickd": 1 / case["batch"]},
     ),
   ),
   curves=(
