@@ -19,6 +19,7 @@ from absl import flags
 from kd_jax.data import fetch
 from kd_jax.data.batch import BatchPlan, Pipeline
 from kd_jax.data.common import EncodedSource, Source, check_range
+from kd_jax.distributed import signals
 
 
 def _end_with(parent: Any) -> None:
@@ -29,12 +30,12 @@ def _end_with(parent: Any) -> None:
 def _start_worker(index: int, count: int) -> None:
   """Sets a worker process up.
 
-  It ignores SIGINT and SIGTERM, because the training process needs more batches
-  before it saves and stops. It ends when the training process dies.
+  It ignores the signals that the training process watches, which needs more
+  batches before it saves and stops. It ends when the training process dies.
   """
   del index, count
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  for number in signals.WATCHED:
+    signal.signal(number, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

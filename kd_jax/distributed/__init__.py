@@ -4,7 +4,7 @@
 - `devices`: the mesh, placing arrays, mapping a step over devices.
 - `processes`: joining processes, and what they have to agree on.
 - `launcher`: starting processes on this machine (`--local_processes`).
-- `signals`: SIGTERM and SIGINT.
+- `signals`: SIGTERM, SIGINT and SIGHUP.
 
 This room imports only JAX, NumPy and the standard library.
 """

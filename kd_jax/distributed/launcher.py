@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from kd_jax.distributed import signals
+
 # Seconds that the other local processes get to end after one has failed.
 GRACE = 20.0
 
@@ -200,8 +202,8 @@ def start_local(count: int, command: Sequence[str]) -> int:
   """Runs a command as `count` processes on this machine, to the end.
 
   Shows all output of the first process, and stderr of the others with their
-  number before each line. Passes SIGTERM and SIGINT on. When a process fails,
-  the others get `GRACE` seconds to end before they are killed.
+  number before each line. Passes SIGTERM, SIGINT and SIGHUP on. When a process
+  fails, the others get `GRACE` seconds to end before they are killed.
 
   Args:
     count: number of processes.
@@ -230,7 +232,8 @@ def start_local(count: int, command: Sequence[str]) -> int:
 
   before = {
     number: signal.signal(number, pass_on)
-    for number in (signal.SIGTERM, signal.SIGINT)
+    for number in signals.WATCHED
+    if signal.getsignal(number) is not signal.SIG_IGN
   }
   try:
     for index, environment in enumerate(environments):

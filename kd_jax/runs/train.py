@@ -42,7 +42,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     ValueError: for a config that cannot run or a workdir in use, before
       anything is written.
     NonFiniteLossError: when the loss leaves the finite numbers.
-    PreemptedError: after SIGTERM or SIGINT, when a checkpoint has been written.
+    PreemptedError: after a signal, when a checkpoint has been written.
     UnsavedError: when something could not be saved.
   """
   # Flax and optax promote ranks, which the user's environment may forbid.

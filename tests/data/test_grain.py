@@ -175,8 +175,8 @@ def test_worker_processes_change_nothing(files, assert_equal):
     assert len(children) == 2
     # Sent to all processes of a job; only the training process acts on it.
     for child in children:
-      os.kill(child.pid, signal.SIGINT)
-      os.kill(child.pid, signal.SIGTERM)
+      for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(child.pid, number)
     assert_equal(batches(workers, [2, STEPS]), expected[8:])
     assert workers.skipped.reasons() == alone.skipped.reasons() != []
     assert all(child.is_alive() for child in children)

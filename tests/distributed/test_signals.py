@@ -2,8 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
-import weakref
 
 import pytest
 
@@ -52,20 +53,58 @@ def test_stop_signals_do_nothing_in_another_thread():
   assert seen == [(None, before)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_in_a_weak_references_callback_is_noted():
-  class Object:
-    pass
+ENDED = """
+import os, sys, weakref
+from kd_jax.distributed import signals
 
-  thing = Object()
-  callback = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+class Object:
+  pass
+
+with signals.ended_by_signals(75):
+  print("begun")
+  number = int(sys.argv[2])
+  try:
+    if sys.argv[1] == "callback":  # Python drops what is raised in there
+      thing = Object()
+      callback = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+      del thing
+    elif sys.argv[1] == "print":
+      class Reentrant:
+        def flush(self):
+          raise RuntimeError("reentrant call")
+      sys.stdout.flush()
+      sys.stdout = Reentrant()
+      os.kill(os.getpid(), number)
+    else:
+      os.close(2)  # nobody listens
+      os.kill(os.getpid(), number)
+  except BaseException:
+    os._exit(1)
+  os._exit(2)
+"""
+
+
+@pytest.mark.parametrize("where", ["callback", "print", "closed"])
+@pytest.mark.parametrize("number", signals.WATCHED)
+def test_ended_by_signals(number, where, repo):
+  process = subprocess.run(
+    [sys.executable, "-c", ENDED, where, str(int(number))],
+    env={**os.environ, "PYTHONPATH": str(repo)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.returncode == 75
+  assert process.stdout == "begun\n"
+  said = f"stopped by {signal.Signals(number).name}. Run the same command"
+  assert said in process.stderr or where == "closed"
+
+
+def test_ended_by_signals_restores_the_handlers():
+  before = signal.getsignal(signal.SIGTERM)
   with signals.ended_by_signals(75):
-    del thing  # Python drops what the handler raises in the callback
-    assert callback() is None
-    with signals.StopSignals() as stop:
-      assert stop.received == "SIGTERM"
-  with signals.StopSignals() as stop:
-    assert stop.received is None
+    assert signal.getsignal(signal.SIGTERM) != before
+  assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_ignored_signal_stays_ignored():

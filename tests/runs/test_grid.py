@@ -184,6 +184,7 @@ def test_a_signal_between_cells_stops_the_grid(tmp_path, monkeypatch):
     signal.raise_signal(signal.SIGTERM)
 
   monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+  monkeypatch.setattr(os, "_exit", sys.exit)
   with pytest.raises(SystemExit) as stopped, signals.ended_by_signals(75):
     grid.run_grid(make({"a": {}, "b": {}}), str(tmp_path))
   assert stopped.value.code == 75 and made == ["a"]
