@@ -1,12 +1,11 @@
 """Drills: real processes on this machine, and every fault of a cluster.
 
-    python scripts/drills.py            all, about 20 minutes on two cores
+    python scripts/drills.py            all, about 30 minutes on two cores
     python scripts/drills.py killed full_disk
+    python scripts/drills.py moments --moments 1000
 
 Each drill trains CRD with small networks on the CPU, breaks something, shows
-what the user then sees, and checks it. CRD has all that a restart can lose:
-BatchNorm, banks, normalisers, random negatives. The exit code is 1 if a drill
-fails.
+what the user then sees, and checks it. The exit code is 1 if a drill fails.
 """
 
 import argparse
@@ -18,292 +17,36 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
 import numpy as np
+from PIL import Image
 
 from kd_jax import storage
-
-OPTIONS = (
-  "--config.student.name=_tiny",
-  "--config.teacher.name=_tiny_wide",
-  "--config.teacher.epochs=1",
-  "--config.distiller.k=32",
-  "--config.distiller.feat_dim=8",
-  "--config.data.image_size=8",
-  "--config.epochs=30",
-  "--config.eval.every_epochs=10",
-  "--config.checkpoint.every_steps=16",
-  "--config.log.every_steps=4",
-  # At the recipe's 0.05 rounding is amplified: with nothing interrupted, other
-  # numbers of devices come out 0.3 apart in the worst momentum. At this, 5e-6.
-  "--config.optim.learning_rate=0.01",
-  "--config.parallel.heartbeat_seconds=10",
+from scripts.drill_processes import (
+  LOST,
+  OPTIONS,
+  RESUMED,
+  SEEN_WITHIN,
+  TIMEOUT,
+  UNUSABLE,
+  Processes,
+  environment,
+  expect,
+  expect_same_end,
+  line_with,
+  steps_saved,
+  train_in,
+  worst_difference,
 )
-TOTAL = 120
-TIMEOUT = 240.0
-SEEN_WITHIN = 60.0
-# How a process says that another one has ended, in our words and in JAX's.
-LOST = "the end of another process|another task died|stopped sending heartbeats"
-RESUMED = "resuming from step"
-UNUSABLE = r"checkpoint of step \d+ in .* cannot be used"
-
-
-def _copy(pipe: IO[bytes], log: IO[bytes]) -> None:
-  with pipe, log:
-    shutil.copyfileobj(pipe, log)
-
-
-class Processes:
-  """The processes of one run, and their output."""
-
-  def __init__(
-    self,
-    folder: pathlib.Path,
-    name: str,
-    count: int = 2,
-    options: Sequence[str] = (),
-    *,
-    devices: int = 1,
-    program: str = "launch.py",
-  ):
-    """Starts the processes.
-
-    Args:
-      folder: for runs that share a teacher and compiled programs.
-      name: of the run's workdir.
-      count: number of processes; 1 is a plain run.
-      options: added to the command.
-      devices: number of devices of each process.
-      program: path in the repository.
-    """
-    self.workdir = folder / name
-    command = [
-      *(sys.executable, program, "--config=configs/crd_cifar.py:smoke"),
-      f"--config.parallel.compilation_cache={folder / 'cache'}",
-      *(*OPTIONS, f"--workdir={self.workdir}", *options),
-    ]
-    port = free_port()
-    self.logs = [folder / f"{name}.{i}.log" for i in range(count)]
-    self.children: list[subprocess.Popen] = []
-    self.pumps: list[threading.Thread] = []
-    for index, log in enumerate(self.logs):
-      mine = []
-      if count > 1:
-        mine = [
-          f"--coordinator_address=127.0.0.1:{port}",
-          f"--num_processes={count}",
-          f"--process_id={index}",
-        ]
-      child = subprocess.Popen(
-        [*command, *mine],
-        cwd=REPO,
-        env=environment(devices),
-        # A pipe: a limit on the size of its files must not cut its log.
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        bufsize=0,
-      )
-      file = log.open("wb", buffering=0)
-      pump = threading.Thread(target=_copy, args=(child.stdout, file))
-      pump.start()
-      self.pumps.append(pump)
-      self.children.append(child)
-
-  def wait_for_steps(self, steps: int) -> None:
-    """Waits until the run has logged so many steps; it must not have ended."""
-    path = self.workdir / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT
-    while time.monotonic() < deadline:
-      for child in self.children:
-        expect(child.poll() is None, f"it ended too early:\n{self.said()}")
-      if path.exists():
-        lines = path.read_text().splitlines()[:-1]
-        if lines and json.loads(lines[-1])["step"] >= steps:
-          return
-      time.sleep(0.02)
-    raise AssertionError(f"has not come to step {steps}:\n{self.said()}")
-
-  def wait_for_words(self, words: str) -> None:
-    """Until some process has said that."""
-    deadline = time.monotonic() + TIMEOUT
-    while not re.search(words, self.said()):
-      expect(time.monotonic() < deadline, f"no {words!r}:\n{self.said()}")
-      time.sleep(0.05)
-
-  def codes(self, within: float = TIMEOUT) -> list[int]:
-    """Waits for the exit codes, for so many seconds at most."""
-    deadline = time.monotonic() + within
-    try:
-      for child in self.children:
-        child.wait(max(deadline - time.monotonic(), 0.01))
-    except subprocess.TimeoutExpired as error:
-      raise AssertionError(
-        f"processes still there after {within:.0f} s:\n{self.said()}"
-      ) from error
-    finally:
-      self.end()
-    return [child.returncode for child in self.children]
-
-  def end(self) -> None:
-    """Kills what is left."""
-    for child in self.children:
-      if child.poll() is None:
-        child.kill()
-        child.wait()
-    for pump in self.pumps:
-      pump.join()
-
-  def said(self, index: int | None = None) -> str:
-    """Returns the output of all processes, or of one."""
-    logs = self.logs if index is None else [self.logs[index]]
-    return "\n".join(log.read_text(errors="replace") for log in logs)
-
-  def finish(self) -> str:
-    """Waits for a good end; returns the output."""
-    codes = self.codes()
-    expect(not any(codes), f"exit codes {codes}:\n{self.said()}")
-    return self.said()
-
-
-def train_in(
-  folder: pathlib.Path, count: int, devices: int, jobs: Sequence[Sequence]
-) -> str:
-  """Runs jobs of `drill_worker.py` in processes; returns their output."""
-  port = free_port()
-  children = [
-    subprocess.Popen(
-      [
-        *(sys.executable, "scripts/drill_worker.py", f"127.0.0.1:{port}"),
-        *(str(count), str(index), str(folder), json.dumps(jobs)),
-      ],
-      cwd=REPO,
-      env=environment(devices),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in range(count)
-  ]
-  try:
-    said = [child.communicate(timeout=TIMEOUT)[0] for child in children]
-  finally:
-    for child in children:
-      child.kill()
-      child.wait()
-  codes = [child.returncode for child in children]
-  expect(not any(codes), f"exit codes {codes}:\n" + "\n".join(said))
-  return "\n".join(said)
-
-
-def free_port() -> int:
-  """Returns a port on which nobody listens."""
-  with socket.socket() as listener:
-    listener.bind(("127.0.0.1", 0))
-    return listener.getsockname()[1]
-
-
-def environment(devices: int) -> dict[str, str]:
-  """Returns the variables of a process on the CPU that compiles fast."""
-  return {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-  }
-
-
-def expect(condition: bool, text: str) -> None:
-  """Fails with a text unless the condition holds."""
-  if not condition:
-    raise AssertionError(text)
-
-
-def line_with(words: str, text: str) -> str:
-  """Returns the first line that matches a pattern, shortened."""
-  for line in text.splitlines():
-    if re.search(words, line):
-      return line[:500]
-  raise AssertionError(f"nobody said {words!r}:\n{text}")
-
-
-def steps_saved(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of a run's checkpoints."""
-  names = [p.name for p in (workdir / "checkpoints").iterdir()]
-  return sorted(int(name) for name in names if name.isdigit())
-
-
-def final_arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
-  """Returns step and arrays of the newest checkpoint, by path."""
-  step = steps_saved(workdir)[-1]
-  tree = storage.restore_tree(workdir / "checkpoints" / str(step) / "state")
-  return step, dict(leaves(tree))
-
-
-def leaves(tree, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (path, array) of nested dicts."""
-  if not isinstance(tree, dict):
-    yield prefix, tree
-    return
-  for key, value in tree.items():
-    yield from leaves(value, f"{prefix}/{key}")
-
-
-def worst_difference(
-  workdir: pathlib.Path, other: pathlib.Path, part: str = ""
-) -> tuple[float, str]:
-  """Returns the largest difference between the last checkpoints of two runs.
-
-  Ignores rows of zeros that pad an array to a multiple of the devices.
-
-  Args:
-    workdir: of one run.
-    other: of the other.
-    part: prefix of the paths of the arrays to compare.
-
-  Returns:
-    The difference, relative to the array's largest value, and its path.
-  """
-  (step, ours), (other_step, theirs) = map(final_arrays, (workdir, other))
-  expect(step == other_step, f"ended at steps {step} and {other_step}")
-  expect(ours.keys() == theirs.keys(), "they hold other arrays")
-  worst = (0.0, "")
-  for path, a in ours.items():
-    if not path.startswith(part):
-      continue
-    a, b = np.atleast_1d(a), np.atleast_1d(theirs[path])
-    rows = min(len(a), len(b))
-    expect(not a[rows:].any() and not b[rows:].any(), f"{path}: other rows")
-    difference = np.abs(a[:rows].astype(np.float64) - b[:rows]).max(initial=0)
-    scale = np.abs(b).max(initial=0) or 1.0
-    worst = max(worst, (float(difference / scale), path))
-  return worst
-
-
-def expect_same_end(workdir: pathlib.Path, other: pathlib.Path) -> str:
-  """Checks that two runs ended alike bit for bit, metrics included."""
-  worst = worst_difference(workdir, other)
-  expect(worst[0] == 0, f"other arrays than the straight run: {worst}")
-  records = [
-    [
-      {k: v for k, v in record.items() if k != "images_per_second"}
-      for record in storage.read_metrics(w / "metrics.jsonl")
-    ]
-    for w in (workdir, other)
-  ]
-  expect(records[0] == records[1], "other metrics than the straight run")
-  return "ended bit for bit as the run that nothing interrupted"
 
 
 def straight(
@@ -316,8 +59,8 @@ def straight(
   return folder / name
 
 
-def _again(folder, name, expected) -> Iterator[str]:
-  said = Processes(folder, name).finish()
+def _again(folder, name, expected, count=2, options=()) -> Iterator[str]:
+  said = Processes(folder, name, count, options).finish()
   yield line_with(RESUMED, said)
   yield expect_same_end(folder / name, expected)
 
@@ -538,7 +281,151 @@ def other_numbers(folder: pathlib.Path) -> Iterator[str]:
   expect(worst[0] < 1e-4, "too much")
 
 
-METHODS = ("kd", "simkd", "crd", "semckd")
+# One process; `alone` has the same straight run.
+ALONE = 1, ("--config.data.pipeline=device",)
+
+
+def hung_up(folder: pathlib.Path) -> Iterator[str]:
+  """SIGHUP, as of a terminal that is closed: saved, and resumed exactly."""
+  # Of nohup, under which it has no effect.
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  expected = straight(folder, *ALONE)
+  run = Processes(folder, "hung_up", *ALONE)
+  run.wait_for_steps(40)
+  run.children[0].send_signal(signal.SIGHUP)
+  codes = run.codes(SEEN_WITHIN)
+  expect(codes == [75], f"exit codes {codes}:\n{run.said()}")
+  yield line_with("stopped by SIGHUP at step", run.said())
+  yield from _again(folder, "hung_up", expected, *ALONE)
+
+
+def broken_pipe(folder: pathlib.Path) -> Iterator[str]:
+  """The reader of the output leaves: the run goes on without."""
+  expected = straight(folder, *ALONE)
+  run = Processes(folder, "broken_pipe", *ALONE, reader="head -2")
+  lines = run.finish().splitlines()
+  yield f"{len(lines)} lines were read"
+  expect(len(lines) == 2, "\n".join(lines))
+  yield expect_same_end(run.workdir, expected)
+
+
+def two_commands(folder: pathlib.Path) -> Iterator[str]:
+  """The same command twice at once: one runs, the other is refused."""
+  expected = straight(folder, *ALONE)
+  count, options = ALONE
+  options = (*options, f"--workdir={folder / 'twice'}")
+  runs = [Processes(folder, name, count, options) for name in ("one", "two")]
+  codes = [code for run in runs for code in run.codes()]
+  said = "\n".join(run.said() for run in runs)
+  expect(sorted(codes) == [0, 2], f"exit codes {codes}:\n{said}")
+  yield line_with(r"is in use by another run \(process \d+", said)
+  yield expect_same_end(folder / "twice", expected)
+
+
+def best_lost(folder: pathlib.Path) -> Iterator[str]:
+  """No room when the best weights are saved: no worse ones replace them."""
+  count, options = ALONE
+  every = ("--config.eval.every_epochs=2", "--config.checkpoint.every_steps=4")
+  options = (*options, *every)
+  expected = straight(folder, count, options)
+  records = storage.read_metrics(expected / "metrics.jsonl")
+  scores = [(r["top1"], -r["step"]) for r in records if r["kind"] == "eval"]
+  (_, minus_step), last = max(scores), scores[-1]
+  expect(last < max(scores), f"the last epoch is the best one: {scores}")
+  options = (*options, f"--no_room_at={-minus_step}")
+  program = "scripts/drill_launch.py"
+  run = Processes(folder, "best_lost", count, options, program=program)
+  codes = run.codes()
+  expect(codes == [1], f"exit codes {codes}:\n{run.said()}")
+  yield line_with("best weights could not be saved .* resumes", run.said())
+  yield from _again(folder, "best_lost", expected, count, options[:-1])
+
+
+def data_changed(folder: pathlib.Path) -> Iterator[str]:
+  """Images change between stop and restart: refused until they are back."""
+  rng, images = np.random.default_rng(0), folder / "images"
+  for split in ("train", "val"):
+    for label in "abcd":
+      (images / split / label).mkdir(parents=True)
+      for i in range(16):
+        pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        picture = Image.fromarray(pixels)
+        picture.save(images / split / label / f"{i}.png")
+  config = "configs/crd_cifar.py"
+  options = (
+    *("--config.data.name=folder", f"--config.data.dir={images}"),
+    *("--config.data.pipeline=grain", "--config.data.resize=8"),
+    *("--config.data.crop_padding=0", "--config.optim.milestones=(20,)"),
+    *("--config.batch_size=16", "--config.eval.batch_size=64"),
+  )
+  arguments = {"count": 1, "options": options, "config": config}
+  unstopped = Processes(folder, "data_straight", **arguments)
+  unstopped.finish()
+  run = Processes(folder, "data_changed", **arguments)
+  run.wait_for_steps(40)
+  run.children[0].terminate()
+  codes = run.codes(SEEN_WITHIN)
+  expect(codes == [75], f"exit codes {codes}:\n{run.said()}")
+  saved = steps_saved(run.workdir)
+  here, there = images / "train" / "a" / "3.png", images / "train" / "b"
+  here.rename(there / "x.png")
+  again = Processes(folder, "data_changed", **arguments)
+  codes = again.codes()
+  expect(codes == [2], f"exit codes {codes}:\n{again.said()}")
+  words = "holds a run of other data: .*'a' has 16 images"
+  yield line_with(words, again.said())
+  expect(steps_saved(run.workdir) == saved, "checkpoints have changed")
+  (there / "x.png").rename(here)
+  again = Processes(folder, "data_changed", **arguments)
+  yield line_with(RESUMED, again.finish())
+  yield expect_same_end(again.workdir, unstopped.workdir)
+
+
+def moments(folder: pathlib.Path, count: int = 20) -> Iterator[str]:
+  """SIGTERM at random moments, again and again, until the run ends."""
+  to = folder / "moments"
+  short = ("--config.epochs=4", "--config.eval.every_epochs=1")
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "scripts/drill_forks.py", str(to), str(count), "0"),
+      *("--config=configs/crd_cifar.py:smoke", *OPTIONS, *short),
+      *("--config.checkpoint.every_steps=3", "--config.log.every_steps=2"),
+    ],
+    cwd=REPO,
+    env={
+      **environment(1),
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    },
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  stopped, starts, expected = 0, 0, None
+  assert process.stdout is not None
+  try:
+    for line in process.stdout:
+      ended = json.loads(line)
+      codes, workdir = ended["codes"], pathlib.Path(ended["workdir"])
+      # Python lets the signal end it while it ends by itself.
+      allowed = {0, 75} if -15 in codes[:-2] else {0, 75, -15}
+      expect(set(codes) <= allowed, f"exit codes {codes}:\n{ended['log']}")
+      starts += len(codes)
+      stopped += len(codes) - 1
+      if expected is None:
+        expected = workdir
+        continue
+      expect_same_end(workdir, expected)
+      shutil.rmtree(workdir)
+    code = process.wait()
+  finally:
+    process.kill()
+    process.stdout.close()
+  expect(code == 0, f"exit code {code}")
+  expect(stopped >= count / 2, f"only {stopped} starts were stopped")
+  yield f"{stopped} of {starts} starts were stopped; each run ended alike"
+
+
+METHODS = ("crd", "semckd", "simkd", "dkd")
 
 
 def equal(folder: pathlib.Path) -> Iterator[str]:
@@ -565,6 +452,7 @@ DRILLS: dict[str, Callable[[pathlib.Path], Iterator[str]]] = {
     *(alone, alone_grain, killed, coordinator_gone, frozen, terminated),
     *(cut_short, half_written),
     *(full_disk, full_disk_elsewhere, unreadable, not_shared, other_numbers),
+    *(hung_up, broken_pipe, two_commands, best_lost, data_changed, moments),
     equal,
   )
 }
@@ -574,17 +462,20 @@ def main() -> int:
   """Runs the drills that the command line names, or all."""
   parser = argparse.ArgumentParser(description="Breaks runs of processes.")
   parser.add_argument("drills", nargs="*", choices=[*DRILLS, []])
+  parser.add_argument("--moments", type=int, default=20, help="how many")
+  args = parser.parse_args()
   # Orbax warns of a file that it no longer writes.
   logging.getLogger("absl").setLevel(logging.ERROR)
   failed = []
-  names = parser.parse_args().drills or list(DRILLS)
+  names = args.drills or list(DRILLS)
+  drills = {**DRILLS, "moments": lambda to: moments(to, args.moments)}
   with tempfile.TemporaryDirectory(prefix="drills-") as name:
     folder = pathlib.Path(name)
     for drill in names:
       print(f"\n{drill}: {DRILLS[drill].__doc__}", flush=True)
       begun = time.monotonic()
       try:
-        for line in DRILLS[drill](folder):
+        for line in drills[drill](folder):
           print(f"  {line}", flush=True)
         print(f"  passed, {time.monotonic() - begun:.0f} s", flush=True)
       except Exception:

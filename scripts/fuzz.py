@@ -552,6 +552,7 @@ def _serve(pipe: Any, name: str, seed: int, numbers: range, to: str) -> None:
   for number in numbers:
     rng = random.Random(f"{name} {seed} {number}")
     path.write_bytes(MUTATIONS[target.kind](rng, content))
+    pipe.send(None)
     pipe.send(outcome(target, path, valid))
 
 
@@ -579,6 +580,7 @@ def run(name: str, seed: int, count: int, to: pathlib.Path) -> dict[str, int]:
       ours.recv()
       for number in rest:
         try:
+          ours.recv()  # the file is written
           result, text = ours.recv() if ours.poll(_SECONDS) else ("hang", "")
         except EOFError:
           result, text = "death", f"exit code {child.exitcode}"

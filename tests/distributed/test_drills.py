@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from scripts import drills
+from scripts import drill_processes, drills
 
 
 @pytest.fixture(scope="module")
@@ -16,18 +16,20 @@ def folder(tmp_path_factory):
 def test_two_processes_of_two_devices_give_the_result_of_one(folder):
   """And one process resumes what two have stopped."""
   jobs = [["crd", "crd-2x2", 0, {"checkpoint.every_minutes": 0.0}]]
-  said = drills.train_in(folder, 2, 2, [*jobs, ["crd", "stopped", 2, {}]])
+  said = drill_processes.train_in(
+    folder, 2, 2, [*jobs, ["crd", "stopped", 2, {}]]
+  )
   assert said.count("training _tiny_wide first") == 1  # said by one of them
   assert said.count("stopped by SIGTERM at step") == 1
   assert said.count("stopped by a signal to another process at step") == 1
-  (step,) = drills.steps_saved(folder / "stopped")
+  (step,) = drill_processes.steps_saved(folder / "stopped")
   assert 2 < step < 8
   jobs = [["crd", "crd-1x1", 0, {}], ["crd", "stopped", 0, {}]]
-  said = drills.train_in(folder, 1, 1, jobs)
-  assert re.search(rf"{drills.RESUMED} {step} of 8", said)
+  said = drill_processes.train_in(folder, 1, 1, jobs)
+  assert re.search(rf"{drill_processes.RESUMED} {step} of 8", said)
   expected = json.loads((folder / "crd-1x1" / "result.json").read_text())
   for name in ("crd-2x2", "stopped"):
-    worst = drills.worst_difference(
+    worst = drill_processes.worst_difference(
       folder / name, folder / "crd-1x1", "/params"
     )
     # Rounding: 1.2e-5 of a bias that began at 0, in 8 steps.
@@ -39,7 +41,7 @@ def test_two_processes_of_two_devices_give_the_result_of_one(folder):
 
 def test_a_killed_process_ends_the_other(folder):
   shown = list(drills.lose(folder, "lost", 1))
-  assert re.search(drills.LOST, shown[-1])
+  assert re.search(drill_processes.LOST, shown[-1])
 
 
 def test_kill_then_sigterm_then_damage_change_nothing(folder):
