@@ -68,23 +68,32 @@ def trained(monkeypatch):
     ),
     (("--config", f"{KD}:smok"), "ValueError: config argument: expected ''"),
     (
-      (*SMOKE, "--config.optim.learning_rat=1"),
+      (*SMOKE, "--config.seed=1", "--config.optim.learning_rat=1"),
       "--config.optim.learning_rat=1: no such field. Did you mean"
-      ' "learning_rate" instead of "learning_rat"?',
+      " learning_rate? config.optim has decay_rate, ",
     ),
     (
-      (*SMOKE, "--config.optum.momentum=2"),
-      'no such field. Did you mean "optim" instead of',
+      (*SMOKE, "--config.optum.momentum", "2"),
+      "--config.optum.momentum: no such field. Did you mean optim? config has",
     ),
     (
       (*SMOKE, "--config.distiller.xyzzy=2"),
-      "--config.distiller.xyzzy=2: no such field. Fields are those of"
-      " configs/base.py and of the config file",
+      "--config.distiller.xyzzy=2: no such field. config.distiller has name,"
+      " temperature",
     ),
-    ((*SMOKE, "--config.optim.momentum.x=2"), "momentum.x=2: no such field."),
+    (
+      (*SMOKE, "--config.distiller.standardize"),
+      "no such field. It is one of kd: set it in the config file. config.disti",
+    ),
+    ((*SMOKE, "--noconfig.data.mean"), "config.data has crop_area, crop_aspe"),
+    (
+      (*SMOKE, "--config.optim.momentum.x=2"),
+      "momentum.x=2: no such field. config.optim.momentum has no fields, it is"
+      " 0.9",
+    ),
     (
       (*QUICKSTART, "--config.grid.simkd.distiller.facto=4"),
-      'no such field. Did you mean "factor" instead of "facto"?',
+      "no such field. Did you mean factor? config.grid.simkd.distiller has fac",
     ),
     ((*SMOKE, "--wrkdir=x"), "flag 'wrkdir'. Did you mean: workdir ?"),
     ((*SMOKE, "--config.epochs=many"), "flag --config.epochs=many: invalid"),

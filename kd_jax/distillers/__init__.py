@@ -125,6 +125,11 @@ def create(name: str, **fields: Any) -> Distiller:
   return create_for_teachers(name, (), **fields)
 
 
+def fields_of(name: str) -> list[str]:
+  """Names of the fields that a method has, or that several have."""
+  return [f for method in name.split("+") for f in _fields(_class(method))]
+
+
 def create_for_teachers(
   name: str, weights: Sequence[float], **fields: Any
 ) -> Distiller:

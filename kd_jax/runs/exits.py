@@ -4,12 +4,15 @@ import contextlib
 import itertools
 import pathlib
 import re
+import runpy
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from kd_jax import registry
 
@@ -42,9 +45,7 @@ def explained_flags(argv: list[str], repo: pathlib.Path) -> Iterator[None]:
 
 
 def _no_such_config(argv: list[str], repo: pathlib.Path) -> str:
-  words = [word for arg in argv for word in arg.split("=", 1)]
-  pairs = itertools.pairwise(words)
-  wanted = next((b for a, b in pairs if a.strip("-") == "config"), "")
+  wanted = _named_config(argv)
   path = wanted.partition(":")[0]
   if pathlib.Path(path).is_file():
     return ""
@@ -55,16 +56,43 @@ def _no_such_config(argv: list[str], repo: pathlib.Path) -> str:
   )
 
 
+def _named_config(argv: list[str]) -> str:
+  """The value of --config."""
+  words = [word for arg in argv for word in arg.split("=", 1)]
+  pairs = itertools.pairwise(words)
+  return next((b for a, b in pairs if a.strip("-") == "config"), "")
+
+
 def _no_such_field(error: BaseException, argv: list[str]) -> str:
+  """Names the first flag of a field that the config file does not make."""
+  with contextlib.suppress(Exception):  # of a file that is wrong itself
+    path, *argument = _named_config(argv).split(":", 1)
+    config = runpy.run_path(path)["get_config"](*argument)
+    for arg in argv:
+      flag = re.match(r"--?(?:no)?config\.([\w.]+)", arg)
+      if flag and (problem := _missing(config, flag[1].split("."))):
+        return f"{arg}: no such field. {problem}"
   while error.args and isinstance(error.args[0], Exception):
     error = error.args[0]
-  first, *hint = str(error.args[0]).splitlines()
-  field = re.findall(r"[\w.]+", first)[-1]
-  named = [
-    arg for arg in argv if f".{field}." in arg.partition("=")[0] + "."
-  ] or [field]
-  hint = hint or ["Fields are those of configs/base.py and of the config file"]
-  return f"{' '.join(named)}: no such field. {' '.join(hint)}"
+  return f"{type(error).__name__}: {str(error.args[0]).splitlines()[0]}"
+
+
+def _missing(section: Any, names: Sequence[str]) -> str:
+  """Says which name of a field's path there is none of; "" if it is there."""
+  place = "config"
+  for name in names:
+    if not isinstance(section, Mapping | ConfigDict):
+      return f"{place} has no fields, it is {section!r}"
+    if name not in section:
+      hint = registry.did_you_mean(name, section).lstrip()
+      if "name" in section and place.endswith(".distiller"):
+        from kd_jax import distillers
+
+        if name in distillers.fields_of(section["name"]):
+          hint = f"It is one of {section['name']}: set it in the config file."
+      return f"{hint} {place} has {', '.join(section) or 'none'}".lstrip()
+    section, place = section[name], f"{place}.{name}"
+  return ""
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ finished and retries what failed.
 """
 
 import copy
-import difflib
 import functools
 import pathlib
 import sys
@@ -16,7 +15,7 @@ import traceback
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import storage
+from kd_jax import registry, storage
 from kd_jax.distributed import processes
 from kd_jax.runs import errors, limits, train
 
@@ -73,8 +72,7 @@ def _apply(delta, section, where):
   for name, value in delta.items():
     place = f"{where}.{name}"
     if name not in section:
-      near = difflib.get_close_matches(name, section, n=3)
-      hint = f" Did you mean {' or '.join(near)}?" if near else ""
+      hint = registry.did_you_mean(name, section)
       raise ValueError(
         f"{place}: no such field.{hint} The fields are: {', '.join(section)}"
       )
