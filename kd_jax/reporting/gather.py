@@ -41,7 +41,8 @@ _NOT_RUN = "not run"
 def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
   """Copies the results of the finished runs at or below a folder.
 
-  The same runs give the same bytes. Other runs in `to` stay.
+  The same runs give the same bytes. Other runs in `to` stay. A damaged run is
+  left out, with a warning that names it.
 
   Args:
     folder: of a run or of many, gathered ones too.
@@ -51,15 +52,16 @@ def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
     The folders of the runs in `to`.
 
   Raises:
-    ValueError: see `runs.collect`, or for a run without its environment.
-      Nothing is written then.
+    ValueError: if there is no finished run, or none can be read. Nothing is
+      written then.
+    OSError: if a file cannot be written; no half of one is left.
   """
   folder = folder.absolute()
   repository = pathlib.Path(__file__).resolve().parents[2]
   copies = []
-  for row in runs.collect(folder):
+  rows, _ = runs.collect_whole(folder, also=_command)
+  for row in rows:
     run = folder / row["run"]
-    _command(run)
     # The result comes last: with it, the copy is a finished run.
     contents = {
       name: storage.read_json(run / name)

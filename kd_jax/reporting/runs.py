@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,12 +109,13 @@ def collect(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def collect_whole(
-  folder: pathlib.Path,
+  folder: pathlib.Path, also: Callable[[pathlib.Path], Any] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
   """Reads the finished runs that can be read; warns of the others.
 
   Args:
     folder: see `collect`.
+    also: reads more of a run, and raises ValueError if it is damaged.
 
   Returns:
     Rows, as `collect`; and for each other run its path and what is wrong.
@@ -126,7 +127,10 @@ def collect_whole(
   for run in find_runs(folder):
     name = str(run.relative_to(folder))
     try:
-      rows.append({"run": name, **_read(run)})
+      row = {"run": name, **_read(run)}
+      if also is not None:
+        also(run)
+      rows.append(row)
     except (ValueError, OSError) as error:
       damaged[name] = str(error)
       _log.warning("left out a run: %s", error)

@@ -133,11 +133,20 @@ def test_finished_grid_is_gathered(smoke_run, tmp_path):
   )
 
 
-def test_a_run_without_its_environment(runs, tmp_path):
+def test_a_damaged_run_is_left_out_and_named(runs, tmp_path, caplog):
+  to = tmp_path / "kept"
   (runs / "b" / "environment.json").unlink()
-  with pytest.raises(ValueError, match=r"b: expected environment\.json beside"):
-    gather.gather(runs, tmp_path / "kept")
-  assert not (tmp_path / "kept").exists()
+  (runs / "a" / "result.json").write_text("{")
+  assert gather.gather(runs, to) == [to / "teachers" / "t"]
+  assert not (to / "b").exists()
+  warned = sorted(record.getMessage() for record in caplog.records)
+  assert len(warned) == 2
+  assert f"{runs / 'a' / 'result.json'}: expected JSON, got a file" in warned[0]
+  assert "b: expected environment.json beside result.json" in warned[1]
+  (runs / "teachers" / "t" / "metrics.jsonl").unlink()
+  with pytest.raises(ValueError, match=r"t: expected metrics\.jsonl beside"):
+    gather.gather(runs, tmp_path / "none")
+  assert not (tmp_path / "none").exists()
 
 
 def cells_of(markdown):
