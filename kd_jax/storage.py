@@ -31,15 +31,15 @@ T = TypeVar("T")
 _URL = re.compile(r"[A-Za-z][\w+.-]*://|(gs|s3|az|hf|hdfs|abfss?|https?):/")
 
 
-def local_path(text: str | os.PathLike[str], where: str) -> pathlib.Path:
-  """Return an absolute path; a leading `~` is the home folder.
+def user_path(text: str | os.PathLike[str], where: str) -> pathlib.Path:
+  """Return a path that a user wrote; a leading `~` is the home folder.
 
   Args:
     text: what the user wrote.
     where: the flag or field, for the error.
 
   Raises:
-    ValueError: for a bucket or another URL, and for a backslash.
+    ValueError: for a bucket or another URL.
   """
   text = os.fspath(text)
   if _URL.match(text):
@@ -48,9 +48,22 @@ def local_path(text: str | os.PathLike[str], where: str) -> pathlib.Path:
       " Mount the bucket, as with gcsfuse or s3fs, and name that folder"
     )
   try:
-    path = pathlib.Path(text).expanduser().absolute()
+    return pathlib.Path(text).expanduser()
   except RuntimeError as error:  # ~nobody
     raise ValueError(f"{where}: no home folder for {text} ({error})") from error
+
+
+def local_path(text: str | os.PathLike[str], where: str) -> pathlib.Path:
+  """Return the absolute path of a folder that checkpoints may be below.
+
+  Args:
+    text: see `user_path`.
+    where: see `user_path`.
+
+  Raises:
+    ValueError: see `user_path`, and for a backslash.
+  """
+  path = user_path(text, where).absolute()
   if "\\" in str(path):
     raise ValueError(
       f"{where}: expected a path without a backslash, which checkpoints cannot"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from kd_jax import data
+from kd_jax import data, storage
 from kd_jax.runs import logs
 
 
@@ -24,7 +24,7 @@ def add_model_arguments(
   (choice or parser).add_argument(
     "--model",
     required=choice is None,
-    type=pathlib.Path,
+    type=path,
     help="an export, a finished run's workdir, or a file of weights",
   )
   parser.add_argument(
@@ -39,7 +39,7 @@ def add_target_argument(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--to",
     required=True,
-    type=pathlib.Path,
+    type=path,
     help="folder to write, or new file: .pth, .safetensors, .npz (state dicts)"
     " or .stablehlo (a program)",
   )
@@ -55,6 +55,14 @@ def add_origin_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--image_size", type=positive, help="pixels (default: those of the data)"
   )
+
+
+def path(text: str) -> pathlib.Path:
+  """Parse a path, an argument's type; a leading `~` is the home folder."""
+  try:
+    return storage.user_path(text, "path")
+  except ValueError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive(text: str) -> int:

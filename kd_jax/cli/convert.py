@@ -14,7 +14,6 @@ makes one model of both files.
 """
 
 import argparse
-import pathlib
 
 from kd_jax.cli import arguments
 from kd_jax.interop import conversion, naming, opening
@@ -30,12 +29,12 @@ def main() -> None:
   source.add_argument(
     "--from",
     dest="source",
-    type=pathlib.Path,
+    type=arguments.path,
     help="file of weights (.pth, .safetensors, .npz); an export or a run",
   )
   source.add_argument(
     "--simkd_student",
-    type=pathlib.Path,
+    type=arguments.path,
     help="student file of SimKD's training loop (needs --teacher)",
   )
   arguments.add_target_argument(parser)
@@ -59,7 +58,7 @@ def main() -> None:
   )
   parser.add_argument(
     "--teacher",
-    type=pathlib.Path,
+    type=arguments.path,
     help="of the SimKD student: file of weights, export or run",
   )
   parser.add_argument(

@@ -51,7 +51,7 @@ def main() -> None:
   parser.add_argument("--batch_size", type=arguments.positive, default=500)
   parser.add_argument(
     "--teacher",
-    type=pathlib.Path,
+    type=arguments.path,
     help="another model, to print how often both name the same class",
   )
   parser.add_argument("--teacher_name", help="as --model_name")
@@ -105,7 +105,7 @@ def _open(
     if getattr(args, name) is not None
   }
   name, folder = args.data, args.data_dir
-  if name is not None and pathlib.Path(name).is_dir():
+  if name is not None and pathlib.Path(name).expanduser().is_dir():
     name, folder = data.detect(name), name
 
   def load(**options: Any) -> Any:

@@ -7,7 +7,6 @@ The ending of --to names the form, see `kd_jax.interop.formats.save`.
 """
 
 import argparse
-import pathlib
 
 from kd_jax import models
 from kd_jax.cli import arguments
@@ -22,7 +21,7 @@ def main() -> None:
     description="Writes a student as a model that stands alone.",
   )
   source = parser.add_mutually_exclusive_group(required=True)
-  source.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
+  source.add_argument("--workdir", type=arguments.path, help="folder of a run")
   arguments.add_model_arguments(parser, source)
   arguments.add_target_argument(parser)
   parser.add_argument(

@@ -30,7 +30,7 @@ def main() -> None:
   arguments.add_model_arguments(parser)
   arguments.add_origin_arguments(parser)
   parser.add_argument(
-    "images", nargs="+", type=pathlib.Path, help="files, and folders of them"
+    "images", nargs="+", type=arguments.path, help="files, and folders of them"
   )
   args = parser.parse_args()
   with arguments.exit_on_error(parser):

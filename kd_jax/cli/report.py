@@ -5,7 +5,6 @@ python -m kd_jax report RUNS --analysis
 """
 
 import argparse
-import pathlib
 
 from kd_jax import reporting
 from kd_jax.cli import arguments
@@ -19,9 +18,9 @@ def main() -> None:
     " writes it (table.md, table.csv), their curves (.png, .svg), a page with"
     " both (report.html) and TensorBoard's view of their settings (hparams).",
   )
-  parser.add_argument("runs", type=pathlib.Path, help="folder of runs")
+  parser.add_argument("runs", type=arguments.path, help="folder of runs")
   parser.add_argument(
-    "--to", type=pathlib.Path, help="folder to write into (default: RUNS)"
+    "--to", type=arguments.path, help="folder to write into (default: RUNS)"
   )
   parser.add_argument(
     "--analysis",

@@ -8,7 +8,6 @@ of what has been gathered into a document, see `kd_jax.reporting.gather`.
 """
 
 import argparse
-import pathlib
 
 from kd_jax import reporting, storage
 from kd_jax.cli import arguments
@@ -22,12 +21,12 @@ def main() -> None:
     " gathered results into a document.",
   )
   parser.add_argument(
-    "folder", type=pathlib.Path, help="of runs; for --readme, of results"
+    "folder", type=arguments.path, help="of runs; for --readme, of results"
   )
   action = parser.add_mutually_exclusive_group(required=True)
-  action.add_argument("--to", type=pathlib.Path, help="folder to gather into")
+  action.add_argument("--to", type=arguments.path, help="folder to gather into")
   action.add_argument(
-    "--readme", type=pathlib.Path, help="document to write tables into"
+    "--readme", type=arguments.path, help="document to write tables into"
   )
   args = parser.parse_args()
   with arguments.exit_on_error(parser):

@@ -177,5 +177,6 @@ def compilation_cache(setting: str, workdir: pathlib.Path) -> None:
       return
     setting = str(workdir.parent / ".compilation_cache")
   if setting:
-    jax.config.update("jax_compilation_cache_dir", setting)
+    folder = os.path.expanduser(setting)
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

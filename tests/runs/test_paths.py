@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kd_jax import storage
+from kd_jax.cli import convert, evaluate, export, predict, report, results
 from kd_jax.runs import checkpoint, grid, train
 
 TREE = {"a": {"b": np.arange(12.0).reshape(3, 4)}, "c": np.arange(5)}
@@ -55,3 +56,21 @@ def test_a_workdir_that_cannot_hold_a_run(path, words, start, tmp_path):
 def test_the_home_folder_is_found(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   assert storage.local_path("~/a", "--workdir") == tmp_path / "a"
+
+
+def test_commands_find_the_home_folder(tmp_path, monkeypatch, run_main, capsys):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  for command, *given in (
+    (evaluate, "--model", "~/x"),
+    (predict, "--model", "~/x", "~/y.png"),
+    (export, "--workdir", "~/x", "--to", "~/y"),
+    (convert, "--from", "~/x.pth", "--to", "~/y"),
+    (report, "~/x"),
+    (results, "~/x", "--to", "~/y"),
+  ):
+    assert run_main(command, *given) == 2
+    assert f"{tmp_path}/x" in capsys.readouterr().err
+    assert run_main(command, *given[:-1], "gs://bucket/y") == 2
+    assert "mounted file system, got the URL" in capsys.readouterr().err
+  assert list(tmp_path.iterdir()) == []
