@@ -553,7 +553,9 @@ def _serve(pipe: Any, name: str, seed: int, numbers: range, to: str) -> None:
     rng = random.Random(f"{name} {seed} {number}")
     path.write_bytes(MUTATIONS[target.kind](rng, content))
     pipe.send(None)
-    pipe.send(outcome(target, path, valid))
+    result, text = outcome(target, path, valid)
+    kept = path.read_bytes() if result == "crash" else b""
+    pipe.send((result, text, kept))
 
 
 _MEMORY, _SECONDS, _START_SECONDS = 1 << 30, 10, 120
@@ -579,22 +581,26 @@ def run(name: str, seed: int, count: int, to: pathlib.Path) -> dict[str, int]:
         raise TimeoutError(f"{name}: the reader does not start")
       ours.recv()
       for number in rest:
+        content = b""
         try:
           ours.recv()  # the file is written
-          result, text = ours.recv() if ours.poll(_SECONDS) else ("hang", "")
+          result, text = "hang", ""
+          if ours.poll(_SECONDS):
+            result, text, content = ours.recv()
         except EOFError:
           result, text = "death", f"exit code {child.exitcode}"
         found[result] += 1
+        if result in ("hang", "death"):
+          child.kill()
+          changed = pathlib.Path(folder) / TARGETS[name].file
+          content = changed.read_bytes()
         if result in ("crash", "hang", "death"):
           kept = to / f"{name}-{seed}-{number}"
           kept.parent.mkdir(parents=True, exist_ok=True)
-          if result != "crash":
-            child.kill()
-            changed = pathlib.Path(folder) / TARGETS[name].file
-            shutil.copy(changed, kept)
+          kept.write_bytes(content)
           print(f"{kept}: {result} {text[:300]}", flush=True)
-          if result != "crash":
-            break
+        if result in ("hang", "death"):
+          break
       child.join()
       number += 1
   return dict(found)
