@@ -270,14 +270,6 @@ def check(content: Any, where: object) -> dict[str, Any]:
   require_imported(card)
   norm, head = card["normalization"], card["head"] or _NO_HEAD
   channels, count = card["image_shape"][2], len(head["teachers"])
-  try:
-    models.entry(card["architecture"])
-    if card["head"] is not None:
-      distillers.create_for_teachers(
-        weights=head["weights"], **head["distiller"]
-      )
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{where}: {error}. {_REMEDY}") from error
   for name, good, expected in (
     (
       "class_names",
@@ -305,6 +297,14 @@ def check(content: Any, where: object) -> dict[str, Any]:
         f"{where}, at {name}: expected {expected}, got {str(got)[:60]}."
         f" {_REMEDY}"
       )
+  try:
+    models.entry(card["architecture"])
+    if card["head"] is not None:
+      distillers.create_for_teachers(
+        weights=head["weights"], **head["distiller"]
+      )
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{where}: {error}. {_REMEDY}") from error
   return card
 
 

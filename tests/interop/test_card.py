@@ -1,8 +1,11 @@
 """Model cards: their classes, and what was changed in them."""
 
+import json
+
 import pytest
 
 from kd_jax.interop import card as card_lib
+from scripts import fuzz
 
 NAMES = ("cat", "dog", "red fox")
 
@@ -32,3 +35,11 @@ def test_classes_are_matched_by_name(got, order, caplog):
 def test_other_classes_are_refused(got):
   with pytest.raises(ValueError, match=r"x on y: .* differ \([12]: 'dog|red f"):
     card_lib.match_classes(NAMES, got, "x on y")
+
+
+@pytest.mark.parametrize("weights", [[0.0], [0.0, 0.0], [-1.0, 1.0], []])
+def test_weights_of_teachers_are_above_0(weights):
+  content = json.loads(fuzz.TARGETS["card"].make())
+  content["head"]["weights"] = weights
+  with pytest.raises(ValueError, match=r"^x, at head\.weights: .* 0, got"):
+    card_lib.check(content, "x")
