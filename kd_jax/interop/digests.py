@@ -1,14 +1,19 @@
 """Digests that the files we write carry, so that no changed bit goes unseen.
 
-A safetensors file has it in its metadata, a .npz archive in its comment, and a
-StableHLO program behind its end, where `jax.export` does not look.
+A safetensors file has it in its metadata. A .npz archive and a file of PyTorch,
+which is an archive too, have it in their comment, which `torch.load` and numpy
+ignore. A StableHLO program has it behind its end, where `jax.export` does not
+look.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+
+from kd_jax.interop.naming import CARD
 
 KEY = "sha256"
 _END = b"\nkd_jax sha256 "
@@ -22,6 +27,26 @@ def of_tensors(tensors: Mapping[str, np.ndarray], card: str | None) -> str:
     digest.update(f"\n{name} {array.dtype.name} {array.shape}\n".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
+
+
+def parts(content: Any) -> tuple[dict[str, np.ndarray], str | None]:
+  """Tensors and card of a file of PyTorch, as `of_tensors` takes them.
+
+  Args:
+    content: a state dict, or a dict of state dicts and the card. Floats may be
+      of any type: they are read as float32.
+  """
+  tensors: dict[str, np.ndarray] = {}
+  items = content if isinstance(content, Mapping) else {}
+  for name, value in items.items():
+    if isinstance(value, Mapping):
+      inner, _ = parts(value)
+      tensors.update({f"{name}.{key}": array for key, array in inner.items()})
+    elif isinstance(value, np.ndarray):
+      floats = value.dtype.kind in "fV"  # V: bfloat16
+      tensors[name] = value.astype(np.float32) if floats else value
+  card = items.get(CARD)
+  return tensors, card if isinstance(card, str) else None
 
 
 def comment(digest: str) -> bytes:

@@ -156,9 +156,7 @@ def write(
     file = io.BytesIO()
     content = flat if alone else {**flat, **extra}
     np.savez(file, **content)
-    with zipfile.ZipFile(file, "a") as archive:
-      archive.comment = digests.comment(digests.of_tensors(content, None))
-    data = file.getvalue()
+    data = _with_comment(file.getvalue(), digests.of_tensors(content, None))
   elif suffix == ".safetensors":
     from safetensors import numpy as safetensors
 
@@ -167,9 +165,19 @@ def write(
     data = safetensors.save(flat, metadata=metadata)
   else:
     torch_files = readers.import_torch_files(path)
-    data = torch_files.to_bytes(alone or {**arrays, **extra})
+    content = alone or {**arrays, **extra}
+    digest = digests.of_tensors(*digests.parts(content))
+    data = _with_comment(torch_files.to_bytes(content), digest)
   path.parent.mkdir(parents=True, exist_ok=True)
   storage.write_whole(path, data)
+
+
+def _with_comment(data: bytes, digest: str) -> bytes:
+  """A zip archive with a digest as its comment."""
+  file = io.BytesIO(data)
+  with zipfile.ZipFile(file, "a") as archive:
+    archive.comment = digests.comment(digest)
+  return file.getvalue()
 
 
 def check_new(path: pathlib.Path) -> None:

@@ -50,7 +50,12 @@ def read(path: pathlib.Path) -> Any:
     if any(name.endswith(".npy") for name in names):
       return _read_npz(path)
     _check_torch_zip(path, names)
-    return _read_torch(path)
+    content = _read_torch(path)
+    with zipfile.ZipFile(path) as archive:
+      digest = digests.from_comment(archive.comment)
+    if digest is not None:  # else of another toolbox
+      _check_digest(path, digest, *digests.parts(content))
+    return content
   if start[8:9] == b"{":  # after the length of the JSON header
     return _read_safetensors(path)
   if start.startswith(b"\x80"):

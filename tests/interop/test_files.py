@@ -486,3 +486,31 @@ def test_a_pytorch_that_is_not_safe(tmp_path, monkeypatch):
   monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
   with pytest.raises(ImportError, match=r"2\.9\.1\+cpu can .*2\.10 or newer"):
     files.read(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_file_of_pytorch_has_a_digest(
+  several, tensors, assert_same, tmp_path
+):
+  path = tmp_path / "a.pth"
+  parts = {"model": tensors}
+  if several:
+    parts["proj"] = {"weight": np.ones((2, 3), ml_dtypes.bfloat16)}
+  files.write(path, parts)
+  for mmap in (False, True):  # PyTorch reads it like any other
+    loaded = torch.load(path, weights_only=True, mmap=mmap)
+    loaded = loaded["model"] if several else loaded
+    assert_same({k: v.numpy() for k, v in loaded.items()}, tensors)
+  assert_same(read(path), tensors)
+  # A tensor changes, and the archive's own checksums are right.
+  with zipfile.ZipFile(path) as archive:
+    names = {name: archive.read(name) for name in archive.namelist()}
+    comment = archive.comment
+  data = next(n for n in names if n.endswith("data/0"))
+  names[data] = bytes([names[data][0] ^ 1]) + names[data][1:]
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.comment = comment
+    for name, content in names.items():
+      archive.writestr(name, content)
+  with pytest.raises(ValueError, match=r"a\.pth: .*sha256 differs"):
+    files.read(path)
