@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import zlib
 
 import jax
 import numpy as np
@@ -249,6 +250,20 @@ def test_formats_and_orientations(write):
 
 JPEG = encode(picture(60, 80), quality=90)
 TABLE = JPEG.index(b"\xff\xc4")
+PNG = encode(picture(60, 80), "PNG")
+PIXELS = PNG.index(b"IDAT")
+
+
+def png_part(kind, content):
+  checksum = zlib.crc32(kind + content).to_bytes(4)
+  return len(content).to_bytes(4) + kind + content + checksum
+
+
+HALF_OF_THE_ROWS = (
+  PNG[: PIXELS - 4]
+  + png_part(b"IDAT", zlib.compress(bytes(30 * (1 + 3 * 80))))
+  + png_part(b"IEND", b"")
+)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +278,14 @@ TABLE = JPEG.index(b"\xff\xc4")
       data.BadImageError,
       "bad.JPEG",
     ),
+    (
+      PNG[: PIXELS + 99] + b"\xff" + PNG[PIXELS + 100 :],
+      data.BadImageError,
+      "bad.JPEG",
+    ),
+    (HALF_OF_THE_ROWS, data.BadImageError, "bad.JPEG"),
   ],
-  ids=["missing", "empty", "text", "cut", "bad table"],
+  ids=["missing", "empty", "text", "cut", "bad table", "png", "rows"],
 )
 def test_a_bad_file_is_an_error_and_the_position_stays(
   write, content, kind, words, assert_equal
