@@ -12,20 +12,22 @@ from kd_jax.models.layers import ModelOutputs
 
 @final
 class SDD(base.Distiller):
-  """KD or DKD of the predictions from each region of an image.
+  """KD, DKD or NKD of the predictions from each region of an image.
 
   Both networks must classify the mean of their last map, which then is the mean
   of the logits of its positions.
 
   Attributes:
     scales: numbers of regions along a side.
-    alpha: with `beta`, weights of DKD's parts; both None: KD.
+    alpha: with `beta`, weights of DKD's parts.
     beta: see `alpha`.
+    gamma: weight of NKD's second part. All three None: KD.
   """
 
   scales: tuple[int, ...] = (1, 2, 4)
   alpha: float | None = None
   beta: float | None = None
+  gamma: float | None = None
 
   def distill(
     self,
@@ -67,6 +69,7 @@ class SDD(base.Distiller):
         scales=self.scales,
         alpha=self.alpha,
         beta=self.beta,
+        gamma=self.gamma,
         standardize=self.standardize,
       ),
       batch,

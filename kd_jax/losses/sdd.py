@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from kd_jax.losses import checks, softmax, spatial
 from kd_jax.losses.dkd import dkd_loss
 from kd_jax.losses.kd import kd_loss
+from kd_jax.losses.nkd import nkd_loss
 
 
 def sdd_loss(
@@ -17,9 +18,10 @@ def sdd_loss(
   scales: tuple[int, ...] = (1, 2, 4),
   alpha: float | jax.Array | None = None,
   beta: float | jax.Array | None = None,
+  gamma: float | jax.Array | None = None,
   standardize: bool = False,
 ) -> jax.Array:
-  """KD or DKD of the predictions from each region of an image.
+  """KD, DKD or NKD of the predictions from each region of an image.
 
   The mean over all regions of w * loss(region): each map of logits is
   average-pooled to n x n regions for every n of `scales`, from the largest.
@@ -33,15 +35,17 @@ def sdd_loss(
     labels: [B], integers in [0, C); under jit, others give NaN.
     temperature: T, above 0.
     scales: numbers of regions along a side; each divides the largest.
-    alpha: with `beta`, the weights of DKD's parts, see `dkd_loss`; None: KD.
+    alpha: with `beta`, the weights of DKD's parts, see `dkd_loss`.
     beta: see `alpha`.
+    gamma: weight of NKD's second part, see `nkd_loss`. Without these: KD.
     standardize: whether a region's logits are standardised.
 
   Returns:
     [B] float32, in nats times T^2.
 
   Raises:
-    ValueError: for other ranks, unequal batches or numbers of classes.
+    ValueError: for other ranks, unequal batches or numbers of classes, or for
+      weights of both DKD and NKD.
 
   Source: Wei, Luo and Luo, "Scaled Decoupled Distillation", CVPR 2024.
 
@@ -65,7 +69,17 @@ def sdd_loss(
   flat_s, flat_t = (z.reshape(-1, classes) for z in (z_s, z_t))
   if standardize:
     flat_s, flat_t = map(softmax.standardize_logits, (flat_s, flat_t))
-  if alpha is None or beta is None:
+  flat_labels = jnp.repeat(labels, count)
+  if gamma is not None:
+    if alpha is not None or beta is not None:
+      raise ValueError(
+        "sdd: expected gamma (NKD) or alpha and beta (DKD), got"
+        f" gamma {gamma}, alpha {alpha} and beta {beta}"
+      )
+    value = nkd_loss(
+      flat_s, flat_t, flat_labels, temperature=temperature, gamma=gamma
+    )
+  elif alpha is None or beta is None:
     value = kd_loss(flat_s, flat_t, temperature=temperature)
     exists = jnp.where(labels < classes, 1.0, jnp.nan)
     weight *= exists[:, None]
@@ -73,7 +87,7 @@ def sdd_loss(
     value = dkd_loss(
       flat_s,
       flat_t,
-      jnp.repeat(labels, count),
+      flat_labels,
       temperature=temperature,
       alpha=alpha,
       beta=beta,

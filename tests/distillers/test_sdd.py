@@ -15,23 +15,21 @@ METHOD = Method(
       minimum=(T, T, LABELS),
     )
   },
-  fields={"scales": (1, 2), "alpha": None, "beta": None},
+  fields={"scales": (1, 2), "alpha": None, "beta": None, "gamma": 1.5},
   weights={"ce": 0.1, "kd": 0, "sdd": 0.9},
-  golden=(
+  golden=tuple(
     Golden(
-      r"sdd_kd_\d+",
-      lambda case: (
-        {n: case[n] for n in ("temperature",)}
-        | {"scales": tuple(case["scales"])}
-      ),
-    ),
-    Golden(
-      r"sdd_dkd_\d+",
-      lambda case: (
-        {n: case[n] for n in ("temperature", "alpha", "beta")}
-        | {"scales": tuple(case["scales"])}
-      ),
-    ),
+      rf"sdd_{inner}_\d+",
+      lambda case, names=names: {
+        **{name: case[name] for name in ("temperature", *names)},
+        "scales": tuple(case["scales"]),
+      },
+    )
+    for inner, names in (
+      ("kd", ()),
+      ("dkd", ("alpha", "beta")),
+      ("nkd", ("gamma",)),
+    )
   ),
   curves=(
     Curve("sdd", folder="train_2"),
@@ -61,3 +59,5 @@ def test_what_does_not_fit(tiny):
     losses.sdd_loss(S, T, LABELS, temperature=1.0, scales=(4, 3))
   with pytest.raises(ValueError, match=r"student_head.*got None"):
     tiny.create("sdd").apply({}, **{**tiny.given(), "student_head": None})
+  with pytest.raises(ValueError, match=r"gamma 1\.5, alpha 1\.0 and beta None"):
+    losses.sdd_loss(S, T, LABELS, temperature=1.0, gamma=1.5, alpha=1.0)
