@@ -106,6 +106,7 @@ class Method:
     small: fields for tiny runs.
     terms: names of the terms; None: "ce", "kd" and its own.
     weights: of the terms in the reference's recipe for CIFAR-100.
+    data: what the recipe changes of `config.data`.
     relational: whether it compares the examples of a batch.
     plain: whether it is a function of each example's logits alone. The golden
       losses prove it; whole steps of it run only with `-m full`.
@@ -119,6 +120,7 @@ class Method:
   small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   terms: frozenset[str] | None = None
   weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   relational: bool = False
   plain: bool = False
   reference: tuple[tuple[str, Any], ...] = ()

@@ -51,6 +51,8 @@ def test_loads_locked_with_the_fields_of_base(name, arg, parse_launch):
 @pytest.mark.parametrize("name", ["teacher", *METHODS])
 def test_recipes_are_the_references(name):
   cifar, plain = load(f"{name}_cifar"), base.get_config()
+  if name in METHODS:
+    plain.data.update(method_cases.method(name).data)
   assert (cifar.epochs, cifar.batch_size) == (240, 64)
   assert cifar.optim.milestones == (150, 180, 210)
   assert cifar.optim.weight_decay == 5e-4

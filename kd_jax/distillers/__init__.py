@@ -24,6 +24,7 @@ from kd_jax.distillers.ctkd import CTKD
 from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
+from kd_jax.distillers.funmatch import FunMatch
 from kd_jax.distillers.ickd import ICKD
 from kd_jax.distillers.ikl import IKL
 from kd_jax.distillers.kd import KD
@@ -88,6 +89,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "bkd": BKD,
   "ctkd": CTKD,
   "sdd": SDD,
+  "funmatch": FunMatch,
   "catkd": CATKD,
   "ickd": ICKD,
   "srd": SRD,

@@ -36,6 +36,7 @@ from kd_jax.losses.ctkd import reversed_gradient as reversed_gradient
 from kd_jax.losses.dist import dist_loss as dist_loss
 from kd_jax.losses.dkd import dkd_loss as dkd_loss
 from kd_jax.losses.fitnet import fitnet_loss as fitnet_loss
+from kd_jax.losses.funmatch import funmatch_loss as funmatch_loss
 from kd_jax.losses.ickd import ickd_loss as ickd_loss
 from kd_jax.losses.ikl import ikl_loss as ikl_loss
 from kd_jax.losses.kd import kd_loss as kd_loss
