@@ -34,6 +34,7 @@ from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.normkd import NormKD
+from kd_jax.distillers.ofa import OFA
 from kd_jax.distillers.ofd import OFD
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.rld import RLD
@@ -90,6 +91,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "ctkd": CTKD,
   "sdd": SDD,
   "funmatch": FunMatch,
+  "ofa": OFA,
   "catkd": CATKD,
   "ickd": ICKD,
   "srd": SRD,

@@ -45,6 +45,7 @@ from kd_jax.losses.mgd import mgd_loss as mgd_loss
 from kd_jax.losses.mgd import mgd_mask as mgd_mask
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
 from kd_jax.losses.normkd import normkd_loss as normkd_loss
+from kd_jax.losses.ofa import ofa_loss as ofa_loss
 from kd_jax.losses.ofd import ofd_loss as ofd_loss
 from kd_jax.losses.ofd import ofd_margin as ofd_margin
 from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss

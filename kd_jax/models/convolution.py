@@ -138,7 +138,7 @@ def _product_of_windows(x, kernel, *, strides, padding, groups):
 def _sum_of_windows(x, kernel, *, strides, padding):
   """A depthwise convolution, accumulated in float32."""
   *size, _, outputs = kernel.shape
-  weights = kernel.reshape(-1, outputs).astype(jnp.float32)
+  weights = kernel.reshape(-1, 1, 1, 1, outputs).astype(jnp.float32)
   windows = _windows(x, size, strides, padding)
   terms = [window * weight for window, weight in zip(windows, weights)]
   return functools.reduce(jnp.add, terms).astype(x.dtype)
@@ -149,7 +149,7 @@ def _sum_of_shifts(x, kernel, *, padding):
   height, width, _, outputs = kernel.shape
   rows = x.shape[1] + sum(padding[0]) - height + 1
   columns = x.shape[2] + sum(padding[1]) - width + 1
-  weights = kernel.reshape(-1, outputs).astype(jnp.float32)
+  weights = kernel.reshape(-1, 1, 1, 1, outputs).astype(jnp.float32)
   places = [(i, j) for i in range(height) for j in range(width)]
   shifted = [
     jnp.pad(

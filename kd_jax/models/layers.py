@@ -60,7 +60,9 @@ class ModelOutputs(NamedTuple):
       `stage1`..`stageN` (after the activation), `stem_preact`,
       `stage1_preact`.. (before it) where the family has them, `last` (the map
       that `Classifier.pool` turns into `pooled`), and `pooled` [B, C], which
-      feeds the classifier.
+      feeds the classifier. A transformer has its patches' tokens as maps, after
+      every block too (`block1`..), and may have `class_token1`.. [B, C], its
+      class token after each stage.
   """
 
   logits: jax.Array
