@@ -108,6 +108,7 @@ class Method:
     weights: of the terms in the reference's recipe for CIFAR-100.
     data: what the recipe changes of `config.data`.
     relational: whether it compares the examples of a batch.
+    tokens: whether both networks have to be transformers.
     plain: whether it is a function of each example's logits alone. The golden
       losses prove it; whole steps of it run only with `-m full`.
     reference: (pattern of our module's path, its name in the reference).
@@ -122,6 +123,7 @@ class Method:
   weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   relational: bool = False
+  tokens: bool = False
   plain: bool = False
   reference: tuple[tuple[str, Any], ...] = ()
   golden: tuple[Golden, ...] = ()

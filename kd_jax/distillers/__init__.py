@@ -47,6 +47,7 @@ from kd_jax.distillers.srrl import SRRL
 from kd_jax.distillers.tfkd import TfKD
 from kd_jax.distillers.ttm import TTM
 from kd_jax.distillers.vid import VID
+from kd_jax.distillers.vitkd import ViTKD
 from kd_jax.distillers.wkd_f import WKDF
 from kd_jax.distillers.wkd_l import WKDL
 from kd_jax.distillers.wsld import WSLD
@@ -92,6 +93,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "sdd": SDD,
   "funmatch": FunMatch,
   "ofa": OFA,
+  "vitkd": ViTKD,
   "catkd": CATKD,
   "ickd": ICKD,
   "srd": SRD,

@@ -69,6 +69,7 @@ from kd_jax.losses.ttm import ttm_loss as ttm_loss
 from kd_jax.losses.vid import MIN_VARIANCE as MIN_VARIANCE
 from kd_jax.losses.vid import vid_loss as vid_loss
 from kd_jax.losses.vid import vid_variance as vid_variance
+from kd_jax.losses.vitkd import vitkd_loss as vitkd_loss
 from kd_jax.losses.wkd_f import wkd_f_loss as wkd_f_loss
 from kd_jax.losses.wkd_l import wkd_decay as wkd_decay
 from kd_jax.losses.wkd_l import wkd_l_cost as wkd_l_cost

@@ -180,12 +180,25 @@ def tiny_output(seed, *, batch=8, classes=5, widths=(6, 12), sizes=(8, 4)):
   return ModelOutputs(jnp.asarray(logits), features)
 
 
+def with_blocks(output):
+  """A network's output with grids of tokens, as a transformer has them."""
+  maps = [output.features["stem"], *output.stages()]
+  blocks = {f"block{i}": x for i, x in enumerate(maps, start=1)}
+  return output._replace(features={**output.features, **blocks})
+
+
 class Tiny:
   """A student, a teacher, a batch, and short ways to run a distiller."""
 
-  def __init__(self):
+  def __init__(self, *, tokens=False):
     self.student = tiny_output(0)
     self.teacher = tiny_output(1, widths=(8, 16), sizes=(8, 8))
+    if tokens:
+      # Of one size in both networks.
+      self.teacher = tiny_output(1, widths=(8, 16))
+      self.student, self.teacher = map(
+        with_blocks, (self.student, self.teacher)
+      )
     weights = jnp.asarray(method_cases.normal(2, 16, 5))
     self.head = lambda pooled: pooled @ weights
     own = jnp.asarray(method_cases.normal(3, 12, 5))
@@ -281,5 +294,12 @@ def make_output():
 
 
 @pytest.fixture(scope="session")
-def tiny():
-  return Tiny()
+def tiny_for():
+  """tiny_for(method) -> the networks that a method needs."""
+  make = functools.cache(Tiny)
+  return lambda method: make(tokens=method_cases.method(method).tokens)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_for):
+  return tiny_for("kd")

@@ -16,22 +16,23 @@ METHODS = method_cases.methods()
 
 
 @pytest.fixture(scope="module")
-def made(tiny):
-  """(module, variables) per method, made once."""
+def made(tiny_for):
+  """(networks, module, variables) per method, made once."""
   cache = {}
 
   def make(method):
     if method not in cache:
+      tiny = tiny_for(method)
       module = tiny.create(method)
-      cache[method] = module, tiny.init(module)
+      cache[method] = tiny, module, tiny.init(module)
     return cache[method]
 
   return make
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_descent_reaches_every_parameter(tiny, made, quick, method):
-  module, variables = made(method)
+def test_descent_reaches_every_parameter(made, quick, method):
+  tiny, module, variables = made(method)
   _, own = method_cases.terms(method)
   rest = {k: v for k, v in variables.items() if k != "params"}
   # The student's features stand for its weights.
@@ -68,9 +69,9 @@ def test_descent_reaches_every_parameter(tiny, made, quick, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_evaluation_is_pure(tiny, made, method):
+def test_evaluation_is_pure(made, method):
   """No random stream, nothing moves, twice the same."""
-  module, variables = made(method)
+  tiny, module, variables = made(method)
   first, moved = tiny.apply(module, variables, train=False)
   second, _ = tiny.apply(module, variables, train=False)
   assert not jax.tree.leaves(moved)
@@ -80,9 +81,9 @@ def test_evaluation_is_pure(tiny, made, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_terms_in_float32_and_bfloat16(tiny, made, method):
+def test_terms_in_float32_and_bfloat16(made, method):
   """Parameters and terms stay float32; terms are [B] or scalar."""
-  module, variables = made(method)
+  tiny, module, variables = made(method)
   half = tiny.create(method, dtype=jnp.bfloat16)
 
   def to_half(output):
@@ -121,7 +122,8 @@ def test_every_field_is_declared():
     if value is not None
   ],
 )
-def test_every_field_counts(tiny, method, field, value):
+def test_every_field_counts(tiny_for, method, field, value):
   """A golden value would not notice a field that nothing reads."""
+  tiny = tiny_for(method)
   plain, changed = tiny.term(method), tiny.term(method, **{field: value})
   assert abs(plain - changed) > 1e-4 * abs(plain)

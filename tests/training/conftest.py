@@ -7,6 +7,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import method_cases
 import numpy as np
 import optax
 import pytest
@@ -29,6 +30,7 @@ class Mini(Classifier):
 
   width: int = 4
   dropout: float = 0.0
+  tokens: bool = False
   head = "fc"
 
   @nn.compact
@@ -43,6 +45,8 @@ class Mini(Classifier):
       )
       x = features[f"{name}_preact"] = norm(name=f"bn{i}")(x, train=train)
       x = features[name] = nn.relu(x)
+      if self.tokens:
+        features[f"block{i + 1}"] = x
     rate = self.dropout if train else 0.0
     return self.finish(features, x, dropout_rate=rate)
 
@@ -86,8 +90,9 @@ class Method:
   def __init__(self, method, *, init_size=8, dtype=jnp.float32, dropout=0.0):
     self.method, self.init_size, self.dtype = method, init_size, dtype
     self.weights, self.fields = _settings(method)
-    self.student = Mini(CLASSES, dtype=dtype, dropout=dropout)
-    self.teachers = (Mini(CLASSES, dtype=dtype, width=6),)
+    kind = {"dtype": dtype, "tokens": method_cases.method(method).tokens}
+    self.student = Mini(CLASSES, dropout=dropout, **kind)
+    self.teachers = (Mini(CLASSES, width=6, **kind),)
     if method == "none":
       self.teachers = ()
     image = jnp.zeros((init_size, SIZE, SIZE, 3))
