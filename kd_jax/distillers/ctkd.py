@@ -12,18 +12,22 @@ from kd_jax.distillers import base
 
 @final
 class CTKD(base.LogitDistiller):
-  """KD at a temperature that learns to make the task harder.
+  """KD or DKD at a temperature that learns to make the task harder.
 
   Attributes:
     start: the lowest temperature.
     span: the highest temperature less the lowest.
     reversal_epochs: epochs over which the temperature's gradient grows from
       nothing to the reverse of the loss's.
+    alpha: with `beta`, weights of DKD's parts; both None: KD.
+    beta: see `alpha`.
   """
 
   start: float = 1.0
   span: float = 20.0
   reversal_epochs: int = 10
+  alpha: float | None = None
+  beta: float | None = None
 
   def setup(self) -> None:
     """Makes the one number that is learned."""
@@ -42,6 +46,17 @@ class CTKD(base.LogitDistiller):
     theta = losses.reversed_gradient(
       self.theta, epoch, epochs=self.reversal_epochs
     )
-    return losses.ctkd_loss(
-      student_logits, teacher_logits, theta, start=self.start, span=self.span
+    if self.alpha is None or self.beta is None:
+      return losses.ctkd_loss(
+        student_logits, teacher_logits, theta, start=self.start, span=self.span
+      )
+    return losses.dkd_loss(
+      student_logits,
+      teacher_logits,
+      labels,
+      temperature=losses.ctkd_temperature(
+        theta, start=self.start, span=self.span
+      ),
+      alpha=self.alpha,
+      beta=self.beta,
     )

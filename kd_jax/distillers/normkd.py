@@ -10,12 +10,18 @@ from kd_jax.distillers import base
 
 @final
 class NormKD(base.LogitDistiller):
-  """KD with a temperature for each example and network.
+  """KD or DKD with a temperature for each example and network.
 
   `temperature` multiplies the standard deviation of an example's logits.
+
+  Attributes:
+    alpha: with `beta`, weights of DKD's parts; both None: KD.
+    beta: see `alpha`.
   """
 
   temperature: float = 2.0
+  alpha: float | None = None
+  beta: float | None = None
 
   def compare(
     self,
@@ -27,6 +33,18 @@ class NormKD(base.LogitDistiller):
     axis_name: str | None,
   ) -> jax.Array:
     """See `base.LogitDistiller.compare`."""
-    return losses.normkd_loss(
+    if self.alpha is None or self.beta is None:
+      return losses.normkd_loss(
+        student_logits, teacher_logits, temperature=self.temperature
+      )
+    student, teacher, factor = losses.normkd_logits(
       student_logits, teacher_logits, temperature=self.temperature
+    )
+    return factor * losses.dkd_loss(
+      student,
+      teacher,
+      labels,
+      temperature=1.0,
+      alpha=self.alpha,
+      beta=self.beta,
     )

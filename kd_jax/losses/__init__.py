@@ -32,6 +32,7 @@ from kd_jax.losses.crd import draw_negatives as draw_negatives
 from kd_jax.losses.crd import draw_positives as draw_positives
 from kd_jax.losses.cross_entropy import cross_entropy_loss as cross_entropy_loss
 from kd_jax.losses.ctkd import ctkd_loss as ctkd_loss
+from kd_jax.losses.ctkd import ctkd_temperature as ctkd_temperature
 from kd_jax.losses.ctkd import reversed_gradient as reversed_gradient
 from kd_jax.losses.dist import dist_loss as dist_loss
 from kd_jax.losses.dkd import dkd_loss as dkd_loss
@@ -44,6 +45,7 @@ from kd_jax.losses.luminet import luminet_loss as luminet_loss
 from kd_jax.losses.mgd import mgd_loss as mgd_loss
 from kd_jax.losses.mgd import mgd_mask as mgd_mask
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
+from kd_jax.losses.normkd import normkd_logits as normkd_logits
 from kd_jax.losses.normkd import normkd_loss as normkd_loss
 from kd_jax.losses.ofa import ofa_loss as ofa_loss
 from kd_jax.losses.ofd import ofd_loss as ofd_loss

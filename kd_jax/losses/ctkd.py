@@ -38,11 +38,21 @@ def ctkd_loss(
   [0.0]
   """
   student, teacher = checks.logits_of(student_logits, teacher_logits)
+  t = ctkd_temperature(theta, start=start, span=span)
+  return softmax.scaled_divergence(student, teacher, t)
+
+
+def ctkd_temperature(
+  theta: jax.Array | float,
+  *,
+  start: float | jax.Array,
+  span: float | jax.Array,
+) -> jax.Array:
+  """The temperature start + span * sigmoid(theta); see `ctkd_loss`."""
   theta = checks.number("theta", theta)
   start = checks.number("start", start, above=0)
   span = checks.number("span", span, least=0)
-  t = start + span * jax.nn.sigmoid(theta)
-  return softmax.scaled_divergence(student, teacher, t)
+  return start + span * jax.nn.sigmoid(theta)
 
 
 def reversed_gradient(

@@ -37,11 +37,32 @@ def normkd_loss(
   >>> round(float(normkd_loss(3 * z, z, temperature=2.0)[0]), 5)
   0.0
   """
+  student, teacher, factor = normkd_logits(
+    student_logits, teacher_logits, temperature=temperature
+  )
+  return factor * softmax.divergence(student, teacher)
+
+
+def normkd_logits(
+  student_logits: jax.Array,
+  teacher_logits: jax.Array,
+  *,
+  temperature: float | jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Logits over their own temperatures, for any loss at temperature 1.
+
+  Args:
+    student_logits: see `normkd_loss`.
+    teacher_logits: see `normkd_loss`.
+    temperature: see `normkd_loss`.
+
+  Returns:
+    student / T_s and teacher / T_t [B, C], and T_t^2 [B], float32.
+  """
   student, teacher = checks.logits_of(student_logits, teacher_logits)
   t = checks.number("temperature", temperature, above=0)
   # Equal logits have no spread; any temperature gives an even prediction.
   t_s, t_t = (
     t * jnp.maximum(softmax.row_std(z), 1e-7) for z in (student, teacher)
   )
-  value = softmax.divergence(student / t_s, teacher / t_t)
-  return jnp.square(t_t[:, 0]) * value
+  return student / t_s, teacher / t_t, jnp.square(t_t[:, 0])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from method_cases import Curve, Golden, LossCase, Method, normal
 
-from kd_jax import losses
+from kd_jax import distillers, losses
 
 S, T = 3 * normal(0, 2, 4, 7)
 METHOD = Method(
@@ -19,11 +19,18 @@ METHOD = Method(
       minimum=(T, T, np.float32(1.0)),
     )
   },
-  fields={"start": 10.0, "span": 2.0, "reversal_epochs": None},
+  fields={
+    **{"start": 10.0, "span": 2.0, "reversal_epochs": None},
+    **{"alpha": None, "beta": None},
+  },
   weights={"ce": 0.1, "kd": 0, "ctkd": 0.9},
   golden=(
     Golden("ctkd", lambda case: {}),
     Golden("ctkd_lskd", lambda case: {"standardize": True}),
+    Golden(
+      "ctkd_dkd",
+      lambda case: {name: case[name] for name in ("alpha", "beta")},
+    ),
   ),
   curves=(Curve("ctkd", folder="train_2"),),
 )
@@ -39,17 +46,22 @@ def test_the_gradient_turns_round(golden):
     np.testing.assert_allclose(gradient, 3 * factor, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ctkd", "ctkd_lskd"])
-def test_the_temperatures_gradient(golden_inputs, name):
+@pytest.mark.parametrize("kind", METHOD.golden, ids=lambda kind: kind.pattern)
+def test_the_temperatures_gradient(golden_inputs, quick, kind):
   """In the fifth epoch, whose factor is -0.5."""
-  ((_, case),) = golden_inputs.cases(name)
-  logits = [golden_inputs.tensor(f"logits_{side}") for side in "st"]
-  if name == "ctkd_lskd":
-    logits = [losses.standardize_logits(z) for z in logits]
+  ((_, case),) = golden_inputs.cases(kind.pattern)
+  module = distillers.create("ctkd", **kind.fields(case))
+  outputs = [golden_inputs.output("", side) for side in "st"]
 
   def loss(theta):
-    theta = losses.reversed_gradient(theta, 5, epochs=10)
-    return jnp.mean(losses.ctkd_loss(*logits, theta, start=1.0, span=20.0))
+    output = module.apply(
+      {"params": {"theta": theta}},
+      *outputs,
+      {"label": golden_inputs.labels(case)},
+      **{"teacher_head": None, "step": 0, "epoch": 5, "train": True},
+    )
+    return jnp.mean(output.terms["ctkd"])
 
   (expected,) = case["grad"]["ctkd_theta"]["probe"]
-  np.testing.assert_allclose(jax.grad(loss)(1.0), expected, rtol=1e-3)
+  found = quick(jax.grad(loss))(jnp.ones(()))
+  np.testing.assert_allclose(found, expected, rtol=1e-3)

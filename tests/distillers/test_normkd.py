@@ -13,11 +13,19 @@ METHOD = Method(
       minimum=(T, T),
     )
   },
+  fields={"alpha": None, "beta": None},
   weights={"ce": 0.1, "kd": 0, "normkd": 0.9},
   plain=True,
   golden=(
     Golden(
       r"normkd_T\d", lambda case: {"temperature": case["temperature_norm"]}
+    ),
+    Golden(
+      "normkd_dkd",
+      lambda case: {
+        "temperature": case["temperature_norm"],
+        **{name: case[name] for name in ("alpha", "beta")},
+      },
     ),
   ),
   curves=(
