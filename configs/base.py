@@ -192,7 +192,11 @@ def distillation(
   ramp_epochs: dict[str, float] | None = None,
   **fields,
 ) -> ConfigDict:
-  """The base config with a method, its pair and the weights of its loss."""
+  """The base config with a method, its pair and the weights of its loss.
+
+  Several methods: distillation("crd+dkd", weights={"ce": 1.0, "crd": 0.8,
+  "dkd": 1.0}, k=4096, dkd={"beta": 2.0}).
+  """
   config = get_config()
   config.student.name = student
   config.teacher.name = teacher
