@@ -37,6 +37,7 @@ from kd_jax.distillers.normkd import NormKD
 from kd_jax.distillers.ofa import OFA
 from kd_jax.distillers.ofd import OFD
 from kd_jax.distillers.reviewkd import ReviewKD
+from kd_jax.distillers.rkd import RKD
 from kd_jax.distillers.rld import RLD
 from kd_jax.distillers.sdd import SDD
 from kd_jax.distillers.semckd import SemCKD
@@ -100,6 +101,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "mgd": MGD,
   "wkd_l": WKDL,
   "wkd_f": WKDF,
+  "rkd": RKD,
 }
 
 

@@ -51,6 +51,7 @@ from kd_jax.losses.ofa import ofa_loss as ofa_loss
 from kd_jax.losses.ofd import ofd_loss as ofd_loss
 from kd_jax.losses.ofd import ofd_margin as ofd_margin
 from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss
+from kd_jax.losses.rkd import rkd_loss as rkd_loss
 from kd_jax.losses.rld import rld_loss as rld_loss
 from kd_jax.losses.sdd import sdd_loss as sdd_loss
 from kd_jax.losses.semckd import semckd_attention as semckd_attention
