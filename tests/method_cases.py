@@ -59,6 +59,7 @@ class Golden:
       own.
     batch: (inputs, case) -> what the batch has beside the labels.
     constants: (inputs, case) -> the teacher constants of the method.
+    tolerance: relative, of the value.
   """
 
   pattern: str
@@ -68,6 +69,7 @@ class Golden:
   weights: Callable[[Mapping[str, Any]], Mapping[str, float]] | None = None
   batch: Callable[..., Mapping[str, Any]] = lambda inputs, case: {}
   constants: Callable[..., dict[str, Any]] | None = None
+  tolerance: float = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.normkd import NormKD
 from kd_jax.distillers.ofa import OFA
 from kd_jax.distillers.ofd import OFD
+from kd_jax.distillers.pkt import PKT
 from kd_jax.distillers.reviewkd import ReviewKD
 from kd_jax.distillers.rkd import RKD
 from kd_jax.distillers.rld import RLD
@@ -102,6 +103,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "wkd_l": WKDL,
   "wkd_f": WKDF,
   "rkd": RKD,
+  "pkt": PKT,
 }
 
 

@@ -50,6 +50,7 @@ from kd_jax.losses.normkd import normkd_loss as normkd_loss
 from kd_jax.losses.ofa import ofa_loss as ofa_loss
 from kd_jax.losses.ofd import ofd_loss as ofd_loss
 from kd_jax.losses.ofd import ofd_margin as ofd_margin
+from kd_jax.losses.pkt import pkt_loss as pkt_loss
 from kd_jax.losses.reviewkd import reviewkd_loss as reviewkd_loss
 from kd_jax.losses.rkd import rkd_loss as rkd_loss
 from kd_jax.losses.rld import rld_loss as rld_loss

@@ -10,7 +10,7 @@ import pytest
 
 from kd_jax import distillers
 
-VALUE, GRADIENT = 1e-5, 1e-4
+GRADIENT = 1e-4
 GOLDEN = [
   pytest.param(name, golden, id=f"{name}-{golden.pattern}")
   for name, method in method_cases.methods().items()
@@ -146,7 +146,9 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
       varied, variables, teacher
     )
     context = f"{pair} {kind.pattern} {kind.fields(case)}"
-    np.testing.assert_allclose(value, case["loss"], rtol=VALUE, err_msg=context)
+    np.testing.assert_allclose(
+      value, case["loss"], rtol=kind.tolerance, err_msg=context
+    )
     for key, name in names.items():
       inputs.assert_gradient(
         gradients[name], case["grad"][key], f"{context} {key}"
@@ -157,6 +159,6 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
         inputs.rebuild.probe(logits, len(expected)),
         expected,
         rtol=GRADIENT,
-        atol=VALUE * np.abs(expected).max(),
+        atol=kind.tolerance * np.abs(expected).max(),
         err_msg=context,
       )
