@@ -95,6 +95,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config.optim.weight_decay = 5e-4
   # Largest global norm of the gradient; 0 does not clip.
   config.optim.gradient_clip = 0.0
+  # DOT: the momentum of the term "ce" is this much lower, that of all other
+  # terms as much higher. CIFAR: 0.075; 0: off.
+  config.optim.dot_delta = 0.0
 
   config.data = ConfigDict()
   # In memory: "cifar10", "cifar100", "tfds:cifar10", "tfds:cifar100", "digits",

@@ -85,6 +85,7 @@ class Curve:
     pair: position of the pair's file in the folder; the last has most methods.
     prefix: of the names of the method's tensors.
     also: weights of terms that the toolbox counts in the method's own.
+    dot_delta: of the optimiser.
   """
 
   word: str
@@ -95,6 +96,7 @@ class Curve:
   pair: int = -1
   prefix: str = "distiller."
   also: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  dot_delta: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,6 +95,15 @@ def check(
     raise ValueError(
       f"config.dtype: expected 'float32' or 'bfloat16', got {config.dtype!r}"
     )
+  weights = config.loss_weights.to_dict()
+  if config.optim.dot_delta and not (
+    weights.pop("ce", 0.0) and any(weights.values())
+  ):
+    raise ValueError(
+      "config.optim.dot_delta: expected a weight of 'ce' and of another term in"
+      f" config.loss_weights, got {config.loss_weights.to_dict()}. Set it to 0"
+      " or give both a weight"
+    )
   for name in config.loss_ramp_epochs:
     if name not in config.loss_weights:
       raise ValueError(

@@ -44,4 +44,4 @@ def config_fingerprint(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
       found.pop(name, None)
   if not found.get("teacher.cache_top_k"):
     found.pop("teacher.cache_top_k", None)
-  return found
+  return {"optim.dot_delta": 0.0, **found}

@@ -81,6 +81,7 @@ LIMITS = {
   "optim.momentum": Limits(0, 1, below=True, note="0 is off"),
   "optim.weight_decay": Limits(0, 1, note="0 is off"),
   "optim.gradient_clip": Limits(0, 1e6, note="0 is off"),
+  "optim.dot_delta": Limits(0, 1, below=True, note="0 is off"),
   "data.crop_padding": _count(0, 1024, note="0 is off"),
   "data.seed": _SEED._replace(optional=True),
   "data.mixup": _ALPHA,

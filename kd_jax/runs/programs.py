@@ -6,6 +6,7 @@ Runs that differ only in their seeds, such as the trials of a grid, share one
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +181,7 @@ def make_programs(recipe: Recipe) -> Programs:
     optimizer=optimizer,
     axis_name=axis,
     accumulate_steps=recipe.accumulate_steps,
+    split_ce=bool(dict(recipe.optim)["dot_delta"]),
     **_loss_arguments(recipe),
     **parts,
   )
@@ -339,25 +341,29 @@ def _initialize(
 def _optimizer(
   recipe: Recipe, parts: Any, variables: Variables, teachers: Any
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """The schedule and the optimiser, whose decay needs a trial of the loss."""
+  """The schedule and the optimiser, which needs trials of the loss."""
   student_params, student_rest = state_lib.split_params(variables[0])
   distiller_params, distiller_rest = state_lib.split_params(variables[1])
   size, struct = _local_batch_size(recipe), jax.ShapeDtypeStruct
-  decay_mask = optim.reached_parameters(
-    loss.make_loss_fn(axis_name=None, **_loss_arguments(recipe), **parts),
-    {"student": student_params, "distiller": distiller_params},
-    {"student": student_rest, "distiller": distiller_rest},
-    teachers,
-    {
-      "image": struct((size, *recipe.image_shape), jnp.uint8),
-      "label": struct((size,), jnp.int32),
-      "index": struct((size,), jnp.int32),
-      "mask": struct((size,), jnp.bool_),
-    },
-    struct((), jnp.int32),
-    struct((2,), jnp.uint32),
-  )
-  settings = dict(recipe.optim)
+
+  def reached(weights: dict[str, float]) -> Any:
+    arguments = {**_loss_arguments(recipe), "loss_weights": weights, **parts}
+    return optim.reached_parameters(
+      loss.make_loss_fn(axis_name=None, **arguments),
+      {"student": student_params, "distiller": distiller_params},
+      {"student": student_rest, "distiller": distiller_rest},
+      teachers,
+      {
+        "image": struct((size, *recipe.image_shape), jnp.uint8),
+        "label": struct((size,), jnp.int32),
+        "index": struct((size,), jnp.int32),
+        "mask": struct((size,), jnp.bool_),
+      },
+      struct((), jnp.int32),
+      struct((2,), jnp.uint32),
+    )
+
+  weights, settings = dict(recipe.loss_weights), dict(recipe.optim)
   schedule = optim.learning_rate_schedule(
     optim.scaled_learning_rate(
       settings["learning_rate"],
@@ -371,11 +377,15 @@ def _optimizer(
       for name in ("schedule", "milestones", "decay_rate", "warmup_epochs")
     },
   )
-  return schedule, optim.sgd(
-    schedule,
-    decay_mask=decay_mask,
-    **{
-      name: settings[name]
-      for name in ("momentum", "nesterov", "weight_decay", "gradient_clip")
-    },
-  )
+  options = {
+    name: settings[name]
+    for name in ("momentum", "nesterov", "weight_decay", "gradient_clip")
+  }
+  decay_mask = reached(weights)
+  if delta := settings["dot_delta"]:
+    ce = {"ce": weights.pop("ce")}
+    shared = jax.tree.map(operator.and_, reached(ce), reached(weights))
+    return schedule, optim.dot(
+      schedule, delta=delta, shared=shared, decay_mask=decay_mask, **options
+    )
+  return schedule, optim.sgd(schedule, decay_mask=decay_mask, **options)

@@ -330,6 +330,7 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
     teacher.loss_ramp_epochs = ConfigDict()
     teacher.label_smoothing = 0.0
     teacher.data.mixup = teacher.data.cutmix = 0.0
+    teacher.optim.dot_delta = 0.0
     teacher.optim.learning_rate = config.teacher.learning_rate
     if teacher.optim.learning_rate is None:
       teacher.optim.learning_rate = models.entry(name).learning_rate

@@ -229,7 +229,8 @@ def make_loss_fn(
   ramp_steps: Mapping[str, int] | None = None,
   mixing: Mapping[str, float] | None = None,
   axis_name: str | None = None,
-) -> Callable[..., tuple[jax.Array, Any]]:
+  split_ce: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
   """Builds the loss of this replica's batch.
 
   See `step.make_train_step` for the arguments.
@@ -238,7 +239,7 @@ def make_loss_fn(
     `loss(params, collections, teacher_variables, batch, step, seeds, part)
     -> (total loss, (new collections, sums))`. The batch comes as it is or from
     `precompute_teacher`. `part` numbers the parts of an accumulated batch; it
-    is None if the batch is whole.
+    is None if the batch is whole. With `split_ce`, the total is a pair.
   """
   ramps = ramp_steps or {}
   precompute_teacher = make_precompute_teacher(
@@ -298,10 +299,17 @@ def make_loss_fn(
       else weight
       for name, weight in loss_weights.items()
     }
-    total = weighted_sum(output.terms, weights)
+    total: Any
+    if split_ce:
+      ce = {name: weights[name] for name in weights if name == "ce"}
+      rest = {name: weights[name] for name in weights if name != "ce"}
+      total = weighted_sum(output.terms, ce), weighted_sum(output.terms, rest)
+    else:
+      total = weighted_sum(output.terms, weights)
     count = jnp.asarray(batch["label"].shape[0], jnp.float32)
     correct = metrics.topk_correct(output.logits, batch["label"], 1)
-    sums = {"loss": total * count, "top1": jnp.sum(correct)}
+    whole = total[0] + total[1] if split_ce else total
+    sums = {"loss": whole * count, "top1": jnp.sum(correct)}
     for name, weight in loss_weights.items():
       if weight:
         sums[name] = jnp.mean(output.terms[name]) * count

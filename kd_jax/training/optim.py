@@ -1,9 +1,10 @@
 """Learning-rate schedules and the optimiser, from keyword arguments."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.extend import core
 
@@ -112,6 +113,96 @@ def sgd(
     clip,
     optax.add_decayed_weights(weight_decay, mask=decay_mask),
     optax.trace(decay=momentum, nesterov=nesterov),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+class DotState(NamedTuple):
+  """Velocities of `dot`.
+
+  Attributes:
+    ce: of the gradient of the term "ce" and of weight decay.
+    rest: of the gradient of all other terms.
+  """
+
+  ce: Any
+  rest: Any
+
+
+def dot(
+  learning_rate: optax.Schedule,
+  *,
+  delta: float,
+  shared: Any,
+  momentum: float = 0.9,
+  nesterov: bool = False,
+  weight_decay: float = 0.0,
+  decay_mask: Any = None,
+  gradient_clip: float = 0.0,
+) -> optax.GradientTransformation:
+  """SGD that remembers distillation for longer than the labels.
+
+  DOT (Zhao et al., "DOT: A Distillation-Oriented Trainer", ICCV 2023):
+  g_ce <- g_ce + weight_decay * p;
+  v_ce <- (momentum - delta) * v_ce + g_ce;
+  v_rest <- (momentum + delta) * v_rest + g_rest;
+  p <- p - rate * (v_ce + v_rest). With delta 0 this is `sgd`.
+
+  The gradient is a pair of pytrees like the parameters: of the term "ce", and
+  of all others (`step.make_train_step` with `split_ce`).
+
+  Args:
+    learning_rate: see `sgd`.
+    delta: the paper has 0.075 for CIFAR-100 and 0.09 for ImageNet.
+    shared: pytree of bools like the parameters: whether both gradients reach
+      one. Otherwise it keeps `momentum`.
+    momentum: see `sgd`.
+    nesterov: see `sgd`.
+    weight_decay: see `sgd`.
+    decay_mask: see `sgd`.
+    gradient_clip: largest global norm of the gradients' sum; 0 does not clip.
+
+  Returns:
+    The optax transformation.
+
+  Raises:
+    ValueError: if a momentum would leave 0..1.
+  """
+  if not 0 <= momentum - delta <= momentum + delta < 1:
+    raise ValueError(
+      "config.optim.dot_delta: expected momenta of at least 0 and below 1, got"
+      f" {momentum} -+ {delta}. Lower it"
+    )
+  decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
+
+  def trace(change: float, velocity: Any, gradient: Any) -> tuple[Any, Any]:
+    def add(both: bool, v: jax.Array, g: jax.Array) -> jax.Array:
+      return g + (momentum + change * both) * v
+
+    velocity = jax.tree.map(add, shared, velocity, gradient)
+    if not nesterov:
+      return velocity, velocity
+    return velocity, jax.tree.map(add, shared, velocity, gradient)
+
+  def init(params: Any) -> DotState:
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return DotState(zeros, jax.tree.map(jnp.zeros_like, params))
+
+  def update(
+    gradients: Any, state: Any, params: Any = None
+  ) -> tuple[Any, DotState]:
+    if gradient_clip:
+      norm = optax.tree.norm(jax.tree.map(jnp.add, *gradients))
+      factor = gradient_clip / jnp.maximum(norm, gradient_clip)
+      gradients = jax.tree.map(lambda g: factor * g, gradients)
+    ce, rest = gradients
+    ce, _ = decay.update(ce, decay.init(params), params)
+    v_ce, moved_ce = trace(-delta, state.ce, ce)
+    v_rest, moved_rest = trace(delta, state.rest, rest)
+    return jax.tree.map(jnp.add, moved_ce, moved_rest), DotState(v_ce, v_rest)
+
+  return optax.chain(
+    optax.GradientTransformation(init, update),
     optax.scale_by_learning_rate(learning_rate),
   )
 

@@ -78,6 +78,7 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   axis_name: str | None = None,
   accumulate_steps: int = 1,
+  split_ce: bool = False,
   **loss_arguments: Any,
 ) -> TrainStep:
   """Builds the train step of one replica.
@@ -92,6 +93,9 @@ def make_train_step(
     axis_name: the mapped axis that holds the other replicas, or None.
     accumulate_steps: parts into which the batch is cut; the gradient is the
       mean over them, BatchNorm and batch-relational losses see one at a time.
+    split_ce: whether the optimiser takes a pair of gradients, as `optim.dot`
+      does: of the term "ce", and of all others. That is one forward pass and
+      two backward passes.
     **loss_arguments: of `loss.make_loss_fn`:
       student: the model.
       teachers: frozen networks, none, one or several.
@@ -106,8 +110,14 @@ def make_train_step(
     The step; its sums are of "loss", "top1" and each term that has a weight,
     over the examples of all replicas, whose number is "count".
   """
-  loss_fn = loss.make_loss_fn(axis_name=axis_name, **loss_arguments)
-  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+  loss_fn = loss.make_loss_fn(
+    axis_name=axis_name, split_ce=split_ce, **loss_arguments
+  )
+  value_and_grad = (
+    _value_and_grads_of_pair(loss_fn)
+    if split_ce
+    else jax.value_and_grad(loss_fn, has_aux=True)
+  )
 
   def gradients(
     state: TrainState, teacher_variables: Any, batch: loss.Batch, seeds: Any
@@ -133,7 +143,8 @@ def make_train_step(
       lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1),
       batch,
     )
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    like = (state.params, state.params) if split_ce else state.params
+    zeros = jax.tree.map(jnp.zeros_like, like)
     (grads, collections), sums = jax.lax.scan(
       add_part,
       (zeros, state.collections),
@@ -174,6 +185,22 @@ def make_train_step(
   names = ("teachers", "transform", "mixing")
   arguments = {n: loss_arguments[n] for n in names if n in loss_arguments}
   return TrainStep(student_step, loss.make_precompute_teacher(**arguments))
+
+
+def _value_and_grads_of_pair(
+  loss_fn: Callable[..., Any],
+) -> Callable[..., Any]:
+  """`jax.value_and_grad` with `has_aux` of a loss that is a pair."""
+
+  def value_and_grads(params: Any, *arguments: Any) -> tuple[Any, Any]:
+    totals, pull_back, aux = jax.vjp(
+      lambda params: loss_fn(params, *arguments), params, has_aux=True
+    )
+    one, zero = jnp.ones_like(totals[0]), jnp.zeros_like(totals[0])
+    (first,), (second,) = pull_back((one, zero)), pull_back((zero, one))
+    return (totals, aux), (first, second)
+
+  return value_and_grads
 
 
 def make_train_chunk(

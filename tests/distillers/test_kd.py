@@ -35,6 +35,7 @@ METHOD = Method(
       lambda curves: {"temperature": 2.0, "standardize": True},
       folder="train_2",
     ),
+    Curve("dot", folder="train_2", dot_delta=0.075),
   ),
 )
 

@@ -147,7 +147,12 @@ def test_six_steps(method, curve, read, rebuild, fill_distiller, quick):
 
   weights, ramps = term_weights(curves, curve.word, method)
   weights |= curve.also
-  optimizer = optim.sgd(
+  sgd = optim.sgd
+  if curve.dot_delta:
+    params = {"student": student_variables["params"], "distiller": {}}
+    shared = jax.tree.map(lambda _: True, params)
+    sgd = functools.partial(optim.dot, delta=curve.dot_delta, shared=shared)
+  optimizer = sgd(
     optax.constant_schedule(curves["lr"]),
     momentum=curves["momentum"],
     weight_decay=curves["weight_decay"],
@@ -155,6 +160,7 @@ def test_six_steps(method, curve, read, rebuild, fill_distiller, quick):
   step = quick(
     step_lib.make_train_step(
       optimizer=optimizer,
+      split_ce=bool(curve.dot_delta),
       student=student,
       teachers=(teacher,),
       distiller=distiller,

@@ -121,6 +121,21 @@ def test_the_newest_comes_back_bit_for_bit_and_placed(saved):
     assert a.weak_type == b.weak_type
 
 
+def test_both_velocities_of_dot_come_back(tmp_path):
+  params = make_state(1).params
+  dot = optim.dot(
+    optax.constant_schedule(0.1),
+    delta=0.075,
+    shared=jax.tree.map(lambda _: True, params),
+  )
+  twice = jax.tree.map(lambda p: 2 * p, params)
+  _, state = dot.update((params, twice), dot.init(params), params)
+  save(tmp_path / "checkpoints", state)
+  like = dot.init(params)
+  restored = checkpoint.restore_latest(tmp_path / "checkpoints", like)
+  assert_same_bits(restored.state, state)
+
+
 def test_without_a_template_come_plain_dicts_of_arrays(saved):
   """What an export reads: no device or class of the run is needed."""
   state, expected = checkpoint.read_latest(saved).state, make_state(2)

@@ -69,6 +69,11 @@ def test_the_default_rate_is_filled_in_and_told(name, rate, caplog):
       r"config\.epochs: expected fewer than 2\^31 updates",
     ),
     (1, {"data__crop_padding": 9}, r"crop_padding: expected at most .* 8 pix"),
+    (
+      1,
+      {"optim__dot_delta": 0.075, "loss_weights__kd": 0.0},
+      r"dot_delta: expected a weight of 'ce' and of another .*'kd': 0\.0}",
+    ),
     (1, {"dtype": "float16"}, "config.dtype: .*'bfloat16', got 'float16'"),
     (
       1,

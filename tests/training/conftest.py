@@ -158,9 +158,9 @@ class Method:
       optax.constant_schedule(0.02), weight_decay=5e-4, **options
     )
 
-  def step(self, **arguments):
+  def step(self, optimizer=None, **arguments):
     """The step of one device, and a state to start from."""
-    optimizer = self.optimizer()
+    optimizer = optimizer or self.optimizer()
     step = step_lib.make_train_step(
       optimizer=optimizer, **{**self.loss_arguments(), **arguments}
     )

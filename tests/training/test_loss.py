@@ -173,6 +173,21 @@ def test_a_ramp_grows_over_its_steps():
     np.testing.assert_allclose(sums["loss"], 4 * total, rtol=1e-6)
 
 
+def test_two_gradients_take_one_forward_pass():
+  weights = {"square": 3.0, "ce": 2.0, "sine": 1.0}
+  loss_fn, params, arguments = make_loss(weights, split_ce=True)
+  whole, *_ = make_loss(weights)
+  arguments = *arguments, jnp.int32(0), SEEDS
+  (ce, rest), (_, sums) = loss_fn(params, *arguments)
+  total, (_, expected) = whole(params, *arguments)
+  np.testing.assert_allclose(ce, sums["ce"] / 2, rtol=1e-6)
+  np.testing.assert_allclose(ce + rest, total, rtol=1e-6)
+  assert sums.keys() == expected.keys()
+  np.testing.assert_allclose(sums["loss"], expected["loss"], rtol=1e-6)
+  with pytest.raises(ValueError, match="at least one weight other than 0"):
+    make_loss({"ce": 1.0}, split_ce=True)[0](params, *arguments)
+
+
 def test_a_term_of_weight_0_is_absent():
   def compiled(weights):
     loss_fn, params, arguments = make_loss(weights)

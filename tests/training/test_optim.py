@@ -176,3 +176,66 @@ def test_gradient_is_clipped_by_its_global_norm(problem, scale, clip):
   for name, p in params.items():
     expected = p - (factor * gradient[name] + 0.1 * p)
     np.testing.assert_allclose(got[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_dot_has_two_momenta_where_both_gradients_reach(problem, nesterov):
+  params, first = problem
+  _, second = problem[0], [{n: g[n][::-1] for n in g} for g in first]
+  zero = np.zeros(5)
+  for g in second:
+    g["b"] = zero.astype(np.float32)
+  settings = {"momentum": 0.5, "nesterov": nesterov, "weight_decay": 0.1}
+  got = run(
+    optim.dot(
+      optax.constant_schedule(0.5),
+      delta=0.2,
+      shared={"a": True, "b": False},
+      **settings,
+    ),
+    params,
+    list(zip(first, second)),
+  )
+  for name, low, high in (("a", 0.3, 0.7), ("b", 0.5, 0.5)):
+    p, v_ce, v_rest = params[name].astype(np.float64), zero, zero
+    for g_ce, g_rest in zip(first, second):
+      decayed = g_ce[name] + 0.1 * p
+      v_ce = low * v_ce + decayed
+      v_rest = high * v_rest + g_rest[name]
+      if nesterov:
+        step = decayed + low * v_ce + g_rest[name] + high * v_rest
+      else:
+        step = v_ce + v_rest
+      p = p - 0.5 * step
+    np.testing.assert_allclose(got[name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_dot_without_delta_is_sgd(problem):
+  params, gradients = problem
+  settings = {
+    "weight_decay": 0.1,
+    "decay_mask": {"a": True, "b": False},
+    "gradient_clip": 2.0,
+  }
+  schedule = optax.constant_schedule(0.1)
+  shared = jax.tree.map(lambda _: True, params)
+  parts = [
+    (jax.tree.map(lambda x: 3 * x, g), jax.tree.map(lambda x: -2 * x, g))
+    for g in gradients
+  ]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    run(optim.sgd(schedule, **settings), params, gradients),
+    run(
+      optim.dot(schedule, delta=0.0, shared=shared, **settings), params, parts
+    ),
+  )
+
+
+@pytest.mark.parametrize(("momentum", "delta"), [(0.9, 0.1), (0.05, 0.075)])
+def test_momenta_of_dot_that_leave_their_range(momentum, delta):
+  words = rf"dot_delta: expected momenta .* got {momentum} -\+ {delta}"
+  with pytest.raises(ValueError, match=words):
+    optim.dot(
+      optax.constant_schedule(0.1), momentum=momentum, delta=delta, shared={}
+    )

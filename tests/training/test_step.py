@@ -206,6 +206,31 @@ def test_accumulation_is_the_mean_of_its_parts(made):
   assert_same((expected, [sums]), (got, [got_sums]))
 
 
+def test_two_gradients_are_equal_on_any_devices(made):
+  parts = made("fitnet")  # whose regressor has no gradient of "ce"
+
+  def dot(delta):
+    params = parts.state(optax.identity()).params
+    optimizer = optim.dot(
+      optax.constant_schedule(0.02),
+      delta=delta,
+      shared={
+        name: jax.tree.map(lambda _, name=name: name == "student", tree)
+        for name, tree in params.items()
+      },
+      weight_decay=5e-4,
+    )
+    return {"optimizer": optimizer, "split_ce": True}
+
+  one = parts.train(1, **dot(0.075))
+  assert_same(one, parts.train(2, **dot(0.075)), 1e-4)
+  assert worst_difference(one, parts.train(1))[0] > 1e-3
+  accumulated = [
+    parts.train(1, accumulate_steps=2, **options) for options in (dot(0.0), {})
+  ]
+  assert_same(*accumulated, 1e-4)
+
+
 @pytest.mark.parametrize("pixels", [1, 2 * 8 * 64, 10**9])
 def test_steps_in_one_dispatch(pixels, made, monkeypatch):
   """The teacher sees one batch at a time, two, or all four."""
