@@ -6,5 +6,15 @@ Imports jax only.
 from kd_jax.data.augment.crop_flip import augment, crop, draw
 from kd_jax.data.augment.mixing import mix, partner
 from kd_jax.data.augment.normalization import normalize
+from kd_jax.data.augment.rand_augment import cutout, rand_augment
 
-__all__ = ["augment", "crop", "draw", "mix", "normalize", "partner"]
+__all__ = [
+  "augment",
+  "crop",
+  "cutout",
+  "draw",
+  "mix",
+  "normalize",
+  "partner",
+  "rand_augment",
+]
