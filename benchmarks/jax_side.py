@@ -138,32 +138,42 @@ class Program:
     teachers = ()
     if work.has_teacher:
       teachers = (models.create(work.teacher, work.classes, dtype=dtype),)
+    distiller = distillers.create(
+      work.method,
+      axis_name=axis_name,
+      sync=True,
+      dtype=dtype,
+      **work.settings,
+    )
+    views = {}
+    if distiller.views > 1:
+      views["strong_transform"] = self._strong_transform
     return {
       "student": models.create(
         work.student, work.classes, dtype=dtype, bn_axis_name=axis_name
       ),
       "teachers": teachers,
-      "distiller": distillers.create(
-        work.method,
-        axis_name=axis_name,
-        sync=True,
-        dtype=dtype,
-        **work.settings,
-      ),
+      "distiller": distiller,
+      **views,
       "loss_weights": work.weights,
       "steps_per_epoch": self._pipeline.steps_per_epoch,
       "transform": self._transform,
     }
 
   def _transform(self, key, batch):
-    images = augment.augment(
-      key,
-      batch["image"],
-      batch["index"],
-      pad=self._work.pad,
-      flip=self._work.flip,
+    images, index = batch["image"], batch["index"]
+    return self._normalize(augment.augment(key, images, index, **self._crops))
+
+  def _strong_transform(self, key, batch):
+    images, index = batch["image"], batch["index"]
+    fill = [round(255 * mean) for mean in self._work.source.mean]
+    return self._normalize(
+      augment.strong_view(key, images, index, fill=fill, **self._crops)
     )
-    return self._normalize(images)
+
+  @property
+  def _crops(self) -> dict[str, Any]:
+    return {"pad": self._work.pad, "flip": self._work.flip}
 
   def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     size, side = self._work.batch, self._work.image_size

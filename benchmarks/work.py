@@ -236,6 +236,9 @@ def _method(work: Work) -> dict[str, np.ndarray]:
   }
   distiller = distillers.create(work.method, **work.settings)
   teachers = [outputs["teacher"]] if "teacher" in outputs else []
+  if distiller.views > 1:
+    views = {"strong_student": outputs["student"], "strong_teachers": teachers}
+    batch = {**batch, **views}
 
   def head(pooled):
     return jnp.zeros((*pooled.shape[:-1], work.classes))

@@ -12,7 +12,7 @@ from kd_jax import losses
 from kd_jax.models.layers import ModelOutputs
 
 _T = TypeVar("_T")
-Batch = Mapping[str, jax.Array]
+Batch = Mapping[str, Any]
 # A classifier: pooled features [..., C] -> logits [..., num_classes].
 Head = Callable[[jax.Array], jax.Array]
 # The collection of `Distiller.teacher_constants`.
@@ -67,6 +67,8 @@ class Distiller(nn.Module):
   # Whether it reads nothing of the teacher but its logits, which may then come
   # from a cache.
   needs_logits_only: ClassVar[bool] = False
+  # How each image is shown: 1, or 2 for a strongly augmented view as well.
+  views: ClassVar[int] = 1
 
   @property
   def memory_rows(self) -> tuple[str, ...]:
@@ -142,7 +144,8 @@ class Distiller(nn.Module):
       teacher: the teacher's, gradients already stopped.
       batch: at least `label` [B]; with `index` [B] in training. For mixed
         images, `lam` (scalar) weighs `label` and the rest goes to
-        `mixed_label` [B].
+        `mixed_label` [B]. With two `views`, `strong_student` is the student's
+        output for the strong view, and `strong_teachers` that of each teacher.
       teacher_head: from a pooled feature [B, C] to the teacher's logits.
       step: number of the step, from 0.
       epoch: number of the epoch, from 1.
@@ -328,7 +331,7 @@ def over_labels(
   own = loss(batch["label"])
   if "lam" not in batch:
     return own
-  lam = batch["lam"]
+  lam: jax.Array = batch["lam"]
   return lam * own + (1 - lam) * loss(batch["mixed_label"])
 
 

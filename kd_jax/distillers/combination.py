@@ -35,6 +35,11 @@ class Combination(base.Distiller):
     return all(member.needs_logits_only for member in self.members)
 
   @property
+  def views(self) -> int:  # type: ignore[override]
+    """The most of any member."""
+    return max(member.views for member in self.members)
+
+  @property
   def memory_rows(self) -> tuple[str, ...]:
     """The members', below their names."""
     return tuple(

@@ -71,7 +71,8 @@ class MGD(base.Distiller):
   def _noise(self, batch: base.Batch, channels: int) -> jax.Array:
     """[B, C]; each row depends on the step's key and its example only."""
     if "noise" in batch:
-      return batch["noise"]
+      noise: jax.Array = batch["noise"]
+      return noise
     if "index" not in batch:
       raise ValueError(
         "mgd: expected batch['index'], the positions of the examples in the "

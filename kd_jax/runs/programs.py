@@ -266,22 +266,27 @@ def _loss_arguments(recipe: Recipe) -> dict[str, Any]:
   """The arguments of `make_loss_fn` that are no networks."""
   normalize = _normalizer(recipe)
 
-  def transform(key, batch):
-    images = augment.augment(
-      key,
-      batch["image"],
-      batch["index"],
-      pad=recipe.crop_padding,
-      flip=recipe.flip,
-    )
-    return normalize(images)
+  crops: dict[str, Any] = {"pad": recipe.crop_padding, "flip": recipe.flip}
+  mean_colour = [round(255 * mean) for mean in recipe.mean]
 
+  def transform(key, batch):
+    images, index = batch["image"], batch["index"]
+    return normalize(augment.augment(key, images, index, **crops))
+
+  def strong_transform(key, batch):
+    images, index = batch["image"], batch["index"]
+    return normalize(
+      augment.strong_view(key, images, index, fill=mean_colour, **crops)
+    )
+
+  views = _distiller(recipe, None).views
   mixing = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
   return {
     "loss_weights": dict(recipe.loss_weights),
     "ramp_steps": dict(recipe.ramp_steps),
     "steps_per_epoch": recipe.steps_per_epoch,
     "transform": transform,
+    **({"strong_transform": strong_transform} if views > 1 else {}),
     "mixing": mixing if any(mixing.values()) else None,
   }
 

@@ -86,9 +86,13 @@ def init_distiller(
       than the method reads.
   """
   outputs, heads = run_teachers(teachers, teacher_variables, images)
+  student_output = student.apply(student_variables, images, train=False)
+  if distiller.views > 1:
+    views = {"strong_student": student_output, "strong_teachers": outputs}
+    batch = {**batch, **views}
   variables = distiller.init(
     rngs,
-    student.apply(student_variables, images, train=False),
+    student_output,
     outputs,
     batch,
     teacher_heads=heads,
@@ -116,6 +120,7 @@ def make_precompute_teacher(
   *,
   teachers: Sequence[Any],
   transform: Transform,
+  strong_transform: Transform | None = None,
   mixing: Mapping[str, float] | None = None,
 ) -> PrecomputeTeacher:
   """Builds the part of a step that needs no student.
@@ -124,15 +129,28 @@ def make_precompute_teacher(
 
   Returns:
     `precompute_teacher(teacher_variables, batch, step, seeds) -> batch` with
-    "augmented_images" and "teacher_outputs". For several steps at once, `step`
-    is [k] and all leaves of the batch are [k, B, ...].
+    "augmented_images" and "teacher_outputs", and with a `strong_transform`
+    also "strong_images" and "strong_teachers". For several steps at once,
+    `step` is [k] and all leaves of the batch are [k, B, ...].
+
+  Raises:
+    ValueError: for mixing with a `strong_transform`.
   """
+  if mixing and strong_transform:
+    raise ValueError(
+      "config.data.mixup and cutmix: expected 0 for a method with two views of"
+      f" an image, got {dict(mixing)}. Set both to 0, or choose another method"
+    )
 
   def augment_images(
     batch: Batch, step: jax.Array, seeds: jax.Array
   ) -> dict[str, Any]:
     augment_key, _, _ = _keys(seeds[1], step)
     images = transform(augment_key, batch)
+    if strong_transform:
+      # A crop of its own, too.
+      strong = strong_transform(jax.random.fold_in(augment_key, 1), batch)
+      return {**batch, "augmented_images": images, "strong_images": strong}
     if not mixing:
       return {**batch, "augmented_images": images}
     (mix_key,) = jax.random.split(augment_key, 1)
@@ -155,21 +173,28 @@ def make_precompute_teacher(
       if jnp.ndim(step):
         augment_all = jax.vmap(augment_images, (0, 0, None))
       return {**augment_all(batch, step, seeds), "teacher_outputs": outputs}
-    if jnp.ndim(step) == 0:
-      augmented = augment_images(batch, step, seeds)
-      images = augmented["augmented_images"]
-      outputs, _ = run_teachers(teachers, teacher_variables, images)
-      return {**augmented, "teacher_outputs": outputs}
-    augmented = jax.vmap(augment_images, (0, 0, None))(batch, step, seeds)
+    several = jnp.ndim(step)  # also the axis of the examples
+    augment_all = (
+      jax.vmap(augment_images, (0, 0, None)) if several else augment_images
+    )
+    augmented = augment_all(batch, step, seeds)
     images = augmented["augmented_images"]
-    steps, size = images.shape[:2]
-    outputs, _ = run_teachers(
-      teachers, teacher_variables, images.reshape(-1, *images.shape[2:])
+    if strong_transform:
+      strong = augmented["strong_images"]
+      images = jnp.concatenate([images, strong], axis=several)
+    first = images.shape[: several + 1]
+    if several:
+      images = images.reshape(-1, *images.shape[2:])
+    outputs, _ = run_teachers(teachers, teacher_variables, images)
+    if several:
+      outputs = jax.tree.map(lambda x: x.reshape(*first, *x.shape[1:]), outputs)
+    if not strong_transform:
+      return {**augmented, "teacher_outputs": outputs}
+    weak, strong = (
+      jax.tree.map(lambda x, i=i: jnp.split(x, 2, several)[i], outputs)
+      for i in range(2)
     )
-    outputs = jax.tree.map(
-      lambda x: x.reshape(steps, size, *x.shape[1:]), outputs
-    )
-    return {**augmented, "teacher_outputs": outputs}
+    return {**augmented, "teacher_outputs": weak, "strong_teachers": strong}
 
   return precompute_teacher
 
@@ -227,6 +252,7 @@ def make_loss_fn(
   steps_per_epoch: int,
   transform: Transform,
   ramp_steps: Mapping[str, int] | None = None,
+  strong_transform: Transform | None = None,
   mixing: Mapping[str, float] | None = None,
   axis_name: str | None = None,
   split_ce: bool = False,
@@ -242,8 +268,17 @@ def make_loss_fn(
     is None if the batch is whole. With `split_ce`, the total is a pair.
   """
   ramps = ramp_steps or {}
+  if (distiller.views > 1) != (strong_transform is not None):
+    raise ValueError(
+      "strong_transform: expected one for a method with two views of an image,"
+      f" else None; got {strong_transform} for {type(distiller).__name__} with"
+      f" {distiller.views}"
+    )
   precompute_teacher = make_precompute_teacher(
-    teachers=teachers, transform=transform, mixing=mixing
+    teachers=teachers,
+    transform=transform,
+    strong_transform=strong_transform,
+    mixing=mixing,
   )
   # Such a student draws its dropout for the batch of all devices.
   draws_alike = getattr(student, "bn_axis_name", None) is not None
@@ -269,14 +304,28 @@ def make_loss_fn(
     if part is not None:
       distiller_key = jax.random.fold_in(distiller_key, part)
       dropout_key = jax.random.fold_in(dropout_key, part)
-    student_outputs, student_updates = student.apply(
-      {"params": params["student"], **collections["student"]},
-      images,
-      train=True,
-      mutable=list(collections["student"]),
-      rngs={"dropout": dropout_key},
+
+    def run_student(
+      images: jax.Array, rest: Any, key: jax.Array
+    ) -> tuple[Any, Any]:
+      outputs, updates = student.apply(
+        {"params": params["student"], **rest},
+        images,
+        train=True,
+        mutable=list(rest),
+        rngs={"dropout": key},
+      )
+      return outputs.checked(), {**rest, **updates}
+
+    student_outputs, student_rest = run_student(
+      images, collections["student"], dropout_key
     )
-    student_outputs.checked()
+    if "strong_images" in batch:
+      batch["strong_student"], student_rest = run_student(
+        batch.pop("strong_images"),
+        student_rest,
+        jax.random.fold_in(dropout_key, 1),
+      )
     output: base.DistillOutput
     output, distiller_updates = distiller.apply(
       {"params": params["distiller"], **collections["distiller"]},
@@ -314,7 +363,7 @@ def make_loss_fn(
       if weight:
         sums[name] = jnp.mean(output.terms[name]) * count
     collections = {
-      "student": {**collections["student"], **student_updates},
+      "student": student_rest,
       "distiller": {**collections["distiller"], **distiller_updates},
     }
     return total, (collections, sums)

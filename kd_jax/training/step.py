@@ -103,6 +103,9 @@ def make_train_step(
       loss_weights: term -> weight; a term of weight 0 is not computed.
       steps_per_epoch: for the number of the epoch.
       transform: (key, batch) -> images [B, H, W, C] as the networks take them.
+      strong_transform: likewise, for the second view of a method that asks for
+        one (`Distiller.views`). The student sees the views one after the other,
+        each by itself in BatchNorm.
       ramp_steps: term -> steps over which its weight grows to full size.
       mixing: None, or `augment.mix`'s mixup and cutmix.
 
@@ -182,7 +185,7 @@ def make_train_step(
 
   if accumulate_steps > 1:
     return TrainStep(student_step)
-  names = ("teachers", "transform", "mixing")
+  names = ("teachers", "transform", "strong_transform", "mixing")
   arguments = {n: loss_arguments[n] for n in names if n in loss_arguments}
   return TrainStep(student_step, loss.make_precompute_teacher(**arguments))
 

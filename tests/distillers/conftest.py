@@ -214,10 +214,12 @@ class Tiny:
 
   def given(self, student=None, teacher=None, batch=None, *, train=True):
     """Arguments of `distill`, by name."""
+    student, teachers = student or self.student, (teacher or self.teacher,)
+    views = {"strong_student": student, "strong_teachers": teachers}
     return {
-      "student": student or self.student,
-      "teachers": (teacher or self.teacher,),
-      "batch": batch or self.batch,
+      "student": student,
+      "teachers": teachers,
+      "batch": {**views, **(batch or self.batch)},
       "teacher_heads": (self.head,),
       "student_head": self.student_head,
       **{"step": 0, "epoch": 1, "train": train, "method": "distill"},

@@ -110,6 +110,13 @@ def test_six_steps(method, curve, read, rebuild, fill_distiller, quick):
   )
   distiller = distillers.create(method, **curve.fields(curves))
   batches = [batch_of(curves, rebuild, i, seed) for i in range(curves["steps"])]
+  views = {}
+  if distiller.views > 1:
+    views["strong_transform"] = lambda key, batch: batch["strong_image"]
+    for i, batch in enumerate(batches):
+      batch["strong_image"] = images(
+        rebuild, f"batch_strong{i}", curves["batch"], seed
+      )
 
   def given(student_variables, frozen, batch, train):
     x = batch["image"]
@@ -168,6 +175,7 @@ def test_six_steps(method, curve, read, rebuild, fill_distiller, quick):
       steps_per_epoch=1,
       ramp_steps=ramps,
       transform=lambda key, batch: batch["image"],
+      **views,
     )
   )
   state = state_lib.create(student_variables, variables, optimizer)

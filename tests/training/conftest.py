@@ -125,6 +125,11 @@ class Method:
       self.method, dtype=self.dtype, **self.fields, **fields
     )
 
+  def more_views(self):
+    if self.distiller().views == 1:
+      return {}
+    return {"strong_transform": lambda *a: self.transform(*a)[:, ::-1] ** 3}
+
   @staticmethod
   def transform(key, batch):
     """Normalised images, without anything random."""
@@ -150,6 +155,7 @@ class Method:
       "loss_weights": self.weights,
       "steps_per_epoch": 2,
       "transform": self.transform,
+      **self.more_views(),
       **changes,
     }
 

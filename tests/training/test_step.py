@@ -259,14 +259,19 @@ def test_steps_in_one_dispatch(pixels, made, monkeypatch):
   assert_same(one, four)
 
 
-def test_a_batch_is_prepared_the_same_among_others(made):
+@pytest.mark.parametrize(
+  ("options", "added"),
+  [
+    ({"mixing": {"mixup": 0.4, "cutmix": 1.0}}, {"lam", "mixed_label"}),
+    ({"strong_transform": noisy}, {"strong_images", "strong_teachers"}),
+  ],
+)
+def test_a_batch_is_prepared_the_same_among_others(options, added, made):
   """With all that is random."""
   parts = made("kd")
   precompute_teacher = jax.jit(
     loss.make_precompute_teacher(
-      teachers=parts.teachers,
-      transform=noisy,
-      mixing={"mixup": 0.4, "cutmix": 1.0},
+      teachers=parts.teachers, transform=noisy, **options
     )
   )
   batches = [parts.batch(8, seed=i) for i in range(3)]
@@ -277,12 +282,49 @@ def test_a_batch_is_prepared_the_same_among_others(made):
     one = precompute_teacher(parts.teacher_variables, batch, 5 + i, SEEDS)
     mine = jax.tree.map(lambda x, i=i: x[i], several)
     assert set(one) - set(batch) == {
-      *("augmented_images", "teacher_outputs", "lam", "mixed_label")
+      *("augmented_images", "teacher_outputs", *added)
     }
     jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
       *(mine, one),
     )
+
+
+def test_each_view_has_its_own_draw_and_outputs(made):
+  parts = made("kd")
+  batch = parts.batch(8)
+  prepared = loss.make_precompute_teacher(
+    teachers=parts.teachers, transform=noisy, strong_transform=noisy
+  )(parts.teacher_variables, batch, 0, SEEDS)
+  for images, outputs in (
+    ("augmented_images", "teacher_outputs"),
+    ("strong_images", "strong_teachers"),
+  ):
+    (expected,), _ = loss.run_teachers(
+      parts.teachers, parts.teacher_variables, prepared[images]
+    )
+    np.testing.assert_allclose(
+      prepared[outputs][0].logits, expected.logits, rtol=1e-4, atol=1e-5
+    )
+  weak, strong = prepared["augmented_images"], prepared["strong_images"]
+  assert np.abs(weak - strong).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  ("method", "options", "words"),
+  [
+    (
+      "mlkd",
+      {"mixing": {"mixup": 0.2}},
+      r"mixup and cutmix: expected 0 .* got {'mixup': 0\.2}",
+    ),
+    ("mlkd", {"strong_transform": None}, "got None for MLKD with 2"),
+    ("kd", {"strong_transform": noisy}, "got .* for KD with 1"),
+  ],
+)
+def test_views_that_do_not_fit_the_method(method, options, words, made):
+  with pytest.raises(ValueError, match=words):
+    loss.make_loss_fn(**made(method).loss_arguments(**options))
 
 
 def test_a_teacher_sees_the_batches_of_several_steps(made, monkeypatch):

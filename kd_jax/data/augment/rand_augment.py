@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from kd_jax.data.augment import crop_flip
 from kd_jax.data.augment.normalization import check_images
 
 OPERATIONS = (
@@ -178,6 +179,34 @@ def cutout(
     return jnp.where(covered[:, :, None], jnp.array(fill, jnp.uint8), image)
 
   return jax.vmap(one)(index, images)
+
+
+def strong_view(
+  key: jax.Array,
+  images: jax.Array,
+  index: jax.Array,
+  *,
+  pad: int,
+  flip: bool,
+  fill: Sequence[int],
+) -> jax.Array:
+  """Crops and flips as `augment` does, then RandAugment and Cutout.
+
+  Args:
+    key: see `rand_augment`.
+    images: uint8 [B, H, W, C].
+    index: see `rand_augment`.
+    pad: see `augment`.
+    flip: see `augment`.
+    fill: see `cutout`.
+
+  Returns:
+    uint8 [B, H, W, C].
+  """
+  crop_key, operations_key, cutout_key = jax.random.split(key, 3)
+  images = crop_flip.augment(crop_key, images, index, pad=pad, flip=flip)
+  images = rand_augment(operations_key, images, index)
+  return cutout(cutout_key, images, index, fill=fill)
 
 
 def _maps(strength: float, height: int, width: int) -> jax.Array:
