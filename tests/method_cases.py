@@ -111,6 +111,7 @@ class Method:
     terms: names of the terms; None: "ce", "kd" and its own.
     weights: of the terms in the reference's recipe for CIFAR-100.
     data: what the recipe changes of `config.data`.
+    optim: what it changes of `config.optim`.
     relational: whether it compares the examples of a batch.
     tokens: whether both networks have to be transformers.
     plain: whether it is a function of each example's logits alone. The golden
@@ -126,6 +127,7 @@ class Method:
   terms: frozenset[str] | None = None
   weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
   data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  optim: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   relational: bool = False
   tokens: bool = False
   plain: bool = False

@@ -51,12 +51,17 @@ def test_loads_locked_with_the_fields_of_base(name, arg, parse_launch):
 @pytest.mark.parametrize("name", ["teacher", *METHODS])
 def test_recipes_are_the_references(name):
   cifar, plain = load(f"{name}_cifar"), base.get_config()
+  changed = {}
   if name in METHODS:
-    plain.data.update(method_cases.method(name).data)
+    method = method_cases.method(name)
+    changed = method.optim
+    plain.data.update(method.data)
+    plain.optim.update(changed)
   assert (cifar.epochs, cifar.batch_size) == (240, 64)
   assert cifar.optim.milestones == (150, 180, 210)
   assert cifar.optim.weight_decay == 5e-4
-  assert cifar.optim.learning_rate is None  # the network's own
+  # Else the network's own.
+  assert cifar.optim.learning_rate == changed.get("learning_rate")
   assert (cifar.optim, cifar.data) == (plain.optim, plain.data)
   if f"{name}_imagenet" in NAMES:
     imagenet = load(f"{name}_imagenet")

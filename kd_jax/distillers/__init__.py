@@ -30,6 +30,7 @@ from kd_jax.distillers.ikl import IKL
 from kd_jax.distillers.kd import KD
 from kd_jax.distillers.luminet import LumiNet
 from kd_jax.distillers.mgd import MGD
+from kd_jax.distillers.mlkd import MLKD
 from kd_jax.distillers.multi_teacher import MultiTeacher
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
@@ -104,6 +105,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "wkd_f": WKDF,
   "rkd": RKD,
   "pkt": PKT,
+  "mlkd": MLKD,
 }
 
 
