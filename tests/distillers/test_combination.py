@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import method_cases
 import numpy as np
 import pytest
 from method_cases import normal
@@ -80,6 +81,14 @@ def test_terms_and_gradients_are_the_sum_of_both(tiny, quick):
     (by_student, by_params, moved),
     (expected, {"crd": p_one}, {"memory": {"crd": one_moved["memory"]}}),
   )
+
+
+def test_every_method_goes_with_every_other():
+  methods = [name for name in distillers.names() if name != "none"]
+  module = distillers.create("+".join(methods))
+  assert [member.name for member in module.members] == methods
+  own = [term for n in methods for term in method_cases.terms(n)[1]]
+  assert len({*own}) == len(own)
 
 
 def test_whose_a_field_is():
