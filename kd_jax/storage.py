@@ -95,6 +95,10 @@ def _alone() -> ocp.options.MultiprocessingOptions:
   )
 
 
+# Bytes that a checkpoint takes beside its arrays, at most.
+_SPARE = 1 << 20
+
+
 def save_tree(directory: pathlib.Path, tree: Any) -> None:
   """Writes a nested dict of arrays, alone, as a plain Orbax checkpoint.
 
@@ -103,7 +107,7 @@ def save_tree(directory: pathlib.Path, tree: Any) -> None:
   """
   directory.parent.mkdir(parents=True, exist_ok=True)
   size = sum(x.nbytes for x in jax.tree.leaves(tree))
-  if shutil.disk_usage(directory.parent).free < size:
+  if shutil.disk_usage(directory.parent).free < size + _SPARE:
     # Orbax would find it in several threads, each with its traceback.
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
   try:

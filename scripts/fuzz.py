@@ -558,7 +558,7 @@ def _serve(pipe: Any, name: str, seed: int, numbers: range, to: str) -> None:
     pipe.send((result, text, kept))
 
 
-_MEMORY, _SECONDS, _START_SECONDS = 1 << 30, 10, 120
+_MEMORY, _SECONDS, _START_SECONDS = 1 << 30, 10, 600
 
 
 def run(name: str, seed: int, count: int, to: pathlib.Path) -> dict[str, int]:
