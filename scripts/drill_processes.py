@@ -40,7 +40,7 @@ OPTIONS = (
   "--config.optim.learning_rate=0.01",
   "--config.parallel.heartbeat_seconds=10",
 )
-TIMEOUT = 240.0
+TIMEOUT = 600.0
 SEEN_WITHIN = 60.0
 # How a process says that another one has ended, in our words and in JAX's.
 LOST = "the end of another process|another task died|stopped sending heartbeats"

@@ -306,21 +306,26 @@ def test_export(model, tmp_path, run_main, capsys):
   assert not new.exists()
 
 
-def test_a_full_disk(model, run_main, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+  ("command", "flag"), [(export, "--model"), (convert, "--from")]
+)
+def test_a_full_disk(
+  command, flag, model, run_main, capsys, monkeypatch, tmp_path
+):
   def fail(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
-  arguments = ("--model", model, "--to", tmp_path / "new.npz")
+  arguments = (flag, model, "--to", tmp_path / "new.npz")
   with monkeypatch.context() as patch:
     patch.setattr(os, "fsync", fail)
-    assert run_main(export, *arguments) == 1
+    assert run_main(command, *arguments) == 1
   error = capsys.readouterr().err
   assert (
     f"No space left on device: '{tmp_path / 'new.npz'}'. Make room" in error
   )
   assert error.count("\n") == 1
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
-  assert run_main(export, *arguments) == 0
+  assert run_main(command, *arguments) == 0
 
 
 def test_convert(tmp_path, run_main, capsys):

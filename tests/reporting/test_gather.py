@@ -1,5 +1,6 @@
 """What is kept of finished runs, and the tables that are made of it."""
 
+import errno
 import gzip
 import json
 import os
@@ -147,6 +148,26 @@ def test_a_damaged_run_is_left_out_and_named(runs, tmp_path, caplog):
   with pytest.raises(ValueError, match=r"t: expected metrics\.jsonl beside"):
     gather.gather(runs, tmp_path / "none")
   assert not (tmp_path / "none").exists()
+
+
+def test_a_full_disk(runs, tmp_path, monkeypatch, run_main, capsys):
+  def fail(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  to, document = tmp_path / "kept", tmp_path / "README.md"
+  document.write_text(f"{gather.BEGIN}\n{gather.END}\n")
+  before = contents(tmp_path)
+  for folder, *given in ((runs, "--to", to), (runs, "--readme", document)):
+    with monkeypatch.context() as patch:
+      patch.setattr(os, "fsync", fail)
+      assert run_main(command, folder, *given) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device: '" in error and "Make room" in error
+    assert error.count("\n") == 1
+    assert contents(tmp_path) == before
+  assert run_main(command, runs, "--to", tmp_path / "README.md" / "x") == 2
+  assert "Not a directory" in capsys.readouterr().err
+  assert run_main(command, runs, "--to", to) == 0
 
 
 def cells_of(markdown):
