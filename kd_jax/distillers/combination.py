@@ -9,7 +9,7 @@ import jax
 from kd_jax.distillers import base
 from kd_jax.models.layers import ModelOutputs
 
-# Every method has them; they are computed once.
+# Every method has them; one member's count.
 SHARED = ("ce", "kd")
 
 
@@ -17,8 +17,9 @@ SHARED = ("ce", "kd")
 class Combination(base.Distiller):
   """Methods side by side, each with variables under its own name.
 
-  "kd" is the term of the method of that name, else the first member's; members
-  may differ in their temperature. See `distillers.create` for the fields.
+  "ce" and "kd" are the first member's, unless the method "kd" is a member:
+  members may differ in their temperature and their views. See
+  `distillers.create` for the fields.
 
   Attributes:
     members: named modules; at most one predicts with its teacher's classifier.
