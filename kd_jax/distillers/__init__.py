@@ -32,6 +32,7 @@ from kd_jax.distillers.luminet import LumiNet
 from kd_jax.distillers.mgd import MGD
 from kd_jax.distillers.mlkd import MLKD
 from kd_jax.distillers.multi_teacher import MultiTeacher
+from kd_jax.distillers.nd import ND
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.normkd import NormKD
@@ -80,6 +81,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "simkd": SimKD,
   "reviewkd": ReviewKD,
   "ofd": OFD,
+  "nd": ND,
   "dkd": DKD,
   "dist": DIST,
   "nkd": NKD,

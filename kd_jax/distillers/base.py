@@ -17,6 +17,8 @@ Batch = Mapping[str, Any]
 Head = Callable[[jax.Array], jax.Array]
 # The collection of `Distiller.teacher_constants`.
 CONSTANTS = "constants"
+# Among a teacher's variables, see `Distiller.needs_class_means`.
+CLASS_MEANS = "class_means"
 
 
 class DistillOutput(NamedTuple):
@@ -69,6 +71,9 @@ class Distiller(nn.Module):
   needs_logits_only: ClassVar[bool] = False
   # How each image is shown: 1, or 2 for a strongly augmented view as well.
   views: ClassVar[int] = 1
+  # Whether `teacher_constants` reads `variables["class_means"]["pooled"]`, each
+  # class's mean [num_classes, C] of `pooled` over the training set.
+  needs_class_means: ClassVar[bool] = False
 
   @property
   def memory_rows(self) -> tuple[str, ...]:

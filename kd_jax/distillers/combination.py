@@ -41,6 +41,11 @@ class Combination(base.Distiller):
     return max(member.views for member in self.members)
 
   @property
+  def needs_class_means(self) -> bool:  # type: ignore[override]
+    """Whether a member does."""
+    return any(member.needs_class_means for member in self.members)
+
+  @property
   def memory_rows(self) -> tuple[str, ...]:
     """The members', below their names."""
     return tuple(

@@ -234,6 +234,27 @@ class LinearConnector(nn.Module):
     )(x, train=train)
 
 
+class NormalizedProjection(nn.Module):
+  """ND's projection: BatchNorm and a linear layer on a pooled feature."""
+
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, channels: int, *, train: bool) -> jax.Array:
+    """[B, C] -> [B, channels]."""
+    x = layers.BatchNorm(axis_name=self.axis_name, dtype=self.dtype, name="bn")(
+      x, train=train
+    )
+    return layers.dense(
+      x,
+      channels,
+      name="linear",
+      bias_init=nn.initializers.zeros,
+      dtype=self.dtype,
+    )
+
+
 class AttentionFusion(nn.Module):
   """ReviewKD's ABF: fuses a level with the deeper ones and projects it.
 

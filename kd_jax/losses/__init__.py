@@ -45,6 +45,7 @@ from kd_jax.losses.luminet import luminet_loss as luminet_loss
 from kd_jax.losses.mgd import mgd_loss as mgd_loss
 from kd_jax.losses.mgd import mgd_mask as mgd_mask
 from kd_jax.losses.mlkd import mlkd_loss as mlkd_loss
+from kd_jax.losses.nd import nd_loss as nd_loss
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
 from kd_jax.losses.normkd import normkd_logits as normkd_logits
 from kd_jax.losses.normkd import normkd_loss as normkd_loss

@@ -106,16 +106,26 @@ def build(
     total_steps=config.epochs * pipeline.steps_per_epoch,
     seeds=step_lib.make_seeds(config.seed, data_seed),
     programs=programs_lib.make_programs(recipe),
-    evaluator=evaluator_lib.Evaluator(
-      test_source,
-      devices,
-      batch_size=config.eval.batch_size,
-      pipeline=config.data.pipeline,
-      decoder=config.data.decoder,
-      mean=train_source.mean,
-      std=train_source.std,
-      dtype=config.dtype,
-    ),
+    evaluator=make_evaluator(config, test_source, train_source, devices),
+  )
+
+
+def make_evaluator(
+  config: ConfigDict,
+  source: data.Source | data.EncodedSource,
+  train_source: data.Source | data.EncodedSource,
+  devices: devices_lib.Devices,
+) -> evaluator_lib.Evaluator:
+  """Make the evaluator of a set, normalised as the training images are."""
+  return evaluator_lib.Evaluator(
+    source,
+    devices,
+    batch_size=config.eval.batch_size,
+    pipeline=config.data.pipeline,
+    decoder=config.data.decoder,
+    mean=train_source.mean,
+    std=train_source.std,
+    dtype=config.dtype,
   )
 
 

@@ -1,4 +1,4 @@
-"""Scores networks on the test set."""
+"""Runs networks over a whole set of images, the test set as a rule."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -19,10 +19,10 @@ Scores = dict[str, float]
 
 
 class Evaluator:
-  """Scores networks on the test set, which is placed when first used.
+  """Runs networks over a set of images, which is placed when first used.
 
   Attributes:
-    skipped: the test images that could not be decoded.
+    skipped: the images that could not be decoded.
   """
 
   def __init__(
@@ -37,10 +37,10 @@ class Evaluator:
     std: Sequence[float],
     dtype: str,
   ):
-    """Cut the test set into batches; it is placed when first used.
+    """Cut the set into batches; it is placed when first used.
 
     Args:
-      source: the test set.
+      source: the set.
       devices: over which a batch is split.
       batch_size: images of a batch, rounded up to a multiple of the devices.
       pipeline: `config.data.pipeline`.
@@ -110,8 +110,23 @@ class Evaluator:
     )
     return self.begin(eval_chunk, {"student": variables, "distiller": {}}, ())()
 
+  def class_means(self, network: nn.Module, variables: Any) -> np.ndarray:
+    """Average a network's pooled features over each class.
+
+    Returns:
+      [K, C] float32; zeros for a class without images.
+    """
+    chunk = programs.class_sums_chunk(
+      network, devices=self._devices, **self._settings
+    )
+    sums, images = np.zeros((), np.float64), np.zeros((), np.float64)
+    for batch in self._batches():
+      found = jax.device_get(chunk(variables, (), {}, batch))
+      sums, images = sums + found["pooled"], images + found["images"]
+    return (sums / np.maximum(images, 1)[:, None]).astype(np.float32)
+
   def _batches(self) -> Iterable[Any]:
-    """The test set in chunks, on the devices."""
+    """The set in chunks, on the devices."""
     if self._stream is not None:
       return (
         self._devices.shard({k: v[None] for k, v in batch.items()})

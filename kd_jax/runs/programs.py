@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax import distillers, models
 from kd_jax.data import augment
+from kd_jax.distillers import base
 from kd_jax.distributed import collectives, devices
 from kd_jax.interop import model
 from kd_jax.training import eval_step, loss, optim
@@ -99,6 +100,8 @@ class Programs:
   Attributes:
     distiller: of a replica.
     schedule: learning rate as a function of the step.
+    teachers: shapes of the variables that `initialize` takes, of each teacher;
+      "class_means" among them if the distiller needs them.
     initialize: (seed, teacher variables) -> a fresh TrainState.
     shapes: of the state's arrays, whole.
     specs: which arrays of the state are split over the devices.
@@ -112,6 +115,7 @@ class Programs:
 
   distiller: distillers.Distiller
   schedule: optax.Schedule
+  teachers: tuple[Any, ...]
   initialize: Callable[..., state_lib.TrainState]
   shapes: state_lib.TrainState
   specs: state_lib.TrainState
@@ -155,8 +159,7 @@ def make_programs(recipe: Recipe) -> Programs:
   options = {"xla_backend_optimization_level": 0} if on_cpu else None
   compiled = jax.jit(init_variables, compiler_options=options)
   teachers = tuple(
-    model.variable_shapes(network, recipe.image_shape)
-    for network in recipe.teachers
+    _teacher_shapes(recipe, network, distiller) for network in recipe.teachers
   )
   # With the real arguments' shardings, `compiled` is traced only once.
   replicated = NamedSharding(recipe.devices.mesh, P())
@@ -188,6 +191,7 @@ def make_programs(recipe: Recipe) -> Programs:
   return Programs(
     distiller=distiller,
     schedule=schedule,
+    teachers=teachers,
     initialize=initialize,
     shapes=shapes,
     specs=specs,
@@ -229,6 +233,57 @@ def network_eval_chunk(
     teachers=(),
     distiller=distillers.create("none"),
   )
+
+
+@functools.lru_cache(maxsize=32)
+def class_sums_chunk(
+  network: nn.Module,
+  *,
+  mean: tuple[float, ...],
+  std: tuple[float, ...],
+  dtype: str,
+  devices: devices.Devices,
+) -> Callable[..., Any]:
+  """Build the sum of a network's pooled features over each class's images.
+
+  Returns:
+    (variables, (), {}, chunk) -> "pooled" [K, C] and "images" [K].
+  """
+
+  def step(variables: Any, _: Any, batch: loss.Batch) -> dict[str, jax.Array]:
+    images = augment.normalize(
+      batch["image"], mean=mean, std=std, dtype=jnp.dtype(dtype)
+    )
+    outputs: Any = network.apply(variables, images, train=False)
+    classes = jax.nn.one_hot(batch["label"], outputs.logits.shape[-1])
+    # A padded row may hold anything, NaN included.
+    mask = batch["mask"][:, None]
+    classes = jnp.where(mask, classes, 0.0)
+    pooled = jnp.where(mask, outputs.features["pooled"], 0.0)
+    sums = {
+      "pooled": jnp.matmul(classes.T, pooled, precision="highest"),
+      "images": jnp.sum(classes, 0),
+    }
+    return collectives.axis_sum(sums, collectives.AXIS)
+
+  return devices.map_chunk(eval_step.make_eval_chunk(step))
+
+
+def _teacher_shapes(
+  recipe: Recipe, network: Any, distiller: distillers.Distiller
+) -> Any:
+  """The variables that `Programs.initialize` takes of a teacher."""
+  shapes = model.variable_shapes(network, recipe.image_shape)
+  if not distiller.needs_class_means:
+    return shapes
+  image = jax.ShapeDtypeStruct((1, *recipe.image_shape), jnp.float32)
+  outputs = jax.eval_shape(
+    functools.partial(network.apply, train=False), shapes, image
+  )
+  means = jax.ShapeDtypeStruct(
+    (recipe.num_classes, outputs.features["pooled"].shape[-1]), jnp.float32
+  )
+  return {**shapes, base.CLASS_MEANS: {"pooled": means}}
 
 
 def _eval_chunk(

@@ -11,14 +11,24 @@ import json
 import logging
 import pathlib
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax import data, storage
+from kd_jax.distillers import base
 from kd_jax.distributed import processes
-from kd_jax.runs import components, identity, limits, logs, teacher_cache
+from kd_jax.runs import (
+  checkpoint,
+  components,
+  identity,
+  limits,
+  logs,
+  teacher_cache,
+)
 from kd_jax.runs import config as config_lib
 from kd_jax.runs import journal as journal_lib
 from kd_jax.runs import loop as loop_lib
@@ -96,13 +106,40 @@ def _train(
     cache = teacher_cache.TeacherCache(
       config, parts, teachers.about["fingerprint"]
     )
-  state = parts.programs.initialize(
-    parts.seeds[0], tuple(t.variables for t in teachers.members)
-  )
+  variables = tuple(t.variables for t in teachers.members)
+  if parts.programs.distiller.needs_class_means:
+    variables = _with_class_means(config, parts, teachers.members, path)
+  state = parts.programs.initialize(parts.seeds[0], variables)
   state = parts.devices.place(state, parts.programs.specs)
   logs.overview(state, config.student.name)
   journal = journal_lib.Journal(path, config, parts, teachers.members, state)
   return loop_lib.Loop(config, parts, teachers, journal, cache).run()
+
+
+def _with_class_means(
+  config: ConfigDict,
+  parts: components.Components,
+  teachers: Sequence[teachers_lib.Teacher],
+  path: pathlib.Path,
+) -> tuple[Any, ...]:
+  """The teachers' variables with their means over the training set."""
+  # A checkpoint, which is restored later, has them already.
+  resumes = processes.broadcast(bool(checkpoint.steps(path / "checkpoints")))
+  found = []
+  for teacher, shapes in zip(teachers, parts.programs.teachers, strict=True):
+    means = jax.tree.map(
+      lambda x: np.zeros(x.shape, x.dtype), shapes[base.CLASS_MEANS]
+    )
+    if not resumes:
+      logs.say(f"teacher {teacher.name}: averaging the features of each class")
+      evaluator = components.make_evaluator(
+        config, parts.train_source, parts.train_source, parts.devices
+      )
+      pooled = evaluator.class_means(teacher.network, teacher.variables)
+      means = {"pooled": pooled}
+    means = parts.devices.replicate(means)
+    found.append({**teacher.variables, base.CLASS_MEANS: means})
+  return tuple(found)
 
 
 class Prepared(NamedTuple):

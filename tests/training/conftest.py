@@ -100,7 +100,10 @@ class Method:
       _draw(i, jax.eval_shape(network.init, jax.random.key(0), image))
       for i, network in enumerate((self.student, *self.teachers), start=1)
     ]
-    self.teacher_variables = tuple(variables)
+    self.teacher_variables = given = tuple(variables)
+    if self.distiller().needs_class_means:
+      means = np.random.default_rng(4).random((CLASSES, 12), np.float32)
+      given = ({**variables[0], "class_means": {"pooled": means}},)
     shapes = jax.eval_shape(
       lambda key: loss.init_distiller(
         self.distiller(),
@@ -108,7 +111,7 @@ class Method:
         student=self.student,
         student_variables=self.student_variables,
         teachers=self.teachers,
-        teacher_variables=self.teacher_variables,
+        teacher_variables=given,
         images=image,
         batch={**self.batch(init_size), "train_labels": LABELS},
       ),
