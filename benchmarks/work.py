@@ -222,6 +222,7 @@ def _method(work: Work) -> dict[str, np.ndarray]:
   from flax import traverse_util
 
   from kd_jax import distillers
+  from kd_jax.distillers import base
 
   shape = (work.batch, work.image_size, work.image_size, 3)
   outputs = {}
@@ -258,6 +259,9 @@ def _method(work: Work) -> dict[str, np.ndarray]:
     )
 
   variables = jax.device_get(_quickly(init)(jax.random.key(SEED)))
+  if base.CONSTANTS in variables:  # NaN until they are read of a teacher
+    zeros = jax.tree.map(np.zeros_like, variables[base.CONSTANTS])
+    variables[base.CONSTANTS] = zeros
   leaves = traverse_util.flatten_dict(variables, sep="/")
   tensors = _torch_tensors(work, variables)
   return {**leaves, **{f"torch/{k}": v for k, v in tensors.items()}}
