@@ -24,7 +24,8 @@ sys.path.insert(0, str(REPO))
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
   None,
-  "A file of configs/, with `:smoke` after it for a run of seconds.",
+  "A file of configs/, with `:smoke` after it for a run of seconds, or a preset"
+  " (`:mdistiller`, `:mdistiller,smoke`).",
   lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -117,7 +118,8 @@ def _run() -> None:
   logs.configure_logging()
   file = config_flags.get_config_filename(flags.FLAGS["config"])
   path, _, arg = file.partition(":")
-  name = "_".join(filter(None, [pathlib.Path(path).stem, arg]))
+  words = [pathlib.Path(path).stem, *arg.split(",")]
+  name = "_".join(filter(None, words))
   workdir = _WORKDIR.value or str(pathlib.Path("runs") / name)
   if grid.is_grid(config):
     shard = launcher.parse_shard(_SHARD.value, os.environ)

@@ -8,6 +8,8 @@ a placeholder (None) is settled when the run starts, logged, and written to
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from kd_jax.runs import presets
+
 
 def get_config(arg: str = "") -> ConfigDict:
   """Plain supervised training of a CIFAR-100 network, with every field."""
@@ -63,6 +65,9 @@ def get_config(arg: str = "") -> ConfigDict:
   # the mean over them, weighted. With them config.teacher.name is not used.
   config.teachers = ()
 
+  # Set it after the config file's colon (dkd_cifar.py:mdistiller): the settings
+  # of a toolbox, see kd_jax/runs/presets.toml. "": those of the file.
+  config.preset = ""
   # The method: a name of kd_jax.distillers.names() and that module's fields.
   # Several at once: "crd+dkd". All take the fields that every method has, such
   # as temperature; one takes what it alone has. Fields that several have, and
@@ -253,8 +258,9 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
 
   Args:
     config: the config.
-    arg: "" or "smoke", which makes a run of seconds: small networks, small
-      made-up images, two epochs.
+    arg: words between commas: "smoke", which makes a run of seconds (small
+      networks, small made-up images, two epochs), and on CIFAR-100 a preset of
+      the method, see `kd_jax.runs.presets`.
 
   Returns:
     The config.
@@ -262,12 +268,19 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
   Raises:
     ValueError: for any other argument.
   """
-  if arg not in ("", "smoke"):
+  words = arg.split(",") if arg else []
+  cifar = config.data.name == "cifar100" and not config.grid
+  known = presets.of_method(config.distiller.name) if cifar else []
+  chosen = [word for word in words if word != "smoke"]
+  if len(chosen) > 1 or {*chosen} - {*known}:
+    choice = f", or a preset ({', '.join(known)})" if known else ""
     raise ValueError(
-      f"config argument: expected '' or 'smoke' (CONFIG.py:smoke), got"
+      f"config argument: expected '' or 'smoke' (CONFIG.py:smoke){choice}, got"
       f" {arg!r}; fields are set with --config.FIELD=VALUE"
     )
-  if arg == "smoke":
+  for name in chosen:
+    presets.apply(config, name)
+  if "smoke" in words:
     config.student.name = "resnet8"
     for run in (config, *config.grid.values()):
       if "teacher" in run and run.teacher.name:

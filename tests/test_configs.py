@@ -93,10 +93,10 @@ def test_config_repeats_the_modules_defaults(method):
     assert {key: getattr(module, key) for key in settings} == settings
 
 
-@pytest.mark.parametrize("arg", ["smok", "seed"])
+@pytest.mark.parametrize("arg", ["smok", "sead"])
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_argument(name, arg):
-  words = rf"expected '' or 'smoke' .*got '{arg}'"
+  words = rf"expected '' or 'smoke'.* got '{arg}'"
   with pytest.raises(ValueError, match=words):
     load(name, arg)
 

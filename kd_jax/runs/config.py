@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from kd_jax import data, models
 from kd_jax.interop import card
+from kd_jax.runs import presets
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +33,17 @@ def load_data(config: ConfigDict) -> tuple[Source, Source]:
 
 
 def resolve_defaults(config: ConfigDict) -> ConfigDict:
-  """Return a copy of a config with its defaults filled in, and log them."""
+  """Return a copy of a config with its defaults filled in, and log them.
+
+  Args:
+    config: with its networks named.
+
+  Raises:
+    ValueError: for an unknown preset or network.
+  """
   config = copy.deepcopy(config)
+  if told := presets.fill(config):
+    _log.info("%s", told)
   if config.optim.learning_rate is None:
     name = config.student.name
     with config.unlocked():

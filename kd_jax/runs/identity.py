@@ -10,7 +10,7 @@ from kd_jax import storage
 
 # No result depends on these: a resumed run may have other values.
 _FREE = re.compile(
-  r"trials|steps_per_dispatch|eval\.batch_size|verify_export"
+  r"preset|trials|steps_per_dispatch|eval\.batch_size|verify_export"
   r"|(checkpoint|log|parallel)\..*|data\.(dir|num_workers)"
   r"|(teacher|teachers\.\d+)\.checkpoint|teacher\.cache"
   # Fields of earlier versions.

@@ -322,7 +322,7 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
   with teacher.unlocked():
     teacher.seed, teacher.data.seed = config.teacher.seed, None
     teacher.student.name = name
-    teacher.teachers = ()
+    teacher.teachers, teacher.preset = (), ""
     teacher.teacher.name = ""
     teacher.teacher.checkpoint = ""
     teacher.distiller = ConfigDict({"name": "none"})

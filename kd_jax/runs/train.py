@@ -7,6 +7,7 @@ A run resumes from the newest checkpoint of its workdir. The teachers are in no
 checkpoint.
 """
 
+import copy
 import json
 import logging
 import pathlib
@@ -166,9 +167,10 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Prepared:
   Raises:
     ValueError: for a config that cannot run, or is not the workdir's.
   """
+  config = teachers_lib.resolve_teachers(copy.deepcopy(config))
+  config = config_lib.resolve_defaults(config)
   limits.check(config)
   train_source, test_source = config_lib.load_data(config)
-  config = teachers_lib.resolve_teachers(config_lib.resolve_defaults(config))
   result = workdir_lib.finished(workdir, config)
   if result is not None:
     return Prepared(config, result, None)
