@@ -1,104 +1,88 @@
-"""The table of SimKD's README: its methods and pairs on CIFAR-100, 3 trials.
+"""A published table of CIFAR-100: its methods and pairs, 3 trials.
 
     python launch.py --config configs/table_cifar.py --workdir runs/table
     python launch.py --config configs/table_cifar.py:repdistiller
+    python launch.py --config configs/table_cifar.py:mdistiller
     python launch.py --config configs/table_cifar.py --config.trials=1
 
-ResNet-32x4 teaches ResNet-8x4, VGG-8 and ShuffleNetV2 x1.5, with the weights of
-SimKD's toolbox (cross-entropy, KD and the method's own term) or, after
-`:repdistiller`, of RepDistiller's (KD with 0.1 and 0.9, all others without it);
-methods that RepDistiller has not are treated alike. Each cell is a run of
-`configs/METHOD_cifar.py`. The command may be given as often as there are
+The table of SimKD's README (ResNet-32x4 teaches three students), RepDistiller's
+(13 pairs) or mdistiller's (KD and DKD). There is a cell for each value of the
+table in `kd_jax/reporting/published.csv`, with the settings of its line, and
+one for each student alone. The command may be given as often as there are
 machines: no cell is run twice, finished ones are skipped, failed ones tried
-again. The published values stand in `kd_jax/reporting/published.csv`.
-Here: not run.
+again. Here: not run.
 """
 
-import importlib
 from typing import Any
 
 from configs import base
+from kd_jax.reporting import published
+from kd_jax.runs import identity
 
-STUDENTS = {
-  "resnet8x4": "resnet8x4",
-  "vgg8": "vgg8",
-  "shufflev2": "ShuffleV2_1_5",
-}
-TEACHER = "resnet32x4"
-# Row -> the method's config and what differs from it.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-  **{
-    name: (name, {})
-    for name in (
-      *("kd", "fitnet", "at", "sp", "vid", "crd", "srrl", "semckd"),
-      "reviewkd",
-    )
-  },
-  **{f"simkd_f{factor}": ("simkd", {"factor": factor}) for factor in (8, 4, 2)},
+# Argument -> recipe of the values.
+TABLES = {
+  **{"": "SimKD", "repdistiller": "RepDistiller"},
+  "mdistiller": "mdistiller",
 }
 
 
-def product(
-  *,
-  students: dict[str, str],
-  teacher: str,
-  methods: list[str],
-  repdistiller: bool = False,
-) -> dict[str, dict[str, Any]]:
-  """The cells STUDENT_METHOD of a grid.
+def cell(recipe: str, *, teacher: str, student: str) -> dict[str, Any]:
+  """A cell of `config.grid`: what differs from configs/base.py.
 
   Args:
-    students: word for the cells' names -> network.
-    teacher: network.
-    methods: of METHODS.
-    repdistiller: whether the weights are RepDistiller's.
-
-  Returns:
-    What `config.grid` takes: name -> what differs from a student alone.
+    recipe: as `published.Published.config`.
+    teacher: network; "" for a student alone.
+    student: network.
   """
-  cells: dict[str, dict[str, Any]] = {}
-  for word, student in students.items():
-    cells[f"{word}_alone"] = {"student": {"name": student}}
-    for row in methods:
-      cells[f"{word}_{row}"] = {
-        "student": {"name": student},
-        "teacher": {"name": teacher},
-        **_method(row, repdistiller),
-      }
+  plain = identity.as_json(base.get_config())
+  config = published.load(recipe, student=student, teacher=teacher)
+  delta: dict[str, Any] = {"student": {"name": student}}
+  for name, value in config.items():
+    # What depends on the method is whole in a cell.
+    if name == "distiller" or name.startswith("loss_"):
+      delta[name] = value
+    elif isinstance(value, dict):
+      changed = {k: v for k, v in value.items() if v != plain[name][k]}
+      delta |= {name: changed} if changed else {}
+    elif value != plain[name]:
+      delta[name] = value
+  return delta
+
+
+def table(recipe: str) -> dict[str, dict[str, Any]]:
+  """The cells STUDENT_alone and TEACHER_STUDENT_METHOD of a published table."""
+  values = [v for v in published.values() if v.recipe == recipe]
+  cells = {}
+  for value in (v for v in values if v.teacher):
+    pair = {"teacher": value.teacher, "student": value.student}
+    alone = {**pair, "teacher": ""}
+    cells[f"{value.student}_alone"] = cell("teacher_cifar", **alone)
+    fields = value.config.replace("=", "").split()[1:]
+    words = [*pair.values(), value.method, *(f.split(".")[-1] for f in fields)]
+    cells["_".join(words)] = cell(value.config, **pair)
   return cells
 
 
-def _method(row, repdistiller):
-  name, changes = METHODS[row]
-  config = importlib.import_module(f"configs.{name}_cifar").get_config()
-  weights = config.loss_weights.to_dict()
-  fields = {**config.distiller.to_dict(), **changes}
-  if repdistiller:
-    if name == "kd":
-      weights = {"ce": 0.1, "kd": 0.9}
-    else:
-      weights["kd"] = 0.0
-    if name == "fitnet":
-      fields["hint_layer"] = "stage2"
-  return {
-    "distiller": fields,
-    "loss_weights": weights,
-    "loss_ramp_epochs": config.loss_ramp_epochs.to_dict(),
-  }
-
-
 def get_config(arg: str = ""):
-  """The table; `:repdistiller` with its weights, `:smoke` in seconds."""
+  """The table, see TABLES; `:smoke` two cells of it in seconds."""
   config = base.get_config()
   config.trials = 3
-  students, methods = STUDENTS, list(METHODS)
-  if arg == "smoke":
-    students, methods = {"resnet8": "resnet8"}, ["kd", "simkd_f2"]
+  words = arg.split(",")
+  smoke = "smoke" in words
+  name = ",".join(word for word in words if word != "smoke")
+  if name not in TABLES:
+    raise ValueError(
+      f"config argument: expected '' or 'smoke', or a table"
+      f" ({', '.join(filter(None, TABLES))}), got {arg!r}"
+    )
+  if smoke:
     config.trials = 1
-  config.grid = product(
-    students=students,
-    teacher=TEACHER,
-    methods=methods,
-    repdistiller=arg == "repdistiller",
-  )
-  return base.finish(config, "" if arg == "repdistiller" else arg)
+    preset = f":{name}" if name else ""
+    pair = {"teacher": "resnet8x2", "student": "resnet8"}
+    config.grid = {
+      "alone": cell("teacher_cifar", **{**pair, "teacher": ""}),
+      "kd": cell(f"kd_cifar{preset}", **pair),
+    }
+  else:
+    config.grid = table(TABLES[name])
+  return base.finish(config, "smoke" if smoke else "")

@@ -24,9 +24,10 @@ def get_config(arg: str = ""):
   config.optim.schedule = "cosine"
   config.optim.milestones = ()
   config.optim.nesterov = True
-  config.grid = table_cifar.product(
-    students={"resnet8": "resnet8"},
-    teacher="resnet20",
-    methods=["kd", "simkd_f2"],
-  )
+  pair = {"teacher": "resnet20", "student": "resnet8"}
+  config.grid = {
+    "resnet8_alone": {"student": {"name": "resnet8"}},
+    "resnet8_kd": table_cifar.cell("kd_cifar", **pair),
+    "resnet8_simkd_f2": table_cifar.cell("simkd_cifar", **pair),
+  }
   return base.finish(config, arg)

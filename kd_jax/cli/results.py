@@ -2,9 +2,11 @@
 
     python -m kd_jax results runs/table --to results/cifar100/table
     python -m kd_jax results results/cifar100 --readme README.md
+    python -m kd_jax results results/cifar100 --page docs/results.md
 
-The first gathers the finished runs of a workdir; the second writes the tables
-of what has been gathered into a document, see `kd_jax.reporting.gather`.
+The first gathers the finished runs of a workdir. The second writes the short
+tables of what has been gathered into a document, the third those of all
+published pairs and methods, see `kd_jax.reporting.gather`.
 """
 
 import argparse
@@ -21,12 +23,15 @@ def main() -> None:
     " gathered results into a document.",
   )
   parser.add_argument(
-    "folder", type=arguments.path, help="of runs; for --readme, of results"
+    "folder", type=arguments.path, help="of runs; of results but for --to"
   )
   action = parser.add_mutually_exclusive_group(required=True)
   action.add_argument("--to", type=arguments.path, help="folder to gather into")
   action.add_argument(
-    "--readme", type=arguments.path, help="document to write tables into"
+    "--readme", type=arguments.path, help="document to write short tables into"
+  )
+  action.add_argument(
+    "--page", type=arguments.path, help="document to write all tables into"
   )
   args = parser.parse_args()
   with arguments.exit_on_error(parser):
@@ -36,11 +41,13 @@ def main() -> None:
     if args.to is not None:
       print(*gather.gather(args.folder, args.to), sep="\n")
       return
-    text = args.readme.read_text(encoding="utf-8")
+    document = args.readme or args.page
+    make = gather.tables if args.readme else gather.page
+    text = document.read_text(encoding="utf-8")
     try:
-      new = gather.rewrite(text, gather.tables(args.folder))
+      new = gather.rewrite(text, make(args.folder))
     except ValueError as error:
-      raise ValueError(f"{args.readme}: {error}") from error
+      raise ValueError(f"{document}: {error}") from error
     if new != text:
-      storage.write_whole(args.readme, new)
-    print(f"{args.readme}: {'unchanged' if new == text else 'written'}")
+      storage.write_whole(document, new)
+    print(f"{document}: {'unchanged' if new == text else 'written'}")

@@ -32,10 +32,12 @@ _ENVIRONMENT = "environment.json"
 _PATH = re.compile(r"""(?:(?<=[='"(\[,])|^)/[^'",]+""")
 
 
-# The table of the README: its recipe, and the teacher.
-_RECIPE, _TEACHER = "SimKD", "resnet32x4"
+# Networks of the README's table.
+_PAIR = ("resnet32x4", "resnet8x4")
 
 _NOT_RUN = "not run"
+
+_EPOCHS = {"final": "last", "best": "best"}
 
 
 def gather(folder: pathlib.Path, to: pathlib.Path) -> list[pathlib.Path]:
@@ -114,85 +116,178 @@ def _portable(tree: Any, roots: Sequence[pathlib.Path]) -> Any:
 
 
 def tables(folder: pathlib.Path) -> str:
-  """Tables of gathered results, in Markdown.
+  """Tables for a README, in Markdown.
 
   Args:
     folder: of folders of results; it may be missing.
 
   Returns:
-    The published table beside the runs of its recipe, with a row for every
-    method of the registry; then a table for each folder that has other runs.
+    The values of ResNet-32x4 -> ResNet-8x4, published and ours, with a row for
+    every method of the registry; then a table for each folder that has runs of
+    no published recipe.
 
   Raises:
     ValueError: see `runs.collect`.
   """
-  found = folder.exists() and runs.find_runs(folder)
-  groups = runs.group(runs.collect(folder)) if found else []
-  table, others = _published_table(groups)
-  parts = [table]
+  groups = _groups(folder)
+  parts = [_short_table(groups)]
   by_folder: dict[str, list[runs.Group]] = {}
-  for g in others:
-    name = pathlib.Path(g.first["run"]).parts[0]
-    by_folder.setdefault(name, []).append(g)
+  for g in groups:
+    config = g.first["config"]
+    listed = published.find(config)
+    if not listed and not _is_of(g, *_PAIR, config["distiller"]["name"]):
+      name = pathlib.Path(g.first["run"]).parts[0]
+      by_folder.setdefault(name, []).append(g)
   for name, members in by_folder.items():
     parts.append(_own_table(folder, name, members))
   return "\n".join(parts)
 
 
-def _published_table(groups):
-  """The published table beside the runs of its recipe, and the other groups."""
-  published_values = [v for v in published.values() if v.recipe == _RECIPE]
-  students = dict.fromkeys(
-    v.student for v in published_values if v.teacher == _TEACHER
+def page(folder: pathlib.Path) -> str:
+  """A table for each published recipe, with all its pairs, in Markdown.
+
+  Args:
+    folder: of folders of results; it may be missing.
+
+  Raises:
+    ValueError: see `runs.collect`.
+  """
+  groups = _groups(folder)
+  by_recipe: dict[str, list[published.Published]] = {}
+  for value in published.values():
+    by_recipe.setdefault(value.recipe, []).append(value)
+  return "\n".join(
+    _recipe_table(recipe, values, groups)
+    for recipe, values in by_recipe.items()
   )
-  alone = {v.method for v in published_values if not v.teacher}
-  left = list(groups)
 
-  def cells(method, recipe, student):
-    teacher = "" if method in alone else _TEACHER
-    theirs = [
-      f"{v.top1:.2f}"
-      for v in published_values
-      if (v.teacher, v.student, v.config) == (teacher, student, recipe)
-    ]
-    ours = [
-      g
-      for g in groups
-      if g.first["student"] == student
-      and g.first["config"]["teacher"]["name"] == teacher
-      and published.follows(g.first["config"], recipe)
-    ]
-    left[:] = [g for g in left if not any(g is one for one in ours)]
-    scores = [
-      f"{statistics.mean_std(g.values('best', 'top1'), 2)} ({len(g.rows)})"
-      for g in ours
-    ]
-    return "; ".join(theirs) or "-", "; ".join(scores) or _NOT_RUN
 
+def _groups(folder):
+  found = folder.exists() and runs.find_runs(folder)
+  return runs.group(runs.collect(folder)) if found else []
+
+
+def _short_table(groups):
+  """The table of one pair of networks."""
+  teacher, student = _PAIR
   lines = []
   for method, cls in distillers.DISTILLERS.items():
-    recipes = dict.fromkeys(
-      v.config for v in published_values if v.method == method
-    )
-    for recipe in recipes or [f"{method}_cifar"]:
-      file, *changes = recipe.split()
-      title = "student alone" if method in alone else cls.__name__
-      settings = [c.rpartition(".")[2].replace("=", " ") for c in changes]
-      line = [", ".join([title, *settings]), f"`{file}.py`"]
-      for student in students:
-        line += cells(method, recipe, student)
-      lines.append(line)
-  header = ["method", "config"]
-  for student in students:
-    header += [f"`{student}`, published", "kd_jax"]
-  text = tables_lib.markdown(pd.DataFrame(lines, columns=header))
-  theirs, ours = cells("none", "teacher_cifar", _TEACHER)
-  text += (
-    f"\nPublished values: {_RECIPE}'s recipe, "
-    f"{published_values[0].source}.\n"
-    f"\nThe teacher, `{_TEACHER}`: published {theirs}, kd_jax {ours}.\n"
+    alone = method == "none"
+    pair = ("" if alone else teacher, student)
+    values = _of_pair(published.values(), *pair, method)
+    line = {
+      "method": "student alone" if alone else cls.__name__,
+      "config": f"`{'teacher' if alone else method}_cifar.py`",
+      "published": _join(_theirs(v) for v in values) or "-",
+    }
+    ours = [g for g in groups if _is_of(g, *pair, method)]
+    line["kd_jax"] = _join(_ours(g) for g in ours) or _NOT_RUN
+    lines.append(line)
+  values = _of_pair(published.values(), "", teacher, "none")
+  ours = [g for g in groups if _is_of(g, "", teacher, "none")]
+  return (
+    f"`{teacher}` teaches `{student}`:\n\n"
+    f"{tables_lib.markdown(pd.DataFrame(lines))}"
+    f"\nThe teacher, `{teacher}`: published"
+    f" {_join(_theirs(v) for v in values)}; kd_jax"
+    f" {_join(_ours(g) for g in ours) or _NOT_RUN}.\n"
   )
-  return text, left
+
+
+def _recipe_table(recipe, values, groups):
+  """All pairs and methods of a recipe."""
+  columns: dict[str, list[published.Published]] = {}
+  for value in values:
+    if value.teacher:
+      columns.setdefault(_title(value), []).append(value)
+  alone = {v.student: v for v in values if not v.teacher}
+  lines = []
+  for teacher, student in dict.fromkeys(
+    (v.teacher, v.student) for v in values if v.teacher
+  ):
+    line = {"teacher": f"`{teacher}`", "student": f"`{student}`"}
+    for name, network in (("its teacher", teacher), ("alone", student)):
+      if alone:
+        line[name] = _cell([alone[network]] if network in alone else [], groups)
+    for title, members in columns.items():
+      line[title] = _cell(_of_pair(members, teacher, student), groups)
+    lines.append(line)
+  names = sorted({v.config.partition(" ")[0] for v in values})
+  sources = dict.fromkeys(v.source for v in values)
+  return (
+    f"## {recipe}\n\nValues of {', '.join(sources)}. Configs:"
+    f" {', '.join(f'`{_file(name)}`' for name in names)}.\n\n"
+    f"{tables_lib.markdown(pd.DataFrame(lines))}"
+  )
+
+
+def _file(config):
+  name, colon, preset = config.partition(":")
+  return f"{name}.py{colon}{preset}"
+
+
+def _of_pair(values, teacher, student, method=None):
+  return [
+    v
+    for v in values
+    if (v.teacher, v.student) == (teacher, student)
+    and method in (None, v.method)
+  ]
+
+
+def _is_of(g, teacher, student, method):
+  """Whether runs are of that pair, by a published recipe or the config's."""
+  config = g.first["config"]
+  run = (config["teacher"]["name"], g.first["student"])
+  if (*run, config["distiller"]["name"]) != (teacher, student, method):
+    return False
+  file = f"{'teacher' if method == 'none' else method}_cifar"
+  return bool(published.find(config)) or published.follows(config, file)
+
+
+def _settings(value):
+  """What a line's config changes, in words."""
+  fields = value.config.split()[1:]
+  return [field.rpartition(".")[2].replace("=", " ") for field in fields]
+
+
+def _title(value):
+  name = distillers.DISTILLERS[value.method].__name__
+  n = [f"n = {value.n}"] if value.n else []
+  words = [*_settings(value), f"{_EPOCHS[value.epoch]} epoch", *n]
+  return f"{name} ({', '.join(words)})"
+
+
+def _theirs(value):
+  return f"{value.top1:.2f} ({', '.join([value.name, *_settings(value)])})"
+
+
+def _recipes(g):
+  """The recipes that runs follow."""
+  found = published.find(g.first["config"])
+  return dict.fromkeys(_join([v.recipe, *_settings(v)], " ") for v in found)
+
+
+def _ours(g):
+  score = statistics.mean_std(g.values("best", "top1"), 2)
+  words = [*_recipes(g), "best", f"n = {len(g.rows)}"]
+  return f"{score} ({', '.join(words)})"
+
+
+def _cell(values, groups):
+  """Published values and those of runs that follow them."""
+  parts = []
+  for value in values:
+    parts.append(f"{value.top1:.2f}")
+    for g in groups:
+      if value in published.find(g.first["config"]):
+        score = statistics.mean_std(g.values(value.epoch, "top1"), 2)
+        parts.append(f"kd_jax {score} (n = {len(g.rows)})")
+  return _join(parts) or "-"
+
+
+def _join(parts, between="; "):
+  return between.join(dict.fromkeys(parts))
 
 
 _COLUMNS = [

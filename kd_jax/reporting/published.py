@@ -1,10 +1,10 @@
 """Published accuracies of CIFAR-100, shown beside runs of the same recipe.
 
 `published.csv` has a line for each value. `recipe` names the toolbox whose
-settings it was made with, `config` says them: a file of `configs/`, with the
-fields that differ. `epoch` is the epoch of a run to compare with: "best" (on
-the test set) or "final", the last. `n` is the number of runs; empty where the
-source does not say.
+settings it was made with, `config` says them: a file of `configs/` with its
+preset (`dkd_cifar:mdistiller`), and the fields that differ. `epoch` is the
+epoch of a run to compare with: "best" (on the test set) or "final", the last.
+`n` is the number of runs; empty where the source does not say.
 """
 
 import csv
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_jax import distillers, models
-from kd_jax.runs import identity
+from kd_jax.runs import identity, presets
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class Published:
     student: network.
     method: name in `distillers`.
     recipe: name of the recipe.
-    config: file of `configs/`, and FIELD=VALUE for what differs.
+    config: file of `configs/` with its preset, and FIELD=VALUE for what
+      differs.
     top1: in percent.
     epoch: which epoch of a run compares with it, "final" or "best".
     n: number of runs; "" if not stated.
@@ -110,10 +111,10 @@ def follows(config: Mapping[str, Any], recipe: str) -> bool:
     config: the content of its `config.json`.
     recipe: as `Published.config`.
   """
-  found = _load(recipe)
+  pair = {name: config[name]["name"] for name in ("student", "teacher")}
+  found = load(recipe, **pair)
   if found is None:
     return False
-  pair = {name: config[name]["name"] for name in ("student", "teacher")}
   theirs = _settings(found, **pair)
   ours = _settings(config, **pair)
   return theirs == {
@@ -123,14 +124,25 @@ def follows(config: Mapping[str, Any], recipe: str) -> bool:
 
 
 @functools.cache
-def _load(recipe: str) -> dict[str, Any] | None:
-  """A recipe as the content of a `config.json`; None without its file."""
-  name, *changes = recipe.split()
+def load(recipe: str, *, student: str, teacher: str) -> dict[str, Any] | None:
+  """Reads a recipe for a pair of networks.
+
+  Args:
+    recipe: as `Published.config`.
+    student: network.
+    teacher: network; "" for a student alone.
+
+  Returns:
+    The content of a `config.json`, with the preset filled in; None without its
+    file in `configs/`.
+  """
+  file, *changes = recipe.split()
+  name, _, preset = file.partition(":")
   root = str(pathlib.Path(__file__).resolve().parents[2])
   if root not in sys.path:
     sys.path.append(root)  # configs/ is not part of the package
   try:
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"configs.{name}").get_config(preset)
   except ModuleNotFoundError:
     _log.warning("configs/%s.py not found: its published values left out", name)
     return None
@@ -139,6 +151,8 @@ def _load(recipe: str) -> dict[str, Any] | None:
     config.update_from_flattened_dict(
       {field: _parse(value) for field, value in fields}
     )
+    config.student.name, config.teacher.name = student, teacher
+  presets.fill(config)
   return identity.as_json(config)
 
 

@@ -8,10 +8,10 @@ import pathlib
 
 import pytest
 
-from configs import table_cifar
+from configs import nkd_cifar, table_cifar
 from kd_jax import distillers, storage
 from kd_jax.cli import results as command
-from kd_jax.reporting import gather, report, tables
+from kd_jax.reporting import gather, published, report, tables
 from kd_jax.reporting import runs as runs_lib
 from kd_jax.runs import grid, identity
 
@@ -182,43 +182,63 @@ def cells_of(markdown):
   }, header
 
 
-def test_readme_has_the_tables_of_the_results():
-  readme = (REPO / "README.md").read_text(encoding="utf-8")
-  made = gather.rewrite(readme, gather.tables(REPO / "results" / "cifar100"))
-  assert readme == made, (
-    "README.md does not show what results/ holds: python -m kd_jax results"
-    " results/cifar100 --readme README.md"
+@pytest.mark.parametrize(
+  ("name", "make", "option"),
+  [
+    ("README.md", gather.tables, "readme"),
+    ("docs/results.md", gather.page, "page"),
+  ],
+)
+def test_document_has_the_tables_of_the_results(name, make, option):
+  text = (REPO / name).read_text(encoding="utf-8")
+  made = gather.rewrite(text, make(REPO / "results" / "cifar100"))
+  assert text == made, (
+    f"{name} does not show what results/ holds: python -m kd_jax results"
+    f" results/cifar100 --{option} {name}"
   )
 
 
 def test_nothing_has_been_run(tmp_path):
   text = gather.tables(tmp_path / "nothing")
-  cells, header = cells_of(text)
-  assert header == [
-    *("method", "config", "`resnet8x4`, published", "kd_jax"),
-    *("`vgg8`, published", "kd_jax", "`ShuffleV2_1_5`, published", "kd_jax"),
-  ]
+  cells, header = cells_of(text.partition("\n\n")[2])
+  assert header == ["method", "config", "published", "kd_jax"]
   rows = list(dict.fromkeys(row for row, _ in cells))
-  assert rows[0] == "student alone"
-  assert {*ROWS.values()} <= {*rows}
-  assert text.count(NOT_RUN) == 3 * len(rows) + 1
-  assert all(cells[row, i] == NOT_RUN for row in rows for i in (3, 5, 7))
-  assert [cells["SemCKD", i] for i in (2, 4, 6)] == [
-    *("76.23", "75.27", "79.13")
-  ]
+  assert rows[0] == "student alone" and len(rows) == len(distillers.names())
+  assert {cells[row, 3] for row in rows} == {NOT_RUN}
   assert cells["SemCKD", 1] == "`semckd_cifar.py`"
-  assert cells["ReviewKD", 2] == "-"
-  teacher = "\nThe teacher, `resnet32x4`: published 79.42, kd_jax not run.\n"
+  assert cells["SemCKD", 2] == "76.23 (SimKD, best)"
+  assert cells["AT", 2] == "75.07 (SimKD, best); 73.44 (RepDistiller, last)"
+  assert "78.08 (SimKD, best, factor 2)" in cells["SimKD", 2]
+  assert cells["NKD", 2] == "-"
+  teacher = (
+    "\nThe teacher, `resnet32x4`: published 79.42 (SimKD, best); 79.42"
+    " (RepDistiller, last); kd_jax not run.\n"
+  )
   assert teacher in text
 
 
-# Name of a cell of the grid -> its row.
-ROWS = {
-  "alone": "student alone",
-  **{name: name.upper() for name in ("kd", "at", "sp", "vid", "crd", "srrl")},
-  **{"fitnet": "FitNet", "semckd": "SemCKD", "reviewkd": "ReviewKD"},
-  **{f"simkd_f{factor}": f"SimKD, factor {factor}" for factor in (2, 4, 8)},
-}
+def test_page_has_every_published_value(tmp_path):
+  text = gather.page(tmp_path / "nothing")
+  for value in published.values():
+    part = text.partition(f"## {value.recipe}\n")[2].partition("\n## ")[0]
+    head, _, table = part.partition("\n\n|")
+    assert value.source in head
+    if value.teacher:
+      _, header = cells_of(f"|{table}")
+      lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if f"| `{value.teacher}` " in line and f"| `{value.student}` " in line
+      ]
+      word = "last" if value.epoch == "final" else "best"
+      name = distillers.DISTILLERS[value.method].__name__
+      assert f"{value.top1:.2f}" in [
+        cell
+        for [line] in [lines]
+        for title, cell in zip(header, line, strict=True)
+        if title.startswith(f"{name} (") and f"{word} epoch" in title
+      ]
+  assert "kd_jax" not in text
 
 
 def keep_cells(folder, keep, config):
@@ -239,18 +259,32 @@ def keep_cells(folder, keep, config):
   return scores
 
 
-def test_every_cell_of_the_grid_has_its_place(tmp_path, keep):
-  scores = keep_cells(tmp_path / "table", keep, table_cifar.get_config().lock())
+@pytest.mark.parametrize(
+  ("arg", "recipe", "row", "name"),
+  [
+    ("", "SimKD", "KD", "kd"),
+    ("", "SimKD factor 2", "SimKD", "simkd_factor2"),
+    ("repdistiller", "RepDistiller, mdistiller", "KD", "kd"),
+    ("repdistiller", "RepDistiller", "CRD", "crd"),
+  ],
+)
+def test_cells_of_the_grid_have_their_places(
+  arg, recipe, row, name, tmp_path, keep
+):
+  config = table_cifar.get_config(arg).lock()
+  pair = "resnet32x4_resnet8x4_"
+  names = [n for n in config.grid if n.startswith(pair) or "alone" in n]
+  with config.unlocked():
+    config.grid = {name: config.grid[name] for name in names}
+  scores = keep_cells(tmp_path / "table", keep, config)
   text = gather.tables(tmp_path)
-  cells = grid.cells(table_cifar.get_config().lock()).values()
-  others = {*distillers.names()} - {cell.distiller.name for cell in cells}
-  assert text.count(NOT_RUN) == 1 + 3 * len(others)  # and the teacher
-  cells, _ = cells_of(text)
-  for i, student in zip((3, 5, 7), table_cifar.STUDENTS, strict=True):
-    for name, row in ROWS.items():
-      mean = scores[f"{student}_{name}"] + 1
-      assert cells[row, i] == f"{mean:.2f} ± 1.00 (3)", (student, name)
+  cells, _ = cells_of(text.partition("\n\n")[2])
+  best = scores[pair + name] + 1
+  assert f"{best:.2f} ± 1.00 ({recipe}, best, n = 3)" in cells[row, 3]
   assert text.count("\n|:--") == 1  # no other table
+  # Beside the published value, at the epoch of its source.
+  shown = best - 1.25 if arg else best
+  assert f"; kd_jax {shown:.2f} ± 1.00 (n = 3) |" in gather.page(tmp_path)
 
 
 def test_the_teacher_and_what_is_not_of_the_table(tmp_path, keep):
@@ -264,7 +298,7 @@ def test_the_teacher_and_what_is_not_of_the_table(tmp_path, keep):
   more = {"changes": {"epochs": 40}, "student": "resnet20", "command": command}
   keep(cpu / "teachers" / "t", 60.0, **more)
   text = gather.tables(tmp_path)
-  assert "`resnet32x4`: published 79.42, kd_jax 79.25 (1).\n" in text
+  assert "kd_jax 79.25 (SimKD, RepDistiller, best, n = 1).\n" in text
   *_, about, table = text.rstrip("\n").split("\n\n")
   assert about == (
     "`cpu`: 30 epochs of batches of 64, on 1 x CPU, by `python launch.py"
@@ -281,17 +315,14 @@ def test_the_teacher_and_what_is_not_of_the_table(tmp_path, keep):
   ]
 
 
-def test_runs_of_another_recipe_have_a_table_of_their_own(tmp_path, keep):
-  config = table_cifar.get_config("repdistiller").lock()
-  config.trials = 1
-  keep_cells(tmp_path / "repdistiller", keep, config)
+def test_a_method_without_published_values_has_its_place(tmp_path, keep):
+  config = identity.as_json(nkd_cifar.get_config())
+  run = {"method": "nkd", "teacher": {"name": "resnet32x4"}}
+  keep(tmp_path / "nkd" / "run", 75.0, changes=config, **run)
   text = gather.tables(tmp_path)
-  own = text.rstrip("\n").split("\n\n")[-1].splitlines()
-  assert own[0].split("|")[-3].strip() == "published"
-  assert any("| 73.33 (RepDistiller, last) |" in line for line in own)
-  # Alone, SimKD's three and ReviewKD's are the same in both.
-  rows = len({row for row, _ in cells_of(text)[0]})
-  assert text.count(NOT_RUN) == 3 * (rows - 5) + 1
+  cells, _ = cells_of(text.partition("\n\n")[2])
+  assert cells["NKD", 3] == "76.25 (best, n = 1)"
+  assert text.count("\n|:--") == 1
 
 
 DOCUMENT = f"before\n{gather.BEGIN}\nold\n{gather.END}\nafter\n"
@@ -327,7 +358,9 @@ def test_command_line(runs, tmp_path, run_main, capsys):
     assert capsys.readouterr().out == f"{document}: {word}\n"
   text = document.read_text()
   assert text == gather.rewrite(DOCUMENT, gather.tables(kept))
-  assert "71.25 (1)" in text
+  assert run_main(command, kept, "--page", document) == 0
+  text = document.read_text()
+  assert text == gather.rewrite(DOCUMENT, gather.page(kept))
 
 
 def test_mistakes_on_the_command_line(runs, tmp_path, run_main, capsys):

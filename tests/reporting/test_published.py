@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from kd_jax import models
 from kd_jax.reporting import published
-from kd_jax.runs import grid, identity
+from kd_jax.runs import grid, identity, presets
 
 # Fields that a run of a recipe may choose.
 FREE = {
@@ -46,40 +47,83 @@ def another(value):
 
 def test_every_line_is_found_by_the_run_that_it_describes():
   for value in published.values():
-    name, *changes = value.config.split()
-    config = load(name)
+    assert {value.student, value.teacher} <= {"", *models.names()}
+    assert value.epoch in ("final", "best") and 50 < value.top1 < 80
+    file, *changes = value.config.split()
+    name, _, preset = file.partition(":")
+    config = load(name, preset)
     config.student.name, config.teacher.name = value.student, value.teacher
     for field, text in (change.split("=") for change in changes):
       new = text if text.isidentifier() else json.loads(text)
       config.update_from_flattened_dict({field: new})
+    presets.fill(config)
     found = published.find(identity.as_json(config))
     assert [v for v in found if v.recipe == value.recipe] == [value]
 
 
 @pytest.mark.parametrize(
-  ("arg", "columns", "row"),
+  ("arg", "pair", "row"),
   [
     (
       "",
-      "kd fitnet at sp vid crd srrl semckd reviewkd",
-      [74.42, 74.32, 75.07, 74.29, 74.55, 75.59, 75.39, 76.23, None],
+      "resnet32x4_resnet8x4",
+      {
+        **{"kd": 74.42, "fitnet": 74.32, "at": 75.07, "sp": 74.29},
+        **{"vid": 74.55, "crd": 75.59, "srrl": 75.39, "semckd": 76.23},
+        **{"simkd_factor8": 76.73, "simkd_factor2": 78.08},
+      },
     ),
     (
       "repdistiller",
-      "kd fitnet at sp vid crd semckd",
-      [73.33, 73.50, 73.44, 72.94, 73.09, 75.51, None],
+      "resnet32x4_resnet8x4",
+      {
+        **{"kd": 73.33, "fitnet": 73.50, "at": 73.44, "sp": 72.94},
+        **{"vid": 73.09, "crd": 75.51},
+      },
     ),
+    ("repdistiller", "ResNet50_cifar_vgg8", {"kd": 73.81, "crd": 74.30}),
+    ("mdistiller", "resnet110_resnet32", {"kd": 73.08, "dkd": 74.11}),
+    ("mdistiller", "vgg13_MobileNetV2", {"kd": 67.37, "dkd": 69.71}),
   ],
 )
-def test_cells_of_the_table_have_their_values(arg, columns, row):
+def test_cells_of_the_table_have_their_values(arg, pair, row):
   cells = grid.cells(load("table_cifar", arg).lock())
-  recipe = "RepDistiller" if arg else "SimKD"
-  values = []
-  for name in columns.split():
-    found = published.find(identity.as_json(cells[f"resnet8x4_{name}"]))
-    assert {v.recipe for v in found} <= {recipe}
-    values += [v.top1 for v in found] or [None]
-  assert values == row
+  recipe = {"": "SimKD", "repdistiller": "RepDistiller"}.get(arg, arg)
+  found = {
+    name: {
+      v.recipe: v.top1
+      for v in published.find(identity.as_json(cells[f"{pair}_{name}"]))
+    }
+    for name in row
+  }
+  assert {name: each[recipe] for name, each in found.items()} == row
+
+
+@pytest.mark.parametrize(
+  ("arg", "pairs", "alone"), [("", 3, 3), ("repdistiller", 13, 9)]
+)
+def test_the_table_has_every_pair(arg, pairs, alone):
+  cells = grid.cells(load("table_cifar", arg).lock())
+  first = {name: cell for name, cell in cells.items() if "_seed" not in name}
+  assert len(cells) == 3 * len(first)
+  found = {(cell.teacher.name, cell.student.name) for cell in first.values()}
+  assert len([pair for pair in found if pair[0]]) == pairs
+  assert len([pair for pair in found if not pair[0]]) == alone
+
+
+def test_the_pair_of_a_table_chooses_what_depends_on_it():
+  cells = load("table_cifar", "mdistiller").grid
+  betas = {
+    pair: cells[f"{pair}_dkd"].distiller.beta
+    for pair in ("resnet32x4_resnet8x4", "resnet56_resnet20", "vgg13_vgg8")
+  }
+  assert [*betas.values()] == [8, 2, 6]
+  assert cells.vgg13_vgg8_dkd.preset == "mdistiller"
+
+
+def test_unknown_table():
+  with pytest.raises(ValueError, match=r"a table \(repdistiller, mdistiller\)"):
+    load("table_cifar", "lskd")
 
 
 @pytest.mark.parametrize("name", ["kd_cifar", "crd_cifar", "reviewkd_cifar"])
