@@ -1,5 +1,7 @@
 """Several teachers: means of one teacher's terms, one joined classifier."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,22 +26,27 @@ def given(tiny, **more):
 
 
 @pytest.mark.parametrize("name", ABLE)
-def test_terms_and_prediction_are_weighted_means(tiny, name):
+def test_terms_and_prediction_are_weighted_means(tiny, name, quick):
   alone = distillers.create(name)
   joined = distillers.create_for_teachers(name, WEIGHTS)
   other = jax.tree.map(lambda x: 1.5 * x[::-1], tiny.teacher)
   both = given(tiny, teachers=(tiny.teacher, other))
-  variables = joined.init(jax.random.key(0), **both)
-  output = joined.apply(variables, **both)
-  single = [
-    alone.apply(
-      {k: v[f"members_{i}"] for k, v in variables.items()},
-      **{**both, "teachers": (teacher,), "teacher_heads": (one,)},
-    )
-    for i, (teacher, one) in enumerate(
-      zip(both["teachers"], both["teacher_heads"], strict=True)
-    )
-  ]
+
+  @quick
+  def outputs(key):
+    variables = joined.init(key, **both)
+    single = [
+      alone.apply(
+        {k: v[f"members_{i}"] for k, v in variables.items()},
+        **{**both, "teachers": (teacher,), "teacher_heads": (one,)},
+      )
+      for i, (teacher, one) in enumerate(
+        zip(both["teachers"], both["teacher_heads"], strict=True)
+      )
+    ]
+    return joined.apply(variables, **both), single
+
+  output, single = outputs(jax.random.key(0))
   assert output.terms.keys() == single[0].terms.keys()
   for term, value in output.terms.items():
     expected = 0.75 * single[0].terms[term] + 0.25 * single[1].terms[term]
@@ -54,7 +61,7 @@ def test_terms_and_prediction_are_weighted_means(tiny, name):
 
 
 @pytest.mark.parametrize("size", [8, 4])
-def test_a_joined_classifier_predicts_the_mean(tiny, make_output, size):
+def test_a_joined_classifier_predicts_the_mean(tiny, make_output, size, quick):
   """Also if one teacher's map is half as large as the other's."""
   joined = distillers.create_for_teachers("simkd", WEIGHTS)
   teachers = tuple(
@@ -62,9 +69,14 @@ def test_a_joined_classifier_predicts_the_mean(tiny, make_output, size):
   )
   student = make_output(5, widths=(6, 12), sizes=(8, 8))
   both = given(tiny, student=student, teachers=teachers)
-  variables = joined.init(jax.random.key(0), **both)
-  logits = joined.apply(variables, **both).logits
-  last = joined.apply(variables, student, teachers, method="last_map")
+
+  @quick
+  def outputs(key):
+    variables = joined.init(key, **both)
+    last = joined.apply(variables, student, teachers, method="last_map")
+    return joined.apply(variables, **both).logits, last
+
+  logits, last = outputs(jax.random.key(0))
   assert last.shape == (8, size, size, 32)
   mean = model.mean_classifier(HEADS, joined.weights)
   together = head(mean)(jnp.mean(last, (1, 2)))
@@ -75,8 +87,9 @@ def test_maps_that_cannot_be_joined(make_output):
   joined = distillers.create_for_teachers("simkd", (1, 1))
   student = make_output(5, sizes=(8, 8))
   teachers = tuple(make_output(i, sizes=(8, s)) for i, s in ((6, 8), (7, 3)))
+  init = functools.partial(joined.init, method="last_map")
   with pytest.raises(ValueError, match="divide each other, got 8x8 and 3x3"):
-    joined.init(jax.random.key(0), student, teachers, method="last_map")
+    jax.eval_shape(init, jax.random.key(0), student, teachers)
 
 
 def test_methods_for_one_teacher_refuse():
