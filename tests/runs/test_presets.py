@@ -60,6 +60,7 @@ def test_row_is_whole(name, method):
     ("kd", "lskd", "resnet110", "resnet20", "kd", 12),
     ("reviewkd", "mdistiller", "resnet32x4", "resnet8x4", "reviewkd", 5),
     ("reviewkd", "authors", "resnet56", "resnet20", "reviewkd", 0.6),
+    ("catkd", "authors", "resnet32x4", "ShuffleV1", "resolution", 4),
   ],
 )
 def test_the_pair_chooses(method, name, teacher, student, field, value, caplog):
