@@ -185,7 +185,7 @@ class Method:
     num_devices,
     *,
     mapping="shard_map",
-    steps=5,
+    steps=3,
     sync=True,
     split=False,
     size=8,

@@ -92,7 +92,7 @@ def test_equal_on_any_devices(method, made, monkeypatch):
   }
   # Or else initial values would be compared.
   start = parts.state(parts.optimizer())
-  assert int(state.step) == 5
+  assert int(state.step) == 3
   for (path, before), (_, now) in zip(
     *(
       jax.tree_util.tree_leaves_with_path((s.params, s.collections))
