@@ -134,8 +134,7 @@ def tables(folder: pathlib.Path) -> str:
   by_folder: dict[str, list[runs.Group]] = {}
   for g in groups:
     config = g.first["config"]
-    listed = published.find(config)
-    if not listed and not _is_of(g, *_PAIR, config["distiller"]["name"]):
+    if not published.find(config) and not _is_of(g, *_PAIR):
       name = pathlib.Path(g.first["run"]).parts[0]
       by_folder.setdefault(name, []).append(g)
   for name, members in by_folder.items():
@@ -172,19 +171,18 @@ def _short_table(groups):
   teacher, student = _PAIR
   lines = []
   for method, cls in distillers.DISTILLERS.items():
-    alone = method == "none"
-    pair = ("" if alone else teacher, student)
+    pair = (teacher if cls.needs_teacher else "", student)
     values = _of_pair(published.values(), *pair, method)
     line = {
-      "method": "student alone" if alone else cls.__name__,
-      "config": f"`{'teacher' if alone else method}_cifar.py`",
+      "method": cls.__name__ if cls.needs_teacher else "student alone",
+      "config": f"`{_config(method)}.py`",
       "published": _join(_theirs(v) for v in values) or "-",
     }
     ours = [g for g in groups if _is_of(g, *pair, method)]
     line["kd_jax"] = _join(_ours(g) for g in ours) or _NOT_RUN
     lines.append(line)
-  values = _of_pair(published.values(), "", teacher, "none")
-  ours = [g for g in groups if _is_of(g, "", teacher, "none")]
+  values = _of_pair(published.values(), "", teacher)
+  ours = [g for g in groups if _is_of(g, "", teacher)]
   return (
     f"`{teacher}` teaches `{student}`:\n\n"
     f"{tables_lib.markdown(pd.DataFrame(lines))}"
@@ -235,14 +233,24 @@ def _of_pair(values, teacher, student, method=None):
   ]
 
 
-def _is_of(g, teacher, student, method):
+def _is_of(g, teacher, student, method=None):
   """Whether runs are of that pair, by a published recipe or the config's."""
   config = g.first["config"]
   run = (config["teacher"]["name"], g.first["student"])
-  if (*run, config["distiller"]["name"]) != (teacher, student, method):
+  own = config["distiller"]["name"]
+  if run != (teacher, student) or method not in (None, own):
     return False
-  file = f"{'teacher' if method == 'none' else method}_cifar"
-  return bool(published.find(config)) or published.follows(config, file)
+  if published.find(config):
+    return True
+  return own in distillers.DISTILLERS and published.follows(
+    config, _config(own)
+  )
+
+
+def _config(method):
+  """The file of `configs/` of a method, or of a network alone."""
+  alone = not distillers.DISTILLERS[method].needs_teacher
+  return f"{'teacher' if alone else method}_cifar"
 
 
 def _settings(value):
