@@ -102,7 +102,7 @@ def test_commands_parse(name, parse_launch, monkeypatch, capsys):
     ("python launch.py --config configs/no.py", "configs/no.py: no such file"),
     (
       "python launch.py --config configs/kd_cifar.py --config.sed=1",
-      'Did you mean "seed"',
+      "Did you mean seed",
     ),
     ("python -m kd_jax predict --modle x y", "required: --model"),
     ("python -m kd_jax Export --workdir a --to b", "Did you mean export"),
