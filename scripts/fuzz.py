@@ -475,6 +475,7 @@ def mutate_zip(rng: random.Random, content: bytes) -> bytes:
     zipfile.ZipFile(io.BytesIO(content)) as old,
     zipfile.ZipFile(file, "w", rng.choice((0, zipfile.ZIP_DEFLATED))) as new,
   ):
+    new.comment = old.comment  # which may have our digest
     names = old.namelist()
     pickles = [name for name in names if name.endswith(".pkl")]
     chosen = rng.choice(names + pickles * len(names))
