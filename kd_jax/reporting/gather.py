@@ -210,7 +210,7 @@ def _recipe_table(recipe, values, groups):
     for title, members in columns.items():
       line[title] = _cell(_of_pair(members, teacher, student), groups)
     lines.append(line)
-  names = sorted({v.config.partition(" ")[0] for v in values})
+  names = sorted({str.split(v.config)[0] for v in values})
   sources = dict.fromkeys(v.source for v in values)
   return (
     f"## {recipe}\n\nValues of {', '.join(sources)}. Configs:"
@@ -255,7 +255,7 @@ def _config(method):
 
 def _settings(value):
   """What a line's config changes, in words."""
-  fields = value.config.split()[1:]
+  _, *fields = str.split(value.config)
   return [field.rpartition(".")[2].replace("=", " ") for field in fields]
 
 
