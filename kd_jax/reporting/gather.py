@@ -219,8 +219,8 @@ def _recipe_table(recipe, values, groups):
   )
 
 
-def _file(config):
-  name, colon, preset = config.partition(":")
+def _file(recipe):
+  name, colon, preset = recipe.partition(":")
   return f"{name}.py{colon}{preset}"
 
 
