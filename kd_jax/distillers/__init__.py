@@ -36,6 +36,7 @@ from kd_jax.distillers.nd import ND
 from kd_jax.distillers.nkd import NKD
 from kd_jax.distillers.none import NoTeacher
 from kd_jax.distillers.normkd import NormKD
+from kd_jax.distillers.nst import NST
 from kd_jax.distillers.ofa import OFA
 from kd_jax.distillers.ofd import OFD
 from kd_jax.distillers.pkt import PKT
@@ -108,6 +109,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "rkd": RKD,
   "pkt": PKT,
   "mlkd": MLKD,
+  "nst": NST,
 }
 
 

@@ -49,6 +49,7 @@ from kd_jax.losses.nd import nd_loss as nd_loss
 from kd_jax.losses.nkd import nkd_loss as nkd_loss
 from kd_jax.losses.normkd import normkd_logits as normkd_logits
 from kd_jax.losses.normkd import normkd_loss as normkd_loss
+from kd_jax.losses.nst import nst_loss as nst_loss
 from kd_jax.losses.ofa import ofa_loss as ofa_loss
 from kd_jax.losses.ofd import ofd_loss as ofd_loss
 from kd_jax.losses.ofd import ofd_margin as ofd_margin
