@@ -34,6 +34,7 @@ class LossCase:
     per_example: whether it returns [B]; else it is relational.
     huge: factor of the inputs up to which it stays finite.
     scale_free: whether a common factor of the inputs changes nothing.
+    ordered: whether the order of the examples counts, but for its reversal.
   """
 
   args: tuple[Any, ...]
@@ -44,6 +45,7 @@ class LossCase:
   per_example: bool = True
   huge: float = 1e10
   scale_free: bool = False
+  ordered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from kd_jax.distillers.at import AT
 from kd_jax.distillers.base import Distiller, DistillOutput
 from kd_jax.distillers.bkd import BKD
 from kd_jax.distillers.catkd import CATKD
+from kd_jax.distillers.cc import CC
 from kd_jax.distillers.combination import Combination
 from kd_jax.distillers.crd import CRD
 from kd_jax.distillers.ctkd import CTKD
@@ -110,6 +111,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "pkt": PKT,
   "mlkd": MLKD,
   "nst": NST,
+  "cc": CC,
 }
 
 

@@ -22,6 +22,7 @@ from kd_jax.losses import checks as checks
 from kd_jax.losses.at import at_loss as at_loss
 from kd_jax.losses.bkd import bkd_loss as bkd_loss
 from kd_jax.losses.catkd import catkd_loss as catkd_loss
+from kd_jax.losses.cc import cc_loss as cc_loss
 from kd_jax.losses.crd import ClassTable as ClassTable
 from kd_jax.losses.crd import class_table as class_table
 from kd_jax.losses.crd import crd_log_normalizer as crd_log_normalizer

@@ -61,8 +61,7 @@ def _settings(method):
   config = importlib.import_module(f"configs.{name}_cifar").get_config()
   fields = config.distiller.to_dict()
   fields.pop("name")
-  small = {"k": 16, "feat_dim": 8}
-  fields |= {name: small[name] for name in small if name in fields}
+  fields |= method_cases.method(method).small
   return config.loss_weights.to_dict(), fields
 
 
