@@ -29,6 +29,7 @@ from kd_jax.distillers.funmatch import FunMatch
 from kd_jax.distillers.ickd import ICKD
 from kd_jax.distillers.ikl import IKL
 from kd_jax.distillers.kd import KD
+from kd_jax.distillers.kdsvd import KDSVD
 from kd_jax.distillers.luminet import LumiNet
 from kd_jax.distillers.mgd import MGD
 from kd_jax.distillers.mlkd import MLKD
@@ -112,6 +113,7 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "mlkd": MLKD,
   "nst": NST,
   "cc": CC,
+  "kdsvd": KDSVD,
 }
 
 

@@ -42,6 +42,7 @@ from kd_jax.losses.funmatch import funmatch_loss as funmatch_loss
 from kd_jax.losses.ickd import ickd_loss as ickd_loss
 from kd_jax.losses.ikl import ikl_loss as ikl_loss
 from kd_jax.losses.kd import kd_loss as kd_loss
+from kd_jax.losses.kdsvd import kdsvd_loss as kdsvd_loss
 from kd_jax.losses.luminet import luminet_loss as luminet_loss
 from kd_jax.losses.mgd import mgd_loss as mgd_loss
 from kd_jax.losses.mgd import mgd_mask as mgd_mask
