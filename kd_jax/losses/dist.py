@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax.distributed import collectives
-from kd_jax.losses import checks
+from kd_jax.losses import checks, softmax
 
 
 def _correlation(p: jax.Array, q: jax.Array, axis: int) -> jax.Array:
@@ -67,7 +67,7 @@ def dist_loss(
   beta = checks.number("beta", beta, least=0)
   gamma = checks.number("gamma", gamma, least=0)
   p, q = (
-    collectives.axis_gather(jax.nn.softmax(z / t), axis_name)
+    collectives.axis_gather(jax.nn.softmax(softmax.soften(z, t)), axis_name)
     for z in (student, teacher)
   )
   rows, columns = (1 - jnp.mean(_correlation(p, q, axis)) for axis in (1, 0))

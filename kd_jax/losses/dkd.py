@@ -51,12 +51,13 @@ def dkd_loss(
   t = checks.number("temperature", temperature, above=0)
   alpha = checks.number("alpha", alpha, least=0)
   beta = checks.number("beta", beta, least=0)
-  student, teacher = student / t, teacher / t
   about_label = softmax.divergence(
-    softmax.label_or_not(student, labels), softmax.label_or_not(teacher, labels)
+    softmax.label_or_not(softmax.soften(student, t), labels),
+    softmax.label_or_not(softmax.soften(teacher, t), labels),
   )
   label = softmax.is_label(labels, student.shape[1])
   among_others = softmax.divergence(
-    softmax.without(student, label), softmax.without(teacher, label)
+    softmax.soften(softmax.without(student, label), t),
+    softmax.soften(softmax.without(teacher, label), t),
   )
   return t**2 * (alpha * about_label + beta * among_others)

@@ -50,7 +50,9 @@ def ikl_loss(
   t_w = checks.number("weight_temperature", weight_temperature, above=0)
   alpha = checks.number("alpha", alpha, least=0)
   beta = checks.number("beta", beta, least=0)
-  soft = softmax.cross_entropy(student / t, teacher / t)
+  soft = softmax.cross_entropy(
+    softmax.soften(student, t), softmax.soften(teacher, t)
+  )
   weight = jax.nn.softmax(teacher / t_w)
   difference = teacher - student
   difference -= jnp.sum(weight * difference, axis=1, keepdims=True)

@@ -59,10 +59,7 @@ def mlkd_loss(
   0.0
   """
   # Division rounds: without it, the largest of huge logits may stick out.
-  student, teacher = (
-    z - jax.lax.stop_gradient(jnp.max(z, axis=1, keepdims=True))
-    for z in checks.logits_of(student_logits, teacher_logits)
-  )
+  student, teacher = checks.logits_of(student_logits, teacher_logits)
   weights = {"instance": instance, "batch": batch, "classes": classes}
   for name, weight in weights.items():
     checks.number(name, weight, least=0)
@@ -77,7 +74,7 @@ def mlkd_loss(
     if not batch and not classes:
       continue
     q, p = (
-      collectives.axis_gather(jax.nn.softmax(z / t), axis_name)
+      collectives.axis_gather(jax.nn.softmax(softmax.soften(z, t)), axis_name)
       for z in (student, teacher)
     )
     if batch:

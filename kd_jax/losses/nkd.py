@@ -52,6 +52,7 @@ def nkd_loss(
   log_q = softmax.at_label(jax.nn.log_softmax(student), labels)
   label = softmax.is_label(labels, student.shape[1])
   others = softmax.cross_entropy(
-    softmax.without(student / t, label), softmax.without(teacher / t, label)
+    softmax.soften(softmax.without(student, label), t),
+    softmax.without(teacher / t, label),
   )
   return gamma * t**2 * others - p * log_q

@@ -46,6 +46,7 @@ def ofa_loss(
   t = checks.number("temperature", temperature, above=0)
   eps = checks.number("eps", eps, least=1)
   one = softmax.is_label(labels, student.shape[1]).astype(jnp.float32)
-  p, log_q = jax.nn.softmax(teacher / t), jax.nn.log_softmax(student / t)
+  p = jax.nn.softmax(softmax.soften(teacher, t))
+  log_q = jax.nn.log_softmax(softmax.soften(student, t))
   value = -jnp.sum(((p + one) ** eps - one) * log_q, axis=1)
   return jnp.where(labels < student.shape[1], value, jnp.nan)

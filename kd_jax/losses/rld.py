@@ -60,7 +60,7 @@ def rld_loss(
   )
   not_below = teacher >= softmax.at_label(teacher, labels)[:, None]
   below = softmax.divergence(
-    softmax.without(student / t, not_below),
-    softmax.without(teacher / t, not_below),
+    softmax.soften(softmax.without(student, not_below), t),
+    softmax.soften(softmax.without(teacher, not_below), t),
   )
   return alpha * a**2 * confidence + beta * t**2 * below

@@ -24,6 +24,23 @@ def _weighted_remainder(log_p: jax.Array, x: jax.Array) -> jax.Array:
   return jnp.where(small, p * series, jnp.exp(log_p + x) - p * (1.0 + x))
 
 
+def soften(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+  """Logits over a temperature, less a constant: the softmax is the same.
+
+  XLA may round a division in two ways in two places. Of huge logits, what is
+  then left of the largest would be above 0, and its exponential infinite.
+
+  Args:
+    logits: [..., C] float32.
+    temperature: T, a number or an array that broadcasts.
+
+  Returns:
+    (logits - their maximum) / T.
+  """
+  largest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+  return (logits - largest) / temperature
+
+
 def divergence(student: jax.Array, teacher: jax.Array) -> jax.Array:
   """KL of the student's softmax from the teacher's, over the last axis.
 
@@ -131,7 +148,7 @@ def scaled_divergence(
   Returns:
     [B] float32.
   """
-  value = divergence(student / temperature, teacher / temperature)
+  value = divergence(soften(student, temperature), soften(teacher, temperature))
   if isinstance(temperature, jax.Array) and temperature.ndim:
     temperature = temperature[:, 0]
   return temperature**2 * value

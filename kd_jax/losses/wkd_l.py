@@ -81,7 +81,7 @@ def wkd_l_loss(
   ) * softmax.at_label(jax.nn.log_softmax(student), labels)
   label = softmax.is_label(labels, student.shape[1])
   log_p, log_q = (
-    jax.nn.log_softmax(softmax.without(x / t, label))
+    jax.nn.log_softmax(softmax.soften(softmax.without(x, label), t))
     for x in (student, teacher)
   )
   kernel = jnp.exp(-cost / reg)

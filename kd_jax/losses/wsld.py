@@ -49,5 +49,7 @@ def wsld_loss(
   )
   # A teacher that is certain leaves the weight at 1.
   weight = -jnp.expm1(-ce_s / jnp.maximum(ce_t, 1e-12))
-  soft = softmax.cross_entropy(student / t, teacher / t)
+  soft = softmax.cross_entropy(
+    softmax.soften(student, t), softmax.soften(teacher, t)
+  )
   return t**2 * jax.lax.stop_gradient(weight) * soft
