@@ -37,6 +37,11 @@ def get_config(arg: str = "") -> ConfigDict:
   # A name of kd_jax.models.names(), or your own as "package.module:attribute".
   config.student.name = "resnet8x4"
 
+  # Initial weights of the student: a finished run's workdir (its last
+  # checkpoint; of the same method also that method's modules), an export, or a
+  # file of weights. A classifier of other classes is made anew.
+  config.init_from = ""
+
   config.teacher = ConfigDict()
   # A network as above; "": that of the checkpoint, or no teacher.
   config.teacher.name = ""
@@ -181,6 +186,12 @@ def get_config(arg: str = "") -> ConfigDict:
   # and none on a CPU, "": none.
   config.parallel.compilation_cache = "auto"
 
+  # Runs before this one, in the order of their names: name -> {section: {field:
+  # value}}, each a delta of this config in a sub-folder of its workdir. Each
+  # starts from the last checkpoint of the one before, with a fresh optimiser;
+  # config.init_from is for the first. "main" is a delta for the run itself.
+  config.stages = ConfigDict()
+
   # Several runs in one: name -> {section: {field: value}}, each a delta of
   # this config in a workdir of its own below this one; a table and a figure of
   # all of them at the end.
@@ -285,6 +296,9 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     for run in (config, *config.grid.values()):
       if "teacher" in run and run.teacher.name:
         run.teacher.name = "resnet8x2"
+      for stage in run.get("stages", {}).values():
+        if "epochs" in stage:
+          stage.epochs = 1
     config.data.name = "synthetic"
     config.data.resize = None
     config.data.image_size = 16

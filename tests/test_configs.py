@@ -17,7 +17,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
 METHODS = [name for name in distillers.names() if name != "none"]
 # Sections whose keys depend on the method or the grid.
-FREE_FORM = ("distiller.", "loss_weights.", "loss_ramp_epochs", "grid")
+FREE_FORM = ("distiller.", "loss_weights.", "loss_ramp_", "grid", "stages")
 
 
 def load(name: str, arg: str = "") -> ConfigDict:

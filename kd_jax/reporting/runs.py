@@ -70,6 +70,7 @@ class Group:
 def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
   """Finished runs at or below a folder: teachers first, then by age.
 
+  Stages of a run are left out, unless `folder` is one.
   Gathered runs are sorted by name: a checkout changes the age of its files.
   """
 
@@ -78,7 +79,11 @@ def find_runs(folder: pathlib.Path) -> list[pathlib.Path]:
     age = 0.0 if gathered else (run / "result.json").stat().st_mtime
     return "teachers" not in run.parts, age, run
 
-  return sorted((p.parent for p in folder.rglob("result.json")), key=order)
+  def is_stage(run):  # it lies in the folder of a run
+    return run != folder and (run.parent / "config.json").exists()
+
+  found = (path.parent for path in folder.rglob("result.json"))
+  return sorted((run for run in found if not is_stage(run)), key=order)
 
 
 def metrics_file(run: pathlib.Path) -> pathlib.Path:

@@ -4,17 +4,64 @@ import copy
 import logging
 import os
 import pathlib
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import data, models
+from kd_jax import data, models, registry
 from kd_jax.interop import card
 from kd_jax.runs import presets
 
 _log = logging.getLogger(__name__)
 
 Source = data.Source | data.EncodedSource
+
+# Free-form sections: a delta that names one replaces it.
+_REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs", "stages")
+
+
+def with_delta(config: ConfigDict, delta: ConfigDict, where: str) -> ConfigDict:
+  """Return a locked copy of a config with some of its fields replaced.
+
+  Args:
+    config: made by a file of `configs/`.
+    delta: section -> field -> value. A free-form section replaces the whole.
+    where: the field of the config that holds the delta, for errors.
+
+  Raises:
+    ValueError: for an unknown field, or a value of another kind.
+  """
+  changed = copy.deepcopy(config)
+  fields = delta.to_dict()
+  with changed.unlocked():
+    for section in _REPLACED:
+      if section in fields:
+        changed[section] = ConfigDict(fields.pop(section))
+  _apply(fields, changed.lock(), where)
+  return changed
+
+
+def _apply(delta: dict[str, Any], section: ConfigDict, where: str) -> None:
+  for name, value in delta.items():
+    place = f"{where}.{name}"
+    if name not in section:
+      hint = registry.did_you_mean(name, section)
+      raise ValueError(
+        f"{place}: no such field.{hint} The fields are: {', '.join(section)}"
+      )
+    if isinstance(section[name], ConfigDict) != isinstance(value, dict):
+      raise ValueError(
+        f"{place}: expected what configs/base.py has there, got {value!r}"
+      )
+    if isinstance(value, dict):
+      _apply(value, section[name], place)
+      continue
+    try:
+      section[name] = value
+    except (OverflowError, TypeError) as error:
+      kind = section.get_type(name).__name__
+      raise ValueError(f"{place}: expected {kind}, got {value!r}") from error
 
 
 def load_data(config: ConfigDict) -> tuple[Source, Source]:

@@ -15,12 +15,10 @@ import traceback
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import registry, storage
+from kd_jax import storage
 from kd_jax.distributed import processes
+from kd_jax.runs import config as config_lib
 from kd_jax.runs import errors, limits, train
-
-# Free-form sections: a cell that names one replaces it.
-_REPLACED = ("distiller", "loss_weights", "loss_ramp_epochs")
 
 
 def is_grid(config: ConfigDict) -> bool:
@@ -56,38 +54,11 @@ def _first_trials(config: ConfigDict) -> dict[str, ConfigDict]:
   made = {}
   deltas = config.grid or ConfigDict({config.distiller.name: {}})
   for name, delta in deltas.items():
-    cell = copy.deepcopy(config)
+    cell = config_lib.with_delta(config, delta, f"config.grid.{name}")
     with cell.unlocked():
       cell.grid, cell.trials = ConfigDict(), 1
-      for section in _REPLACED:
-        if section in delta:
-          cell[section] = ConfigDict(delta[section].to_dict())
-    rest = {k: v for k, v in delta.to_dict().items() if k not in _REPLACED}
-    _apply(rest, cell.lock(), f"config.grid.{name}")
     made[name] = cell
   return made
-
-
-def _apply(delta, section, where):
-  for name, value in delta.items():
-    place = f"{where}.{name}"
-    if name not in section:
-      hint = registry.did_you_mean(name, section)
-      raise ValueError(
-        f"{place}: no such field.{hint} The fields are: {', '.join(section)}"
-      )
-    if isinstance(section[name], ConfigDict) != isinstance(value, dict):
-      raise ValueError(
-        f"{place}: expected what configs/base.py has there, got {value!r}"
-      )
-    if isinstance(value, dict):
-      _apply(value, section[name], place)
-      continue
-    try:
-      section[name] = value
-    except (OverflowError, TypeError) as error:
-      kind = section.get_type(name).__name__
-      raise ValueError(f"{place}: expected {kind}, got {value!r}") from error
 
 
 def run_grid(

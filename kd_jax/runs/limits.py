@@ -119,7 +119,8 @@ def check(config: ConfigDict) -> None:
   Raises:
     ValueError: that says which field, what was expected, and what came.
   """
-  flat = storage.flatten({**config.to_dict(), "grid": {}, "teachers": ()})
+  others: dict[str, Any] = {"grid": {}, "stages": {}, "teachers": ()}
+  flat = storage.flatten({**config.to_dict(), **others})
   for name, value in flat.items():
     section = name.partition(".")[0]
     if name in _SECTIONS or (name in _TUPLES and value is None):

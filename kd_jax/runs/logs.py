@@ -57,6 +57,25 @@ def parameter_overview(params: dict[str, Any], network: str) -> str:
   return "parameters\n" + "\n".join(lines)
 
 
+def untrained(reached: Any) -> str:
+  """Name the modules of the student that the loss does not train.
+
+  Args:
+    reached: whether some term of the loss reaches each of its parameters.
+
+  Returns:
+    One line; "" if all are trained.
+  """
+  idle = [n for n, tree in reached.items() if not any(jax.tree.leaves(tree))]
+  if not idle:
+    return ""
+  names = "modules" if len(idle) == len(reached) else ", ".join(idle)
+  return (
+    f"no term of the loss trains the student's {names}: its accuracy in this"
+    " run, best epoch included, says nothing"
+  )
+
+
 def memory_overview(memory: dict[str, Any]) -> str:
   """Describe the memory that a method takes.
 

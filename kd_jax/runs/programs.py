@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -102,8 +103,11 @@ class Programs:
     schedule: learning rate as a function of the step.
     teachers: shapes of the variables that `initialize` takes, of each teacher;
       "class_means" among them if the distiller needs them.
-    initialize: (seed, teacher variables) -> a fresh TrainState.
+    initialize: (seed, teacher variables, initial) -> a fresh TrainState;
+      `initial` are variables of the student and of the distiller that replace
+      the random ones of the same names.
     shapes: of the state's arrays, whole.
+    reached: which parameters some term of the loss reaches.
     specs: which arrays of the state are split over the devices.
     train_chunk: (state, `step.Constants`, resident data, chunk) -> (state, sums
       [k]); the state is donated.
@@ -118,6 +122,7 @@ class Programs:
   teachers: tuple[Any, ...]
   initialize: Callable[..., state_lib.TrainState]
   shapes: state_lib.TrainState
+  reached: Any
   specs: state_lib.TrainState
   train_chunk: Callable[..., tuple[state_lib.TrainState, Any]]
   teacher_chunk: Callable[..., jax.Array]
@@ -168,13 +173,17 @@ def make_programs(recipe: Recipe) -> Programs:
     teachers,
   )
   shapes = compiled.eval_shape(np.uint32(0), placed)
-  schedule, optimizer = _optimizer(recipe, alone, shapes, teachers)
+  schedule, reached, optimizer = _optimizer(recipe, alone, shapes, teachers)
 
   def create(variables: Variables) -> state_lib.TrainState:
     return state_lib.create(variables[0], variables[1], optimizer)
 
-  def initialize(seed: Any, teacher_variables: Any) -> state_lib.TrainState:
-    return create(compiled(seed, teacher_variables))
+  def initialize(
+    seed: Any, teacher_variables: Any, initial: Variables = ({}, {})
+  ) -> state_lib.TrainState:
+    variables = compiled(seed, teacher_variables)
+    student, distiller = map(_replaced, variables, initial)
+    return create((student, distiller))
 
   shapes = jax.eval_shape(create, shapes)
   specs = state_lib.state_specs(shapes, distiller)
@@ -185,6 +194,7 @@ def make_programs(recipe: Recipe) -> Programs:
     axis_name=axis,
     accumulate_steps=recipe.accumulate_steps,
     split_ce=bool(dict(recipe.optim)["dot_delta"]),
+    idle=optim.idle_parts(reached),
     **_loss_arguments(recipe),
     **parts,
   )
@@ -194,6 +204,7 @@ def make_programs(recipe: Recipe) -> Programs:
     teachers=teachers,
     initialize=initialize,
     shapes=shapes,
+    reached=reached,
     specs=specs,
     train_chunk=recipe.devices.map_chunk(
       step_lib.make_train_chunk(step, _load(recipe)),
@@ -398,10 +409,18 @@ def _initialize(
   return variables, distiller_variables
 
 
+def _replaced(variables: Any, by: Any) -> Any:
+  """Nested variables, some of them replaced."""
+  if not by:
+    return variables
+  flat = traverse_util.flatten_dict(variables) | traverse_util.flatten_dict(by)
+  return traverse_util.unflatten_dict(flat)
+
+
 def _optimizer(
   recipe: Recipe, parts: Any, variables: Variables, teachers: Any
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-  """The schedule and the optimiser, which needs trials of the loss."""
+) -> tuple[optax.Schedule, Any, optax.GradientTransformation]:
+  """The schedule, what the loss reaches, and the optimiser, by trials of it."""
   student_params, student_rest = state_lib.split_params(variables[0])
   distiller_params, distiller_rest = state_lib.split_params(variables[1])
   size, struct = _local_batch_size(recipe), jax.ShapeDtypeStruct
@@ -445,7 +464,9 @@ def _optimizer(
   if delta := settings["dot_delta"]:
     ce = {"ce": weights.pop("ce")}
     shared = jax.tree.map(operator.and_, reached(ce), reached(weights))
-    return schedule, optim.dot(
+    dot = optim.dot(
       schedule, delta=delta, shared=shared, decay_mask=decay_mask, **options
     )
-  return schedule, optim.sgd(schedule, decay_mask=decay_mask, **options)
+    return schedule, decay_mask, dot
+  sgd = optim.sgd(schedule, decay_mask=decay_mask, **options)
+  return schedule, decay_mask, sgd

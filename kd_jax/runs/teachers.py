@@ -341,8 +341,8 @@ def teacher_config(config: ConfigDict, name: str) -> ConfigDict:
     for field in ("epochs", "learning_rate", "milestones", "cache_dtype"):
       teacher.teacher[field] = None
     teacher.teacher.seed = teacher.teacher.cache_top_k = 0
-    teacher.teacher.cache = ""
-    teacher.grid = ConfigDict()
+    teacher.teacher.cache = teacher.init_from = ""
+    teacher.grid = teacher.stages = ConfigDict()
     teacher.verify_export = False
   return teacher
 

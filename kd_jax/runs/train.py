@@ -1,13 +1,14 @@
 """A run, from its config to its result.
 
-    resolve the config -> build the parts -> obtain the teachers -> initialise
-    or restore the state -> loop -> export
+    resolve the config -> build the parts -> obtain the teachers -> run the
+    earlier stages -> initialise or restore the state -> loop -> export
 
 A run resumes from the newest checkpoint of its workdir. The teachers are in no
 checkpoint.
 """
 
 import copy
+import functools
 import json
 import logging
 import pathlib
@@ -31,6 +32,7 @@ from kd_jax.runs import (
   teacher_cache,
 )
 from kd_jax.runs import config as config_lib
+from kd_jax.runs import initial as initial_lib
 from kd_jax.runs import journal as journal_lib
 from kd_jax.runs import loop as loop_lib
 from kd_jax.runs import teachers as teachers_lib
@@ -76,7 +78,7 @@ def _train_or_skip(config: ConfigDict, workdir: str) -> dict[str, Any]:
         # Another run may have been here since.
         result = processes.broadcast(workdir_lib.finished(path, config))
         if result is None:
-          return _train(config, parts, path)
+          return _train(prepared, parts, path)
     finally:
       parts.pipeline.close()
   _log.info("%s is finished: nothing to do", path)
@@ -84,9 +86,10 @@ def _train_or_skip(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def _train(
-  config: ConfigDict, parts: components.Components, path: pathlib.Path
+  prepared: "Prepared", parts: components.Components, path: pathlib.Path
 ) -> dict[str, Any]:
   """Train in a workdir that no other run uses."""
+  config, initial = prepared.config, prepared.initial
   workdir_lib.create(path, config)
   sources = {"train": parts.train_source, "test": parts.test_source}
   processes.on_all_processes(
@@ -107,12 +110,29 @@ def _train(
     cache = teacher_cache.TeacherCache(
       config, parts, teachers.about["fingerprint"]
     )
+  if prepared.before is not None:
+    folder, stage = path / prepared.before.name, prepared.before.config
+    logs.say(f"stage {folder.name}: {stage.epochs} epochs in {folder}")
+    stage = initial_lib.stage_config(stage, config, teachers.members)
+    train_and_evaluate(stage, str(folder))
+    initial = processes.on_all_processes(
+      functools.partial(initial_lib.read, folder, config, parts)
+    )
+  if initial is not None:
+    initial_lib.keep(initial, path)
   variables = tuple(t.variables for t in teachers.members)
   if parts.programs.distiller.needs_class_means:
     variables = _with_class_means(config, parts, teachers.members, path)
-  state = parts.programs.initialize(parts.seeds[0], variables)
+  state = parts.programs.initialize(
+    parts.seeds[0],
+    variables,
+    (initial.student, initial.distiller) if initial else ({}, {}),
+  )
   state = parts.devices.place(state, parts.programs.specs)
   logs.overview(state, config.student.name)
+  untrained = logs.untrained(parts.programs.reached["student"])
+  if untrained and not parts.programs.distiller.predicts_with_teacher_head:
+    logs.say(untrained)
   journal = journal_lib.Journal(path, config, parts, teachers.members, state)
   return loop_lib.Loop(config, parts, teachers, journal, cache).run()
 
@@ -150,11 +170,15 @@ class Prepared(NamedTuple):
     config: with all defaults resolved.
     result: of a run that is finished, else None.
     parts: None for a run that is finished.
+    before: the stage that it starts from, None if it has no stages.
+    initial: the weights that it starts from, if they are there.
   """
 
   config: ConfigDict
   result: dict[str, Any] | None
-  parts: components.Components | None
+  parts: components.Components | None = None
+  before: initial_lib.Stage | None = None
+  initial: initial_lib.Initial | None = None
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Prepared:
@@ -167,17 +191,41 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Prepared:
   Raises:
     ValueError: for a config that cannot run, or is not the workdir's.
   """
+  config, before = initial_lib.split(config)
   config = teachers_lib.resolve_teachers(copy.deepcopy(config))
   config = config_lib.resolve_defaults(config)
   limits.check(config)
   train_source, test_source = config_lib.load_data(config)
   result = workdir_lib.finished(workdir, config)
   if result is not None:
-    return Prepared(config, result, None)
+    return Prepared(config, result)
   teachers = teachers_lib.find(config, train_source)
   parts = components.build(config, train_source, test_source, teachers)
   teacher_cache.check(config, parts.programs.distiller)
-  return Prepared(config, None, parts)
+  initial = None
+  if before is not None:
+    initial = _prepare_stage(before, workdir / before.name, config, parts)
+  elif config.init_from:
+    initial = initial_lib.read(config.init_from, config, parts)
+  return Prepared(config, None, parts, before, initial)
+
+
+def _prepare_stage(
+  stage: initial_lib.Stage,
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  parts: components.Components,
+) -> initial_lib.Initial | None:
+  """Check that a run can start from a stage; its weights if it is finished."""
+  try:
+    found = prepare(stage.config, workdir)
+    if found.parts is None:
+      return initial_lib.read(workdir, config, parts)
+    found.parts.pipeline.close()
+    initial_lib.require_stage_fits(found.config, found.parts, config, parts)
+  except ValueError as error:
+    raise ValueError(f"config.stages.{stage.name}: {error}") from error
+  return None
 
 
 def _require_same(config: ConfigDict, parts: components.Components) -> None:

@@ -3,9 +3,11 @@
 `config.json` (with all defaults), `environment.json` (versions, devices,
 commit, command), `data.json` (which images), `checkpoints/` (to resume from),
 `best/` (highest top-1), `export/`, `metrics.jsonl`, `tensorboard/`,
-`teacher.json` (the teachers' own accuracy), `skipped_images.json` (images that
-could not be decoded) and, at the end, `result.json`. Accuracies are
-percentages, cross-entropies nats, times seconds.
+`teacher.json` (the teachers' own accuracy), `initial.json` (fingerprint of the
+initial weights, if they were given), `skipped_images.json` (images that could
+not be decoded), a folder for each earlier stage, itself a workdir, and, at the
+end, `result.json`. Accuracies are percentages, cross-entropies nats, times
+seconds.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The total loss of one batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -254,6 +254,7 @@ def make_loss_fn(
   ramp_steps: Mapping[str, int] | None = None,
   strong_transform: Transform | None = None,
   mixing: Mapping[str, float] | None = None,
+  idle: Collection[str] = (),
   axis_name: str | None = None,
   split_ce: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
@@ -311,7 +312,7 @@ def make_loss_fn(
       outputs, updates = student.apply(
         {"params": params["student"], **rest},
         images,
-        train=True,
+        train="student" not in idle,
         mutable=list(rest),
         rngs={"dropout": key},
       )
@@ -362,6 +363,8 @@ def make_loss_fn(
     for name, weight in loss_weights.items():
       if weight:
         sums[name] = jnp.mean(output.terms[name]) * count
+    if "distiller" in idle:
+      distiller_updates = {}
     collections = {
       "student": student_rest,
       "distiller": {**collections["distiller"], **distiller_updates},

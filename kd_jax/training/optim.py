@@ -237,3 +237,13 @@ def reached_parameters(
       depends.update(equation.outvars)
   flags = [not is_literal(v) and v in depends for v in jaxpr.outvars]
   return jax.tree.unflatten(jax.tree.structure(params), flags)
+
+
+def idle_parts(reached: Any) -> tuple[str, ...]:
+  """Names the parts with parameters of which no term reaches any.
+
+  Args:
+    reached: of `reached_parameters`, by part.
+  """
+  flags = {part: jax.tree.leaves(tree) for part, tree in reached.items()}
+  return tuple(p for p, found in flags.items() if found and not any(found))

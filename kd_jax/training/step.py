@@ -108,6 +108,8 @@ def make_train_step(
         each by itself in BatchNorm.
       ramp_steps: term -> steps over which its weight grows to full size.
       mixing: None, or `augment.mix`'s mixup and cutmix.
+      idle: "student" or "distiller", if no term trains it: its running
+        statistics stay as they are.
 
   Returns:
     The step; its sums are of "loss", "top1" and each term that has a weight,
