@@ -42,7 +42,7 @@ def cell(recipe: str, *, teacher: str, student: str) -> dict[str, Any]:
     if name == "distiller" or name.startswith("loss_"):
       delta[name] = value
     elif isinstance(value, dict):
-      changed = {k: v for k, v in value.items() if v != plain[name][k]}
+      changed = {k: v for k, v in value.items() if v != plain[name].get(k)}
       delta |= {name: changed} if changed else {}
     elif value != plain[name]:
       delta[name] = value

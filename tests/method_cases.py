@@ -88,6 +88,7 @@ class Curve:
     prefix: of the names of the method's tensors.
     also: weights of terms that the toolbox counts in the method's own.
     dot_delta: of the optimiser.
+    init: weights of the terms in a first stage; {} if there is none.
   """
 
   word: str
@@ -99,6 +100,7 @@ class Curve:
   prefix: str = "distiller."
   also: Mapping[str, float] = dataclasses.field(default_factory=dict)
   dot_delta: float = 0.0
+  init: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Method:
     optim: what it changes of `config.optim`.
     relational: whether it compares the examples of a batch.
     tokens: whether both networks have to be transformers.
+    alike: whether both networks need maps of the same channels.
     plain: whether it is a function of each example's logits alone. The golden
       losses prove it; whole steps of it run only with `-m full`.
     reference: (pattern of our module's path, its name in the reference).
@@ -132,6 +135,7 @@ class Method:
   optim: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   relational: bool = False
   tokens: bool = False
+  alike: bool = False
   plain: bool = False
   reference: tuple[tuple[str, Any], ...] = ()
   golden: tuple[Golden, ...] = ()

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any, NoReturn
 
 from kd_jax import registry
+from kd_jax.distillers.ab import AB
 from kd_jax.distillers.at import AT
 from kd_jax.distillers.base import Distiller, DistillOutput
 from kd_jax.distillers.bkd import BKD
@@ -25,6 +26,8 @@ from kd_jax.distillers.ctkd import CTKD
 from kd_jax.distillers.dist import DIST
 from kd_jax.distillers.dkd import DKD
 from kd_jax.distillers.fitnet import FitNet
+from kd_jax.distillers.fsp import FSP
+from kd_jax.distillers.ft import FT
 from kd_jax.distillers.funmatch import FunMatch
 from kd_jax.distillers.ickd import ICKD
 from kd_jax.distillers.ikl import IKL
@@ -114,6 +117,9 @@ DISTILLERS: dict[str, type[Distiller]] = {
   "nst": NST,
   "cc": CC,
   "kdsvd": KDSVD,
+  "ft": FT,
+  "ab": AB,
+  "fsp": FSP,
 }
 
 

@@ -31,15 +31,22 @@ SMALLEST_GRID = 7
 class HintRegressor(nn.Module):
   """FitNet's regressor: conv, BatchNorm, ReLU onto the teacher's hint.
 
-  The heights of the two maps decide the convolution:
+  AB's connectors leave out the ReLU. The heights of the two maps decide the
+  convolution:
 
   - student twice as high as the teacher: 3x3, stride 2;
   - half as high: transposed 4x4, stride 2;
   - otherwise higher or equal: valid, with a kernel that gives the teacher's
     size;
   - otherwise lower: 3x3, and the teacher's map is pooled to the student's size.
+
+  Attributes:
+    activation: whether the ReLU follows.
+    axis_name: of BatchNorm.
+    dtype: of the arithmetic.
   """
 
+  activation: bool = True
   axis_name: str | None = None
   dtype: Any = jnp.float32
 
@@ -66,8 +73,8 @@ class HintRegressor(nn.Module):
     elif height >= height_t and height != 2 * height_t:
       if width < width_t:
         raise ValueError(
-          f"fitnet: a student map of {height}x{width} cannot be regressed to "
-          f"{height_t}x{width_t}; choose another hint_layer"
+          f"a student map of {height}x{width} cannot be regressed to "
+          f"{height_t}x{width_t}; choose other layers or another pair"
         )
       kernel = (1 + height - height_t, 1 + width - width_t)
       fan_in = kernel[0] * kernel[1] * x.shape[-1]
@@ -96,7 +103,7 @@ class HintRegressor(nn.Module):
       x, train=train
     )
     target = adaptive_average_pool(teacher_map, (x.shape[1], x.shape[2]))
-    return layers.relu(x), target
+    return layers.relu(x) if self.activation else x, target
 
 
 class GaussianRegressor(nn.Module):
@@ -487,3 +494,74 @@ def token_norm(x: jax.Array, name: str, dtype: Any) -> jax.Array:
   norm = nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
   normed: jax.Array = norm(x)
   return normed
+
+
+class FactorEncoder(nn.Module):
+  """FT's translator, and the encoder of its paraphraser.
+
+  Three 3x3 convolutions, each followed by a leaky ReLU.
+
+  Attributes:
+    normalize: whether BatchNorm follows each convolution.
+    axis_name: of BatchNorm.
+    dtype: of the arithmetic.
+  """
+
+  normalize: bool
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, channels: int, *, train: bool) -> jax.Array:
+    """[B, H, W, C] -> the factor [B, H, W, channels]."""
+    x = x.astype(self.dtype)
+    for i, width in enumerate((x.shape[-1], channels, channels), start=1):
+      x = layers.conv(
+        x,
+        width,
+        3,
+        name=f"conv{i}",
+        padding=1,
+        use_bias=True,
+        dtype=self.dtype,
+      )
+      if self.normalize:
+        x = layers.BatchNorm(
+          axis_name=self.axis_name, dtype=self.dtype, name=f"bn{i}"
+        )(x, train=train)
+      x = nn.leaky_relu(x, _FACTOR_SLOPE)
+    return x
+
+
+# Of FT's leaky ReLUs.
+_FACTOR_SLOPE = 0.1
+
+
+class Paraphraser(nn.Module):
+  """FT's autoencoder of the teacher's last map, without BatchNorm.
+
+  Attributes:
+    dtype: of the arithmetic.
+  """
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, channels: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """[B, H, W, C] -> the factor [B, H, W, channels] and the map made of it."""
+    encoder = FactorEncoder(normalize=False, dtype=self.dtype, name="encoder")
+    factor = y = encoder(x, channels, train=False)
+    for i, width in enumerate((channels, x.shape[-1], x.shape[-1]), start=1):
+      y = nn.ConvTranspose(
+        width,
+        (3, 3),
+        padding=((1, 1), (1, 1)),
+        kernel_init=transposed_default_init,
+        bias_init=layers.uniform_bias_init(9 * width),
+        dtype=self.dtype,
+        name=f"deconv{i}",
+      )(y)
+      y = nn.leaky_relu(y, _FACTOR_SLOPE)
+    return factor, y

@@ -19,6 +19,7 @@ applies a weight: the caller does.
 """
 
 from kd_jax.losses import checks as checks
+from kd_jax.losses.ab import ab_loss as ab_loss
 from kd_jax.losses.at import at_loss as at_loss
 from kd_jax.losses.bkd import bkd_loss as bkd_loss
 from kd_jax.losses.catkd import catkd_loss as catkd_loss
@@ -38,6 +39,10 @@ from kd_jax.losses.ctkd import reversed_gradient as reversed_gradient
 from kd_jax.losses.dist import dist_loss as dist_loss
 from kd_jax.losses.dkd import dkd_loss as dkd_loss
 from kd_jax.losses.fitnet import fitnet_loss as fitnet_loss
+from kd_jax.losses.fsp import fsp_loss as fsp_loss
+from kd_jax.losses.fsp import fsp_matrix as fsp_matrix
+from kd_jax.losses.ft import ft_loss as ft_loss
+from kd_jax.losses.ft import paraphraser_loss as paraphraser_loss
 from kd_jax.losses.funmatch import funmatch_loss as funmatch_loss
 from kd_jax.losses.ickd import ickd_loss as ickd_loss
 from kd_jax.losses.ikl import ikl_loss as ikl_loss

@@ -68,7 +68,7 @@ def fill_distiller(rebuild):
         return jnp.ones(old.shape)
       # Our axes in the order of PyTorch's.
       axes = {2: (1, 0), 4: (3, 2, 0, 1)}.get(old.ndim, (0,))
-      transposed = modules[-1] == "deconv" and old.ndim == 4
+      transposed = modules[-1].startswith("deconv") and old.ndim == 4
       axes = (2, 3, 0, 1) if transposed else axes
       name = prefix + reference_name(method, "/".join(modules), leaf)
       used[name] = [old.shape[axis] for axis in axes]
@@ -190,9 +190,10 @@ def with_blocks(output):
 class Tiny:
   """A student, a teacher, a batch, and short ways to run a distiller."""
 
-  def __init__(self, *, tokens=False):
+  def __init__(self, *, tokens=False, alike=False):
     self.student = tiny_output(0)
-    self.teacher = tiny_output(1, widths=(8, 16), sizes=(8, 8))
+    widths = (6, 12) if alike else (8, 16)
+    self.teacher = tiny_output(1, widths=widths, sizes=(8, 8))
     if tokens:
       # Of one size in both networks.
       self.teacher = tiny_output(1, widths=(8, 16))
@@ -299,7 +300,12 @@ def make_output():
 def tiny_for():
   """tiny_for(method) -> the networks that a method needs."""
   make = functools.cache(Tiny)
-  return lambda method: make(tokens=method_cases.method(method).tokens)
+
+  def networks(name):
+    declared = method_cases.method(name)
+    return make(tokens=declared.tokens, alike=declared.alike)
+
+  return networks
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,11 @@ def preactivation(key):
 def network(inputs, pair, case, side):
   """A network's output, with the pre-activations that a case names."""
   output = inputs.output(pair, side)
-  names = case.get({"s": "student", "t": "teacher"}[side], ())
+  # The older cases name the inputs that have a gradient, without the pair.
+  names = case.get(
+    {"s": "student", "t": "teacher"}[side],
+    [f"{pair}/{side}/{key}" for key in case["grad"]],
+  )
   more = {
     preactivation(name.rpartition("/")[2]): inputs.tensor(name)
     for name in names
@@ -136,8 +140,8 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
 
     names = {
       key: input_name(pair, key, student)
-      for key in case["grad"]
-      if key == "logits_s" or "/s/" in key  # others are a module's own
+      for key in case["grad"]  # others are a module's own
+      if re.fullmatch(r"logits_s|(.*/s/)?(feat|pre)\d", key)
     }
     varied = {
       n: student.features.get(n, student.logits) for n in names.values()

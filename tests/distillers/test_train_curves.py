@@ -218,37 +218,74 @@ def test_six_steps(
   assert bool(used) == any(x.ndim for x in params)
   variables = curve.prepare(variables, rebuild, seed)
 
+  def train(state, weights, ramps, rate, batches, reached=None):
+    sgd = optim.sgd
+    if curve.dot_delta:
+      params = {"student": student_variables["params"], "distiller": {}}
+      shared = jax.tree.map(lambda _: True, params)
+      sgd = functools.partial(optim.dot, delta=curve.dot_delta, shared=shared)
+    optimizer = sgd(
+      optax.constant_schedule(rate),
+      momentum=curves["momentum"],
+      weight_decay=curves["weight_decay"],
+      decay_mask=reached,
+    )
+    step = quick(
+      step_lib.make_train_step(
+        optimizer=optimizer,
+        split_ce=bool(curve.dot_delta),
+        ramp_steps=ramps,
+        idle=optim.idle_parts(reached or {}),
+        **loss_arguments(weights),
+      )
+    )
+    state = state_lib.create(*state, optimizer)  # whose momentum is fresh
+    losses = []
+    for batch in batches:
+      state, sums = step(state, (frozen,), batch, SEEDS)
+      losses.append(float(sums["loss"] / sums["count"]))
+    return state, losses
+
+  def loss_arguments(weights):
+    return {
+      "student": student,
+      "teachers": (teacher,),
+      "distiller": distiller,
+      "loss_weights": {name: w for name, w in weights.items() if w},
+      "steps_per_epoch": 1,
+      "transform": as_it_is,
+      **views,
+    }
+
+  def reached(state, weights):
+    """What a stage trains; the other methods train everything."""
+    params, rest = zip(*map(state_lib.split_params, state), strict=True)
+    parts = ("student", "distiller")
+    return optim.reached_parameters(
+      loss.make_loss_fn(**loss_arguments(weights)),
+      *(dict(zip(parts, params)), dict(zip(parts, rest)), (frozen,)),
+      *(batches[0], jnp.zeros((), jnp.int32), SEEDS),
+    )
+
   weights, ramps = term_weights(curves, curve.word, method)
   weights |= curve.also
-  sgd = optim.sgd
-  if curve.dot_delta:
-    params = {"student": student_variables["params"], "distiller": {}}
-    shared = jax.tree.map(lambda _: True, params)
-    sgd = functools.partial(optim.dot, delta=curve.dot_delta, shared=shared)
-  optimizer = sgd(
-    optax.constant_schedule(curves["lr"]),
-    momentum=curves["momentum"],
-    weight_decay=curves["weight_decay"],
-  )
-  step = quick(
-    step_lib.make_train_step(
-      optimizer=optimizer,
-      split_ce=bool(curve.dot_delta),
-      student=student,
-      teachers=(teacher,),
-      distiller=distiller,
-      loss_weights={name: weight for name, weight in weights.items() if weight},
-      steps_per_epoch=1,
-      ramp_steps=ramps,
-      transform=as_it_is,
-      **views,
+  state, mask = (student_variables, variables), None
+  if curve.init:
+    firsts = [
+      {
+        **batch_of(curves, rebuild, i, seed),
+        "image": images(rebuild, f"init_batch{i}", size, seed),
+      }
+      for i, size in enumerate([curves["batch"]] * curves["steps"])
+    ]
+    made, losses = train(
+      *(state, curve.init, {}, curves["init_lr"][curve.word], firsts),
+      reached(state, curve.init),
     )
-  )
-  state = state_lib.create(student_variables, variables, optimizer)
-  losses = []
-  for batch in batches:
-    state, sums = step(state, (frozen,), batch, SEEDS)
-    losses.append(float(sums["loss"] / sums["count"]))
+    np.testing.assert_allclose(losses, expected["init_loss"], rtol=tolerance)
+    state = made.variables("student"), made.variables("distiller")
+    mask = reached(state, weights)
+  state, losses = train(state, weights, ramps, curves["lr"], batches, mask)
   np.testing.assert_allclose(losses, expected["loss"], rtol=tolerance)
   if "theta" in expected:  # it moves by thousandths
     theta = state.params["distiller"]["theta"]

@@ -89,9 +89,10 @@ class Method:
   def __init__(self, method, *, init_size=8, dtype=jnp.float32, dropout=0.0):
     self.method, self.init_size, self.dtype = method, init_size, dtype
     self.weights, self.fields = _settings(method)
-    kind = {"dtype": dtype, "tokens": method_cases.method(method).tokens}
+    declared = method_cases.method(method)
+    kind = {"dtype": dtype, "tokens": declared.tokens}
     self.student = Mini(CLASSES, dropout=dropout, **kind)
-    self.teachers = (Mini(CLASSES, width=6, **kind),)
+    self.teachers = (Mini(CLASSES, width=4 if declared.alike else 6, **kind),)
     if method == "none":
       self.teachers = ()
     image = jnp.zeros((init_size, SIZE, SIZE, 3))
