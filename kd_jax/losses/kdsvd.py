@@ -124,9 +124,28 @@ def _decompose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   itself, the smaller is decomposed.
   """
   if x.shape[1] >= x.shape[2]:
-    squares, vectors = jnp.linalg.eigh(_einsum("bpc,bpd->bcd", x, x))
+    squares, vectors = _eigh(_einsum("bpc,bpd->bcd", x, x))
     vectors = jnp.swapaxes(vectors, 1, 2)
   else:
-    squares, left = jnp.linalg.eigh(_einsum("bpc,bqc->bpq", x, x))
+    squares, left = _eigh(_einsum("bpc,bqc->bpq", x, x))
     vectors = spatial.l2_normalize(_einsum("bpc,bpr->brc", x, left))
   return jnp.maximum(squares[:, ::-1], 0.0), vectors[:, ::-1]
+
+
+def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Eigenvalues [B, N] and vectors [B, N, N] of symmetric [B, N, N].
+
+  One matrix at a time on a CPU. Several batches at once can wait for each
+  other's threads for ever there (JAX 0.10).
+  """
+
+  def batched(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, vectors = jnp.linalg.eigh(x)
+    return values, vectors
+
+  def single(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, vectors = jax.lax.map(batched, x)
+    return values, vectors
+
+  values, vectors = jax.lax.platform_dependent(x, cpu=single, default=batched)
+  return values, vectors
