@@ -1,11 +1,10 @@
 """Distillers: what each method adds to the networks.
 
 One final linen module per method, in a file of the method's name, and a line in
-`DISTILLERS`. `connectors` holds the learned modules between the two networks,
-`multi_teacher` the mean over several teachers, `combination` several methods at
-once. This room imports
-`kd_jax.losses`, `kd_jax.models.layers`, `kd_jax.distributed.collectives` and
-`kd_jax.registry`.
+`DISTILLERS`. `connectors` and `exits` hold learned modules beside the two
+networks, `multi_teacher` the mean over several teachers, `combination` several
+methods at once. This room imports `kd_jax.losses`, `kd_jax.models.layers`,
+`kd_jax.distributed.collectives` and `kd_jax.registry`.
 """
 
 import dataclasses

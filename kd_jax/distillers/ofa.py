@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from kd_jax import losses
-from kd_jax.distillers import base, connectors
+from kd_jax.distillers import base, exits
 from kd_jax.models.layers import ModelOutputs
 
 # Of the attention in an exit from tokens.
@@ -84,12 +84,12 @@ class OFA(base.Distiller):
     classes, name = student.logits.shape[-1], f"exit{number}"
     if "block1" in student.features:
       token = student.features.get(f"class_token{number}")
-      head = connectors.TokenHead(
+      head = exits.TokenHead(
         blocks=max(following, 1), heads=HEADS, dtype=self.dtype, name=name
       )
       return head(x, token, classes)
     pooled = base.feature(teacher, "pooled", whose="teacher")
-    return connectors.ExitHead(
+    return exits.ExitHead(
       downs=following,
       width=max(stages[-1].shape[-1], pooled.shape[-1]),
       axis_name=self.batch_axis,
