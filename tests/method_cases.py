@@ -157,10 +157,23 @@ def methods() -> dict[str, Method]:
   return {name: method(name) for name in distillers.names()}
 
 
+# Methods with what others have too: nothing, logits, modules, the teacher's
+# classifier, constants of the teacher, two views, memory banks.
+KINDS = ("none", "kd", "vid", "simkd", "ofd", "mlkd", "crd")
+
+
 def stepped() -> list[Any]:
-  """Names of all methods as parameters of tests that run whole steps."""
+  """Names of all methods as parameters of tests that run whole steps.
+
+  One of each kind and all relational ones; the others with `-m full`.
+  """
   return [
-    pytest.param(name, marks=pytest.mark.full if declared.plain else ())
+    pytest.param(
+      name,
+      marks=()
+      if name in KINDS or declared.relational and not declared.plain
+      else pytest.mark.full,
+    )
     for name, declared in methods().items()
   ]
 

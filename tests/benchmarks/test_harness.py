@@ -88,6 +88,7 @@ def test_cells_are_those_that_exist():
   ]
 
 
+@pytest.mark.full
 def test_all_sides_are_measured(tmp_path, monkeypatch, capsys):
   for name, value in {**ENVIRONMENT, "JAX_NUM_CPU_DEVICES": "2"}.items():
     monkeypatch.setenv(name, value)

@@ -241,6 +241,7 @@ def finish(process):
   return out
 
 
+@pytest.mark.full
 def test_a_killed_grid_ends_as_one_that_was_not(tmp_path, repo):
   (tmp_path / "grid_config.py").write_text(CONFIG)
   finish(start(tmp_path, repo, "whole"))
