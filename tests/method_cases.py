@@ -119,8 +119,8 @@ class Method:
     relational: whether it compares the examples of a batch.
     tokens: whether both networks have to be transformers.
     alike: whether both networks need maps of the same channels.
-    plain: whether it is a function of each example's logits alone. The golden
-      losses prove it; whole steps of it run only with `-m full`.
+    plain: whether it is a function of each example's logits alone, which the
+      golden losses prove.
     reference: (pattern of our module's path, its name in the reference).
     golden: cases of the golden losses.
     curves: six steps of reference toolboxes.
@@ -171,7 +171,7 @@ def stepped() -> list[Any]:
     pytest.param(
       name,
       marks=()
-      if name in KINDS or declared.relational and not declared.plain
+      if name in KINDS or (declared.relational and not declared.plain)
       else pytest.mark.full,
     )
     for name, declared in methods().items()
