@@ -119,8 +119,6 @@ class Method:
     relational: whether it compares the examples of a batch.
     tokens: whether both networks have to be transformers.
     alike: whether both networks need maps of the same channels.
-    plain: whether it is a function of each example's logits alone, which the
-      golden losses prove.
     reference: (pattern of our module's path, its name in the reference).
     golden: cases of the golden losses.
     curves: six steps of reference toolboxes.
@@ -136,7 +134,6 @@ class Method:
   relational: bool = False
   tokens: bool = False
   alike: bool = False
-  plain: bool = False
   reference: tuple[tuple[str, Any], ...] = ()
   golden: tuple[Golden, ...] = ()
   curves: tuple[Curve, ...] = ()
@@ -170,9 +167,7 @@ def stepped() -> list[Any]:
   return [
     pytest.param(
       name,
-      marks=()
-      if name in KINDS or (declared.relational and not declared.plain)
-      else pytest.mark.full,
+      marks=() if name in KINDS or declared.relational else pytest.mark.full,
     )
     for name, declared in methods().items()
   ]

@@ -8,7 +8,6 @@ S, T = 3 * normal(0, 2, 4, 7)
 METHOD = Method(
   losses={"bkd_loss": LossCase((S, T))},
   weights={"ce": 1, "kd": 0, "bkd": 1},
-  plain=True,
   golden=(Golden("bkd"),),
 )
 

@@ -20,7 +20,6 @@ METHOD = Method(
   fields={"distance": "l2", "teacher_smoothing": None},
   weights={"ce": 0, "kd": 0, "funmatch": 1},
   data={"mixup": 1.0},
-  plain=True,
   golden=(
     Golden(
       r"funmatch_kl_T\d+", lambda case: {"temperature": case["temperature"]}

@@ -22,7 +22,6 @@ METHOD = Method(
   },
   fields={"alpha": 2.0, "beta": 2.0, "weight_temperature": 2.0},
   weights={"ce": 1, "kd": 0, "ikl": 1},
-  plain=True,
   golden=(
     Golden(
       "ikl",

@@ -15,7 +15,6 @@ METHOD = Method(
   },
   fields={"gamma": 2.0},
   weights={"ce": 1, "kd": 0, "nkd": 1},
-  plain=True,
   golden=(
     Golden(
       r"nkd_T\d", lambda case: {n: case[n] for n in ("temperature", "gamma")}

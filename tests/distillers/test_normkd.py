@@ -15,7 +15,6 @@ METHOD = Method(
   },
   fields={"alpha": None, "beta": None},
   weights={"ce": 0.1, "kd": 0, "normkd": 0.9},
-  plain=True,
   golden=(
     Golden(
       r"normkd_T\d", lambda case: {"temperature": case["temperature_norm"]}

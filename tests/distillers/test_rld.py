@@ -26,7 +26,6 @@ METHOD = Method(
   },
   fields={"alpha": 2.0, "beta": 4.0, "confidence_temperature": 2.0},
   weights={"ce": 1, "kd": 0, "rld": 1},
-  plain=True,
   golden=(
     Golden(
       "rld",

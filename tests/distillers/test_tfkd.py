@@ -17,7 +17,6 @@ METHOD = Method(
   },
   fields={"correct_prob": None},
   weights={"ce": 0.1, "kd": 0, "tfkd": 0.9},
-  plain=True,
   golden=(
     Golden(
       "tfkd_self",

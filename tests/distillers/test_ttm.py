@@ -12,7 +12,6 @@ METHOD = Method(
   },
   fields={"exponent": 0.3},
   weights={"ce": 1, "kd": 0, "ttm": 45},
-  plain=True,
   golden=(Golden(r"ttm_0\.\d", lambda case: {"exponent": case["exponent"]}),),
   curves=(Curve("ttm", lambda curves: {"exponent": 0.1}, folder="train_2"),),
 )

@@ -15,7 +15,6 @@ METHOD = Method(
     )
   },
   weights={"ce": 1, "kd": 0, "wsld": 2.5},
-  plain=True,
   golden=(
     Golden(
       r"wsld_T\d",

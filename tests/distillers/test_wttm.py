@@ -12,7 +12,6 @@ METHOD = Method(
   },
   fields={"exponent": 0.3},
   weights={"ce": 1, "kd": 0, "wttm": 4},
-  plain=True,
   golden=(Golden(r"wttm_0\.\d", lambda case: {"exponent": case["exponent"]}),),
   curves=(
     Curve(
