@@ -154,7 +154,7 @@ def relative_error(ours, theirs):
       name,
       curve,
       marks=()
-      if name in (*method_cases.KINDS, "ft") and curve.pair == Curve.pair
+      if curve.word in ("kd", "dot", "crd", "simkd", "ft")
       else pytest.mark.full,
       id=f"{name}-{curve.word}" + "-other" * (curve.pair != Curve.pair),
     )

@@ -39,10 +39,12 @@ def test_two_processes_of_two_devices_give_the_result_of_one(folder):
       assert result["final"][score] == expected["final"][score]
 
 
+@pytest.mark.full
 def test_a_killed_process_ends_the_other(folder):
   shown = list(drills.lose(folder, "lost", 1))
   assert re.search(drill_processes.LOST, shown[-1])
 
 
+@pytest.mark.full
 def test_kill_then_sigterm_then_damage_change_nothing(folder):
   list(drills.alone(folder))

@@ -96,7 +96,9 @@ def test_refused_before_anything_is_written(changes, words, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("end", ["low", "high"])
+@pytest.mark.parametrize(
+  "end", ["low", pytest.param("high", marks=pytest.mark.full)]
+)
 def test_the_ends_of_the_limits_train(end, tmp_path, fast_compile):
   changes = {
     "low": {
