@@ -64,7 +64,7 @@ def trained(monkeypatch):
     ),
     (
       ("--workdir=a/b.py", "--config=kd"),
-      "--config kd: no such file. The configs are: configs/at_cifar.py, ",
+      "--config kd: no such file. The configs are: configs/ab_cifar.py, ",
     ),
     (("--config", f"{KD}:smok"), "ValueError: config argument: expected ''"),
     (
@@ -372,7 +372,7 @@ def test_a_fault_keeps_its_traceback(launch, monkeypatch):
 
 
 def test_stopped_while_another_trains_the_teacher(
-  launch, monkeypatch, tmp_path, capsys
+  launch, monkeypatch, tmp_path, capfd
 ):
   """There is nothing to save."""
   before = signal.getsignal(signal.SIGTERM)
@@ -388,8 +388,9 @@ def test_stopped_while_another_trains_the_teacher(
   monkeypatch.setattr(
     processes.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM)
   )
+  monkeypatch.setattr(os, "_exit", sys.exit)
   assert launch(*SMOKE, *TINY, f"--workdir={tmp_path / 'run'}") == 75
-  assert "launch.py: stopped by SIGTERM." in capsys.readouterr().err
+  assert "launch.py: stopped by SIGTERM." in capfd.readouterr().err
   assert not (tmp_path / "run" / "checkpoints").exists()
   assert signal.getsignal(signal.SIGTERM) == before
 
