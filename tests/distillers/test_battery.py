@@ -30,7 +30,7 @@ def made(tiny_for):
   return make
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_cases.stepped())
 def test_descent_reaches_every_parameter(made, quick, method):
   tiny, module, variables = made(method)
   _, own = method_cases.terms(method)
@@ -80,7 +80,7 @@ def test_evaluation_is_pure(made, method):
   jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", method_cases.stepped())
 def test_terms_in_float32_and_bfloat16(made, method):
   """Parameters and terms stay float32; terms are [B] or scalar."""
   tiny, module, variables = made(method)
