@@ -7,6 +7,7 @@ little more than its training. For `drills.py`. Prints JSON lines: of each run
 that has ended its folder, the exit codes of its starts, and their output.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -21,10 +22,8 @@ sys.path.insert(0, str(REPO))
 from absl import app
 
 import launch
-from kd_jax import reporting  # noqa: F401, as all that a run imports
-from kd_jax.data import grain  # noqa: F401
 from kd_jax.distributed import launcher
-from kd_jax.runs import exits, train  # noqa: F401
+from kd_jax.runs import exits
 
 # Seconds that a start may take, on a loaded machine too.
 _LIMIT = 600.0
@@ -63,6 +62,8 @@ def start(
 def main(folder: str, moments: str, seed: str, *flags: str) -> None:
   """Ends runs that are stopped so often in all."""
   launcher.set_xla_flags()
+  for name in ("kd_jax.reporting", "kd_jax.data.grain", "kd_jax.runs.train"):
+    importlib.import_module(name)  # once, for all forks
   # Until launch.py watches signals, there is nothing to save.
   signal.signal(signal.SIGTERM, lambda *_: os._exit(exits.STOPPED))
   rng, done, number, seconds = random.Random(seed), 0, 0, 0.0

@@ -11,7 +11,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class AB(base.Distiller):
+class AB(base.FeatureDistiller):
   """Moves the student's activation boundaries to the teacher's.
 
   Compares the stages before their activation. A connector (convolution and
@@ -27,19 +27,10 @@ class AB(base.Distiller):
   margin: float = 1.0
 
   @nn.compact
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "ab"."""
-    terms = self.logit_terms(student, teacher, batch)
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     maps_s = base.preactivations(student, whose="student")
     maps_t = base.preactivations(teacher, whose="teacher")
     pairs = min(len(maps_s), len(maps_t))
@@ -55,5 +46,4 @@ class AB(base.Distiller):
         x, target = connector(x, target, train=train)
       connected.append(x)
       targets.append(target)
-    terms["ab"] = losses.ab_loss(connected, targets, margin=self.margin)
-    return base.DistillOutput(student.logits, terms)
+    return losses.ab_loss(connected, targets, margin=self.margin)

@@ -10,28 +10,15 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class AT(base.Distiller):
+class AT(base.FeatureDistiller):
   """Compares the spatial attention of each stage.
 
   Stages are paired from the first. If one network has more stages, its last
   ones are unused, as in the reference toolboxes.
   """
 
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "at"."""
-    terms = self.logit_terms(student, teacher, batch)
-    maps_s = base.stages(student, whose="student")
-    maps_t = base.stages(teacher, whose="teacher")
-    pairs = min(len(maps_s), len(maps_t))
-    terms["at"] = losses.at_loss(maps_s[:pairs], maps_t[:pairs])
-    return base.DistillOutput(student.logits, terms)
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
+    return losses.at_loss(*base.paired_stages(student, teacher))

@@ -66,14 +66,28 @@ class Distiller(nn.Module):
   takes_many_teachers: ClassVar[bool] = False
   # Whether the method compares the student with a teacher at all.
   needs_teacher: ClassVar[bool] = True
-  # Whether it reads nothing of the teacher but its logits, which may then come
-  # from a cache.
-  needs_logits_only: ClassVar[bool] = False
-  # How each image is shown: 1, or 2 for a strongly augmented view as well.
-  views: ClassVar[int] = 1
-  # Whether `teacher_constants` reads `variables["class_means"]["pooled"]`, each
-  # class's mean [num_classes, C] of `pooled` over the training set.
-  needs_class_means: ClassVar[bool] = False
+
+  @property
+  def needs_logits_only(self) -> bool:
+    """Whether it reads nothing of the teacher but its logits.
+
+    They may then come from a cache.
+    """
+    return False
+
+  @property
+  def views(self) -> int:
+    """How often an image is shown: 2 adds a strongly augmented view."""
+    return 1
+
+  @property
+  def needs_class_means(self) -> bool:
+    """Whether `teacher_constants` reads the class means of the features.
+
+    They are `variables["class_means"]["pooled"]` [num_classes, C], means of
+    `pooled` over the training set.
+    """
+    return False
 
   @property
   def memory_rows(self) -> tuple[str, ...]:
@@ -104,6 +118,14 @@ class Distiller(nn.Module):
   def bound(self, axis_name: str | None) -> str | None:
     """`axis_name`, or None during `init`, where no axis is mapped."""
     return None if self.is_initializing() else axis_name
+
+  def relational_axis(self, train: bool) -> str | None:
+    """The axis of a loss over a batch, or None.
+
+    Args:
+      train: see `__call__`; evaluation may run without a mapped axis.
+    """
+    return self.bound(self.batch_axis) if train else None
 
   @nn.nowrap
   def teacher_constants(
@@ -269,6 +291,49 @@ class Distiller(nn.Module):
     )
 
 
+class FeatureDistiller(Distiller):
+  """Base of the methods that compare two networks' features and nothing else.
+
+  Each is one final subclass with its formula in `compare`. Its term has the
+  class's name in lower case.
+  """
+
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """The method's own term.
+
+    Args:
+      student: see `Distiller.__call__`.
+      teacher: likewise.
+      train: likewise.
+
+    Returns:
+      [B] or scalar float32.
+    """
+    raise NotImplementedError(
+      f"{type(self).__name__}: a FeatureDistiller has to define `compare`"
+    )
+
+  def __call__(
+    self,
+    student: ModelOutputs,
+    teacher: ModelOutputs,
+    batch: Batch,
+    *,
+    teacher_head: Head,
+    step: jax.Array | int,
+    epoch: jax.Array | int,
+    train: bool,
+  ) -> DistillOutput:
+    """See `Distiller.__call__`."""
+    terms = self.logit_terms(student, teacher, batch)
+    own = self.compare(student, teacher, train=train)
+    return DistillOutput(
+      student.logits, {**terms, type(self).__name__.lower(): own}
+    )
+
+
 class LogitDistiller(Distiller):
   """Base of the methods that compare two networks' logits and nothing else.
 
@@ -277,7 +342,11 @@ class LogitDistiller(Distiller):
   """
 
   takes_many_teachers: ClassVar[bool] = True
-  needs_logits_only: ClassVar[bool] = True
+
+  @property
+  def needs_logits_only(self) -> bool:
+    """Always."""
+    return True
 
   def compare(
     self,
@@ -300,7 +369,9 @@ class LogitDistiller(Distiller):
     Returns:
       [B] or scalar float32.
     """
-    raise NotImplementedError
+    raise NotImplementedError(
+      f"{type(self).__name__}: a LogitDistiller has to define `compare`"
+    )
 
   def __call__(
     self,
@@ -315,8 +386,7 @@ class LogitDistiller(Distiller):
   ) -> DistillOutput:
     """See `Distiller.__call__`."""
     z_s, z_t = self.compared_logits(student, teacher)
-    # Evaluation may run without a mapped axis.
-    axis_name = self.bound(self.batch_axis) if train else None
+    axis_name = self.relational_axis(train)
     own = over_labels(
       lambda labels: self.compare(
         z_s, z_t, labels, epoch=epoch, axis_name=axis_name
@@ -372,6 +442,22 @@ def stages(output: ModelOutputs, *, whose: str) -> list[jax.Array]:
 def without_bias(head: Head, x: jax.Array) -> jax.Array:
   """A linear classifier's weights applied to x [..., C], its bias left out."""
   return head(x) - head(jnp.zeros((*(1,) * (x.ndim - 1), x.shape[-1])))
+
+
+def paired_stages(
+  student: ModelOutputs, teacher: ModelOutputs
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """The stages of both networks, paired from the first.
+
+  If one network has more stages, its last ones are left out.
+
+  Raises:
+    ValueError: see `stages`.
+  """
+  maps_s = stages(student, whose="student")
+  maps_t = stages(teacher, whose="teacher")
+  pairs = min(len(maps_s), len(maps_t))
+  return maps_s[:pairs], maps_t[:pairs]
 
 
 def preactivations(output: ModelOutputs, *, whose: str) -> list[jax.Array]:

@@ -12,7 +12,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class CC(base.Distiller):
+class CC(base.FeatureDistiller):
   """Compares embeddings of the two networks over neighbours in a batch.
 
   Reads the pooled feature of each network; both embeddings are learned. With
@@ -25,20 +25,11 @@ class CC(base.Distiller):
   feat_dim: int = 128
 
   @nn.compact
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "cc", a scalar."""
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     losses.checks.count("feat_dim", self.feat_dim)
-    terms = self.logit_terms(student, teacher, batch)
     embedding_s, embedding_t = (
       layers.dense(
         base.feature(output, "pooled", whose=whose).astype(self.dtype),
@@ -48,10 +39,8 @@ class CC(base.Distiller):
       )
       for output, whose in ((student, "student"), (teacher, "teacher"))
     )
-    terms["cc"] = losses.cc_loss(
+    return losses.cc_loss(
       embedding_s,
       embedding_t,
-      # Evaluation may run without a mapped axis.
-      axis_name=self.bound(self.batch_axis) if train else None,
+      axis_name=self.relational_axis(train),
     )
-    return base.DistillOutput(student.logits, terms)

@@ -31,17 +31,17 @@ class Combination(base.Distiller):
   preserve_adopted_names: ClassVar[bool] = True
 
   @property
-  def needs_logits_only(self) -> bool:  # type: ignore[override]
+  def needs_logits_only(self) -> bool:
     """Whether all members do."""
     return all(member.needs_logits_only for member in self.members)
 
   @property
-  def views(self) -> int:  # type: ignore[override]
+  def views(self) -> int:
     """The most of any member."""
     return max(member.views for member in self.members)
 
   @property
-  def needs_class_means(self) -> bool:  # type: ignore[override]
+  def needs_class_means(self) -> bool:
     """Whether a member does."""
     return any(member.needs_class_means for member in self.members)
 

@@ -11,7 +11,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class FitNet(base.Distiller):
+class FitNet(base.FeatureDistiller):
   """Regresses a map of the student onto the teacher's map of the same name.
 
   Attributes:
@@ -21,19 +21,10 @@ class FitNet(base.Distiller):
   hint_layer: str = "stage1"
 
   @nn.compact
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "fitnet"."""
-    terms = self.logit_terms(student, teacher, batch)
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     regressor = connectors.HintRegressor(
       axis_name=self.batch_axis, dtype=self.dtype, name="regressor"
     )
@@ -42,5 +33,4 @@ class FitNet(base.Distiller):
       base.feature(teacher, self.hint_layer, whose="teacher"),
       train=train,
     )
-    terms["fitnet"] = losses.fitnet_loss(regressed, target)
-    return base.DistillOutput(student.logits, terms)
+    return losses.fitnet_loss(regressed, target)

@@ -10,7 +10,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class FSP(base.Distiller):
+class FSP(base.FeatureDistiller):
   """Compares how one map of a network leads to the next.
 
   The maps are the stem and the stages, paired from the first; both networks
@@ -20,23 +20,13 @@ class FSP(base.Distiller):
   The authors train this term alone in a first stage, then cross-entropy.
   """
 
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "fsp"."""
-    terms = self.logit_terms(student, teacher, batch)
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     maps_s, maps_t = (
       [base.feature(x, "stem", whose=whose), *base.stages(x, whose=whose)]
       for x, whose in ((student, "student"), (teacher, "teacher"))
     )
     pairs = min(len(maps_s), len(maps_t))
-    terms["fsp"] = losses.fsp_loss(maps_s[:pairs], maps_t[:pairs])
-    return base.DistillOutput(student.logits, terms)
+    return losses.fsp_loss(maps_s[:pairs], maps_t[:pairs])

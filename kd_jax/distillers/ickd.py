@@ -11,7 +11,7 @@ from kd_jax.models import layers
 
 
 @final
-class ICKD(base.Distiller):
+class ICKD(base.FeatureDistiller):
   """Compares how the channels of the last maps correlate.
 
   A convolution and BatchNorm embed the student's map into the teacher's
@@ -25,23 +25,18 @@ class ICKD(base.Distiller):
   kernel_size: int = 1
 
   @nn.compact
-  def __call__(
+  def compare(
     self,
     student: layers.ModelOutputs,
     teacher: layers.ModelOutputs,
-    batch: base.Batch,
     *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
     train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "ickd"."""
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     if losses.checks.count("kernel_size", self.kernel_size) % 2 == 0:
       raise ValueError(
         f"kernel_size: expected an odd number, got {self.kernel_size}"
       )
-    terms = self.logit_terms(student, teacher, batch)
     target = base.feature(teacher, "last", whose="teacher")
     x = base.feature(student, "last", whose="student").astype(self.dtype)
     x = layers.conv(
@@ -55,5 +50,4 @@ class ICKD(base.Distiller):
     x = layers.BatchNorm(
       axis_name=self.batch_axis, dtype=self.dtype, name="bn"
     )(x, train=train)
-    terms["ickd"] = losses.ickd_loss(x, target)
-    return base.DistillOutput(student.logits, terms)
+    return losses.ickd_loss(x, target)

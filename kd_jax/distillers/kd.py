@@ -13,7 +13,11 @@ class KD(base.Distiller):
   """The terms "ce" and "kd", which every method with a teacher has."""
 
   takes_many_teachers: ClassVar[bool] = True
-  needs_logits_only: ClassVar[bool] = True
+
+  @property
+  def needs_logits_only(self) -> bool:
+    """Always."""
+    return True
 
   def __call__(
     self,

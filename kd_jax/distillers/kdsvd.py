@@ -11,7 +11,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class KDSVD(base.Distiller):
+class KDSVD(base.FeatureDistiller):
   """Compares how singular vectors change from stage to stage.
 
   Stages are paired from the first. If one network has more stages, its last
@@ -25,31 +25,18 @@ class KDSVD(base.Distiller):
 
   over: str = "channels"
 
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "kdsvd"."""
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     if self.over not in ("channels", "width"):
       raise ValueError(
         f"over: expected 'channels' or 'width', got {self.over!r}"
       )
-    terms = self.logit_terms(student, teacher, batch)
     students, teachers = [], []
-    for s, t in zip(
-      base.stages(student, whose="student"),
-      base.stages(teacher, whose="teacher"),
-    ):
+    for s, t in zip(*base.paired_stages(student, teacher), strict=True):
       if self.over == "width":
         s, t = (jnp.swapaxes(x, 2, 3) for x in losses.pool_to_smaller(s, t))
       students.append(s)
       teachers.append(t)
-    terms["kdsvd"] = losses.kdsvd_loss(students, teachers)
-    return base.DistillOutput(student.logits, terms)
+    return losses.kdsvd_loss(students, teachers)

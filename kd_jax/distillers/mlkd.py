@@ -1,6 +1,6 @@
 """MLKD: multi-level logit distillation (Jin et al., CVPR 2023)."""
 
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import jax
 
@@ -24,7 +24,10 @@ class MLKD(base.Distiller):
 
   other_temperatures: tuple[float, ...] = (3.0, 5.0, 2.0, 6.0)
 
-  views: ClassVar[int] = 2
+  @property
+  def views(self) -> int:
+    """The weak one and the strong one."""
+    return 2
 
   def __call__(
     self,
@@ -74,8 +77,7 @@ class MLKD(base.Distiller):
       teacher.logits,
       **temperatures,
       instance=0.0,
-      # Evaluation may run without a mapped axis.
-      axis_name=self.bound(self.batch_axis) if train else None,
+      axis_name=self.relational_axis(train),
     )
     terms["ce"] += self.cross_entropy(strong_student.logits, batch)
     return base.DistillOutput(

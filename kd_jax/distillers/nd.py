@@ -1,7 +1,7 @@
 """ND: feature norm and direction, KD++ with "kd" (Wang et al., 2023)."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,10 @@ class ND(base.Distiller):
   student's feature. Departure: the authors have dropout between them.
   """
 
-  needs_class_means: ClassVar[bool] = True
+  @property
+  def needs_class_means(self) -> bool:
+    """Always."""
+    return True
 
   @nn.nowrap
   def teacher_constants(

@@ -12,7 +12,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class OFD(base.Distiller):
+class OFD(base.FeatureDistiller):
   """Compares stages before their activation, from the teacher's margins up.
 
   Maps are `stageN_preact` if the network has them, else `stageN`. Stages are
@@ -37,19 +37,10 @@ class OFD(base.Distiller):
     }
 
   @nn.compact
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "ofd"."""
-    terms = self.logit_terms(student, teacher, batch)
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     maps_s = base.preactivations(student, whose="student")
     maps_t = base.preactivations(teacher, whose="teacher")
     margins = [
@@ -65,5 +56,4 @@ class OFD(base.Distiller):
         zip(maps_s[-pairs:], maps_t[-pairs:]), start=1
       )
     ]
-    terms["ofd"] = losses.ofd_loss(connected, maps_t[-pairs:], margins[-pairs:])
-    return base.DistillOutput(student.logits, terms)
+    return losses.ofd_loss(connected, maps_t[-pairs:], margins[-pairs:])

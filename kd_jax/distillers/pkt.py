@@ -10,30 +10,19 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class PKT(base.Distiller):
+class PKT(base.FeatureDistiller):
   """Compares how probably the examples of a batch are neighbours.
 
   Reads the pooled feature of each network. With `sync`, the batch is the global
   one.
   """
 
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "pkt", a scalar."""
-    terms = self.logit_terms(student, teacher, batch)
-    terms["pkt"] = losses.pkt_loss(
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
+    return losses.pkt_loss(
       base.feature(student, "pooled", whose="student"),
       base.feature(teacher, "pooled", whose="teacher"),
-      # Evaluation may run without a mapped axis.
-      axis_name=self.bound(self.batch_axis) if train else None,
+      axis_name=self.relational_axis(train),
     )
-    return base.DistillOutput(student.logits, terms)

@@ -11,7 +11,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class ReviewKD(base.Distiller):
+class ReviewKD(base.FeatureDistiller):
   """Teaches every stage, fused with the student's deeper stages.
 
   Levels are the stages and the pooled feature as a 1x1 map. The teacher's
@@ -26,19 +26,10 @@ class ReviewKD(base.Distiller):
   max_mid: int = 512
 
   @nn.compact
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "reviewkd"."""
-    terms = self.logit_terms(student, teacher, batch)
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     maps_s = base.stages(student, whose="student")
     maps_t = base.preactivations(teacher, whose="teacher")
     if len(maps_s) != len(maps_t):
@@ -67,5 +58,4 @@ class ReviewKD(base.Distiller):
         maps_s[i], residual, (height, width), channels, train=train
       )
       outputs.insert(0, output)
-    terms["reviewkd"] = losses.reviewkd_loss(outputs, maps_t)
-    return base.DistillOutput(student.logits, terms)
+    return losses.reviewkd_loss(outputs, maps_t)

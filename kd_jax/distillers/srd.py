@@ -14,7 +14,7 @@ EPSILON = 1e-4
 
 
 @final
-class SRD(base.Distiller):
+class SRD(base.FeatureDistiller):
   """Compares the means of the last maps, normalised over the batch.
 
   A linear layer projects the student's. With `sync`, the batch is the global
@@ -24,19 +24,14 @@ class SRD(base.Distiller):
   temperature: float = 1.0
 
   @nn.compact
-  def __call__(
+  def compare(
     self,
     student: layers.ModelOutputs,
     teacher: layers.ModelOutputs,
-    batch: base.Batch,
     *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
     train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "srd", a scalar."""
-    terms = self.logit_terms(student, teacher, batch)
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     pooled_s, pooled_t = (
       layers.global_average_pool(base.feature(output, "last", whose=whose))
       for output, whose in ((student, "student"), (teacher, "teacher"))
@@ -53,10 +48,8 @@ class SRD(base.Distiller):
       name="embed",
       dtype=self.dtype,
     )
-    terms["srd"] = losses.srd_loss(
+    return losses.srd_loss(
       normalize(embedded, "bn_s"),
       normalize(pooled_t, "bn_t"),
-      # Evaluation may run without a mapped axis.
-      axis_name=self.bound(self.batch_axis) if train else None,
+      axis_name=self.relational_axis(train),
     )
-    return base.DistillOutput(student.logits, terms)

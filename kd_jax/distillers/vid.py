@@ -12,7 +12,7 @@ from kd_jax.models.layers import ModelOutputs
 
 
 @final
-class VID(base.Distiller):
+class VID(base.FeatureDistiller):
   """Predicts the teacher's stages as Gaussians from the student's.
 
   Stages are paired from the first. If one network has more stages, its last
@@ -25,30 +25,18 @@ class VID(base.Distiller):
   initial_variance: float = 5.0
 
   @nn.compact
-  def __call__(
-    self,
-    student: ModelOutputs,
-    teacher: ModelOutputs,
-    batch: base.Batch,
-    *,
-    teacher_head: base.Head,
-    step: jax.Array | int,
-    epoch: jax.Array | int,
-    train: bool,
-  ) -> base.DistillOutput:
-    """See `base.Distiller.__call__`; the method's term is "vid"."""
+  def compare(
+    self, student: ModelOutputs, teacher: ModelOutputs, *, train: bool
+  ) -> jax.Array:
+    """See `base.FeatureDistiller.compare`."""
     losses.checks.number(
       "initial_variance", self.initial_variance, above=losses.MIN_VARIANCE
     )
-    terms = self.logit_terms(student, teacher, batch)
     log_scale = base.inverse_softplus(
       self.initial_variance - losses.MIN_VARIANCE
     )
     total = jnp.zeros(student.logits.shape[0], jnp.float32)
-    pairs = zip(
-      base.stages(student, whose="student"),
-      base.stages(teacher, whose="teacher"),
-    )
+    pairs = zip(*base.paired_stages(student, teacher), strict=True)
     for i, pair in enumerate(pairs, start=1):
       map_s, map_t = losses.pool_to_smaller(*pair)
       regressor = connectors.GaussianRegressor(
@@ -56,5 +44,4 @@ class VID(base.Distiller):
       )
       mean, scale = regressor(map_s, map_t.shape[-1])
       total += losses.vid_loss(mean, losses.vid_variance(scale), map_t)
-    terms["vid"] = total
-    return base.DistillOutput(student.logits, terms)
+    return total

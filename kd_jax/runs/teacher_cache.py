@@ -54,7 +54,11 @@ def check(config: ConfigDict, distiller: distillers.Distiller) -> None:
     return
   where = "config.teacher.cache"
   if not distiller.needs_logits_only:
-    able = [n for n, c in distillers.DISTILLERS.items() if c.needs_logits_only]
+    able = [
+      name
+      for name in distillers.names()
+      if distillers.create(name).needs_logits_only
+    ]
     raise ValueError(
       f"{where}: expected a method that reads the teacher's logits alone"
       f" ({', '.join(able)}), got {config.distiller.name!r}. Leave the cache"
