@@ -11,7 +11,7 @@
 # elsewhere, put these files into OUT/back first. SMALL=1 runs the same on a CPU in minutes.
 # PYTHON chooses the interpreter.
 #
-# piece     minutes on an H200 (estimated, but for speed and simkd: not measured)
+# piece     minutes on an H200, estimated; not run there yet
 # speed     4    step times: SimKD and KD, here and in compiled PyTorch
 # teacher   8    resnet32x4, 240 epochs, bfloat16
 # simkd     5    SimKD of factor 2, resnet8x4 (1.37 ms a step)
