@@ -23,9 +23,9 @@ bytes or temporary bytes is an error.
 """
 
 import argparse
-import functools
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -76,12 +76,8 @@ class Instruction(NamedTuple):
   def size(self) -> int:
     """Bytes of the result."""
     return sum(
-      _SIZES.get(kind, 4) * _product(dims) for kind, dims in self.shapes
+      _SIZES.get(kind, 4) * math.prod(dims) for kind, dims in self.shapes
     )
-
-
-def _product(numbers: Any) -> int:
-  return functools.reduce(lambda a, b: a * b, numbers, 1)
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -151,7 +147,7 @@ def flops(each: Instruction, sizes: list[int]) -> float:
     sizes: elements of its two operands and its result.
   """
   window = re.search(r"window=\{size=(\d+)x(\d+)(?: [^}]*)?\}", each.text)
-  volume = float(_product(sizes)) ** 0.5
+  volume = float(math.prod(sizes)) ** 0.5
   if window is None:  # sqrt(MK KN MN) = MKN
     return 2 * volume
   strides = re.search(r"stride=(\d+)x(\d+)", each.text)
@@ -196,7 +192,7 @@ def count(text: str, *, steps: int, bandwidth: float, peak: float) -> Any:
       if len(sizes) >= 2 and re.search("conv|gemm|cublas", name):
         operands = [computations[where][n] for n in each.operands[:2]]
         arrays = [x.shapes[0][1] for x in (*operands, each) if x.shapes]
-        work = flops(each, [_product(dims) for dims in arrays])
+        work = flops(each, [math.prod(dims) for dims in arrays])
     elif _COLLECTIVE.match(each.op):
       totals["collectives"] += times
       totals["collective bytes"] += times * each.size
@@ -238,7 +234,7 @@ def compile_step(config: Any, target: str, topology: str) -> Any:
   description = topologies.get_topology_desc(
     platform="cuda", target_config=target, topology=topology
   )
-  number = _product(int(n) for n in topology.split("x"))
+  number = math.prod(int(n) for n in topology.split("x"))
   mesh = topologies.make_mesh(description, (number,), (collectives.AXIS,))
   gpus = devices.Devices(mesh)
   source, test = config_lib.load_data(config)

@@ -260,6 +260,15 @@ class Distiller(nn.Module):
       )
     return teachers[0]
 
+  def required(self, student_head: Head | None) -> Head:
+    """The student's classifier; a ValueError if it was not passed."""
+    if student_head is None:
+      raise ValueError(
+        f"{type(self).__name__.lower()}: expected student_head, the student's "
+        "classifier, got None; pass functools.partial(student.classify, params)"
+      )
+    return student_head
+
   def logit_terms(
     self, student: ModelOutputs, teacher: ModelOutputs, batch: Batch
   ) -> dict[str, jax.Array]:

@@ -37,11 +37,7 @@ class CATKD(base.Distiller):
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.distill`; the method's term is "catkd"."""
-    if student_head is None:
-      raise ValueError(
-        "catkd: expected student_head, the student's classifier, got None; "
-        "pass functools.partial(student.classify, params)"
-      )
+    head_s = self.required(student_head)
     teacher = self.only(teachers)
     terms = self.logit_terms(student, teacher, batch)
     # The classifier is linear: pooling before it gives the same, for less.
@@ -54,7 +50,7 @@ class CATKD(base.Distiller):
       return base.without_bias(head, losses.adaptive_average_pool(last, size))
 
     terms["catkd"] = losses.catkd_loss(
-      class_map(student, student_head, "student"),
+      class_map(student, head_s, "student"),
       class_map(teacher, self.only(teacher_heads), "teacher"),
       resolution=self.resolution,
       normalize=self.normalize,

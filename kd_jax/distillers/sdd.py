@@ -42,11 +42,7 @@ class SDD(base.Distiller):
     train: bool,
   ) -> base.DistillOutput:
     """See `base.Distiller.distill`; the method's term is "sdd"."""
-    if student_head is None:
-      raise ValueError(
-        "sdd: expected student_head, the student's classifier, got None; pass "
-        "functools.partial(student.classify, params)"
-      )
+    head_s = self.required(student_head)
     teacher = self.only(teachers)
     terms = self.logit_terms(student, teacher, batch)
     # The classifier is linear: pooling before it gives the same, for less.
@@ -58,7 +54,7 @@ class SDD(base.Distiller):
       last = base.feature(output, "last", whose=whose)
       return head(losses.adaptive_average_pool(last, size))
 
-    map_s = class_map(student, student_head, "student")
+    map_s = class_map(student, head_s, "student")
     map_t = class_map(teacher, self.only(teacher_heads), "teacher")
     terms["sdd"] = base.over_labels(
       lambda labels: losses.sdd_loss(
