@@ -90,7 +90,7 @@ class Program:
     arguments = self._arguments(None)
     student_params, student_rest = state.split_params(variables["student"])
     params, rest = state.split_params(distilled)
-    mask = optim.reached_parameters(
+    uses = optim.parameter_uses(
       loss_lib.make_loss_fn(axis_name=None, **arguments),
       {"student": student_params, "distiller": params},
       {"student": student_rest, "distiller": rest},
@@ -108,7 +108,7 @@ class Program:
       ),
       momentum=work_lib.MOMENTUM,
       weight_decay=work_lib.WEIGHT_DECAY,
-      decay_mask=mask,
+      decay_mask=uses.reached,
     )
     place = self._devices.replicate
     self._state = place(
@@ -127,9 +127,12 @@ class Program:
     self._alone = step_lib.make_train_step(optimizer=optimizer, **arguments)
     arguments = self._arguments(collectives.AXIS)
     step = step_lib.make_train_step(
-      optimizer=optimizer, axis_name=collectives.AXIS, **arguments
+      optimizer=optimizer,
+      axis_name=collectives.AXIS,
+      shared_statistics=True,
+      **arguments,
     )
-    chunk = step_lib.make_train_chunk(step, self._pipeline.load)
+    chunk = step_lib.make_train_chunk(step, self._pipeline.load, uses.dtypes)
     self._chunk = self._devices.map_chunk(chunk, donate=True)
     self.host_seconds, self.dispatches = 0.0, 0
 

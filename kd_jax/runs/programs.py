@@ -173,7 +173,7 @@ def make_programs(recipe: Recipe) -> Programs:
     teachers,
   )
   shapes = compiled.eval_shape(np.uint32(0), placed)
-  schedule, reached, optimizer = _optimizer(recipe, alone, shapes, teachers)
+  schedule, uses, optimizer = _optimizer(recipe, alone, shapes, teachers)
 
   def create(variables: Variables) -> state_lib.TrainState:
     return state_lib.create(variables[0], variables[1], optimizer)
@@ -194,7 +194,8 @@ def make_programs(recipe: Recipe) -> Programs:
     axis_name=axis,
     accumulate_steps=recipe.accumulate_steps,
     split_ce=bool(dict(recipe.optim)["dot_delta"]),
-    idle=optim.idle_parts(reached),
+    shared_statistics=recipe.sync,
+    idle=optim.idle_parts(uses.reached),
     **_loss_arguments(recipe),
     **parts,
   )
@@ -204,10 +205,10 @@ def make_programs(recipe: Recipe) -> Programs:
     teachers=teachers,
     initialize=initialize,
     shapes=shapes,
-    reached=reached,
+    reached=uses.reached,
     specs=specs,
     train_chunk=recipe.devices.map_chunk(
-      step_lib.make_train_chunk(step, _load(recipe)),
+      step_lib.make_train_chunk(step, _load(recipe), uses.dtypes),
       donate=True,
       carry_specs=specs,
     ),
@@ -419,15 +420,15 @@ def _replaced(variables: Any, by: Any) -> Any:
 
 def _optimizer(
   recipe: Recipe, parts: Any, variables: Variables, teachers: Any
-) -> tuple[optax.Schedule, Any, optax.GradientTransformation]:
-  """The schedule, what the loss reaches, and the optimiser, by trials of it."""
+) -> tuple[optax.Schedule, optim.ParameterUses, optax.GradientTransformation]:
+  """The schedule, what the loss does with its parameters, the optimiser."""
   student_params, student_rest = state_lib.split_params(variables[0])
   distiller_params, distiller_rest = state_lib.split_params(variables[1])
   size, struct = _local_batch_size(recipe), jax.ShapeDtypeStruct
 
-  def reached(weights: dict[str, float]) -> Any:
+  def uses_by(weights: dict[str, float]) -> optim.ParameterUses:
     arguments = {**_loss_arguments(recipe), "loss_weights": weights, **parts}
-    return optim.reached_parameters(
+    return optim.parameter_uses(
       loss.make_loss_fn(axis_name=None, **arguments),
       {"student": student_params, "distiller": distiller_params},
       {"student": student_rest, "distiller": distiller_rest},
@@ -460,13 +461,13 @@ def _optimizer(
     name: settings[name]
     for name in ("momentum", "nesterov", "weight_decay", "gradient_clip")
   }
-  decay_mask = reached(weights)
+  uses = uses_by(weights)
+  options["decay_mask"] = uses.reached
   if delta := settings["dot_delta"]:
     ce = {"ce": weights.pop("ce")}
-    shared = jax.tree.map(operator.and_, reached(ce), reached(weights))
-    dot = optim.dot(
-      schedule, delta=delta, shared=shared, decay_mask=decay_mask, **options
+    shared = jax.tree.map(
+      operator.and_, uses_by(ce).reached, uses_by(weights).reached
     )
-    return schedule, decay_mask, dot
-  sgd = optim.sgd(schedule, decay_mask=decay_mask, **options)
-  return schedule, decay_mask, sgd
+    dot = optim.dot(schedule, delta=delta, shared=shared, **options)
+    return schedule, uses, dot
+  return schedule, uses, optim.sgd(schedule, **options)

@@ -207,14 +207,28 @@ def dot(
   )
 
 
-def reached_parameters(
-  loss_fn: Callable[..., Any], params: Any, *arguments: Any
-) -> Any:
-  """Finds the parameters that some term of the loss reaches.
+class ParameterUses(NamedTuple):
+  """What a loss does with its parameters; pytrees like them.
 
   SimKD's student keeps a classifier that no term reads. Weight decay would
   shrink it to nothing, and with it whatever else an export or a later stage
   may want; so decay leaves out what has no gradient by construction.
+
+  Attributes:
+    reached: bools, whether the gradient depends on anything.
+    dtypes: that to which its only use casts the parameter, as a layer in
+      bfloat16 does; else its own. (The gradients of several uses are added in
+      its own.)
+  """
+
+  reached: Any
+  dtypes: Any
+
+
+def parameter_uses(
+  loss_fn: Callable[..., Any], params: Any, *arguments: Any
+) -> ParameterUses:
+  """Finds out what a loss does with its parameters.
 
   Args:
     loss_fn: made by `make_loss_fn`, with `axis_name=None`.
@@ -222,28 +236,43 @@ def reached_parameters(
     *arguments: the others.
 
   Returns:
-    A pytree of bools like `params`: whether the gradient depends on anything.
+    The answer.
   """
   grad = jax.grad(loss_fn, has_aux=True)
   jaxpr = jax.make_jaxpr(lambda *a: grad(*a)[0])(params, *arguments).jaxpr
+  leaves, structure = jax.tree.flatten(params)
 
   def is_literal(variable: Any) -> bool:
     return isinstance(variable, core.Literal)
 
   # A gradient that is zero by construction is made of constants alone.
   depends = set(jaxpr.invars)
+  dtypes: dict[Any, list[Any]] = {v: [] for v in jaxpr.invars[: len(leaves)]}
   for equation in jaxpr.eqns:
-    if any(not is_literal(v) and v in depends for v in equation.invars):
+    variables = [v for v in equation.invars if not is_literal(v)]
+    if any(v in depends for v in variables):
       depends.update(equation.outvars)
+    for v in variables:
+      if v in dtypes:
+        dtypes[v].append(equation.params.get("new_dtype", v.aval.dtype))
   flags = [not is_literal(v) and v in depends for v in jaxpr.outvars]
-  return jax.tree.unflatten(jax.tree.structure(params), flags)
+  return ParameterUses(
+    jax.tree.unflatten(structure, flags),
+    jax.tree.unflatten(
+      structure,
+      [
+        found[0] if len(found) == 1 else leaf.dtype
+        for leaf, found in zip(leaves, dtypes.values(), strict=True)
+      ],
+    ),
+  )
 
 
 def idle_parts(reached: Any) -> tuple[str, ...]:
   """Names the parts with parameters of which no term reaches any.
 
   Args:
-    reached: of `reached_parameters`, by part.
+    reached: of `parameter_uses`, by part.
   """
   flags = {part: jax.tree.leaves(tree) for part, tree in reached.items()}
   return tuple(p for p, found in flags.items() if found and not any(found))

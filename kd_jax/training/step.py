@@ -49,7 +49,11 @@ def make_seeds(seed: int, data_seed: int | None = None) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-  """`step(state, teacher_variables, batch, seeds) -> (state, sums)`.
+  """`step(state, teacher_variables, batch, seeds, copies) -> (state, sums)`.
+
+  `copies` are parameters in the dtype in which the networks read them (see
+  `optim.ParameterUses`), and None where that is their own. Without any, the
+  networks cast them.
 
   Attributes:
     student_step: the whole step; skips the part that `precompute_teacher` has
@@ -68,9 +72,10 @@ class TrainStep:
     teacher_variables: Any,
     batch: loss.Batch,
     seeds: Any,
+    copies: Any = None,
   ) -> tuple[TrainState, Sums]:
     """Takes the step."""
-    return self.student_step(state, teacher_variables, batch, seeds)
+    return self.student_step(state, teacher_variables, batch, seeds, copies)
 
 
 def make_train_step(
@@ -79,6 +84,7 @@ def make_train_step(
   axis_name: str | None = None,
   accumulate_steps: int = 1,
   split_ce: bool = False,
+  shared_statistics: bool = False,
   **loss_arguments: Any,
 ) -> TrainStep:
   """Builds the train step of one replica.
@@ -96,6 +102,9 @@ def make_train_step(
     split_ce: whether the optimiser takes a pair of gradients, as `optim.dot`
       does: of the term "ce", and of all others. That is one forward pass and
       two backward passes.
+    shared_statistics: whether every BatchNorm sees the batch of all replicas.
+      Its running statistics are then equal on each of them; else the step
+      averages them.
     **loss_arguments: of `loss.make_loss_fn`:
       student: the model.
       teachers: frozen networks, none, one or several.
@@ -125,19 +134,25 @@ def make_train_step(
   )
 
   def gradients(
-    state: TrainState, teacher_variables: Any, batch: loss.Batch, seeds: Any
+    state: TrainState,
+    params: Any,
+    teacher_variables: Any,
+    batch: loss.Batch,
+    seeds: Any,
   ) -> tuple[Any, Any, Sums]:
+    like = (state.params, state.params) if split_ce else state.params
     if accumulate_steps == 1:
       (_, (collections, sums)), grads = value_and_grad(
-        *(state.params, state.collections, teacher_variables),
+        *(params, state.collections, teacher_variables),
         *(batch, state.step, seeds),
       )
+      grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, like)
       return grads, collections, sums
 
     def add_part(carry: Any, part: Any) -> tuple[Any, Sums]:
       total, collections = carry
       (_, (collections, sums)), grads = value_and_grad(
-        *(state.params, collections, teacher_variables),
+        *(params, collections, teacher_variables),
         *(part[1], state.step, seeds, part[0]),
       )
       return (jax.tree.map(jnp.add, total, grads), collections), sums
@@ -148,7 +163,6 @@ def make_train_step(
       lambda x: x.reshape(-1, accumulate_steps, *x.shape[1:]).swapaxes(0, 1),
       batch,
     )
-    like = (state.params, state.params) if split_ce else state.params
     zeros = jax.tree.map(jnp.zeros_like, like)
     (grads, collections), sums = jax.lax.scan(
       add_part,
@@ -159,22 +173,34 @@ def make_train_step(
     return grads, collections, jax.tree.map(lambda s: jnp.sum(s, 0), sums)
 
   def student_step(
-    state: TrainState, teacher_variables: Any, batch: loss.Batch, seeds: Any
+    state: TrainState,
+    teacher_variables: Any,
+    batch: loss.Batch,
+    seeds: Any,
+    copies: Any = None,
   ) -> tuple[TrainState, Sums]:
     seeds = jnp.asarray(seeds)
-    grads, collections, sums = gradients(state, teacher_variables, batch, seeds)
+    params = state.params
+    if copies is not None:
+      params = jax.tree.map(
+        lambda copied, p: p if copied is None else copied,
+        *(copies, params),
+        is_leaf=lambda x: x is None,
+      )
+    grads, collections, sums = gradients(
+      state, params, teacher_variables, batch, seeds
+    )
     grads = collectives.axis_mean(grads, axis_name)
-    # Shared statistics are equal already; local ones are averaged, so that
-    # the state is the same on every device.
-    collections = {
-      module: {
-        name: collectives.axis_mean(value, axis_name)
-        if name == "batch_stats"
-        else value
-        for name, value in parts.items()
+    if not shared_statistics:
+      collections = {
+        module: {
+          name: collectives.axis_mean(value, axis_name)
+          if name == "batch_stats"
+          else value
+          for name, value in parts.items()
+        }
+        for module, parts in collections.items()
       }
-      for module, parts in collections.items()
-    }
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     state = state.replace(
       step=state.step + 1,
@@ -209,7 +235,7 @@ def _value_and_grads_of_pair(
 
 
 def make_train_chunk(
-  step: TrainStep, load: Callable[..., loss.Batch]
+  step: TrainStep, load: Callable[..., loss.Batch], dtypes: Any = None
 ) -> Callable[..., tuple[TrainState, Sums]]:
   """Wraps a step to take k steps in one dispatch.
 
@@ -220,6 +246,9 @@ def make_train_chunk(
   Args:
     step: made by `make_train_step`.
     load: (resident data, one step's slice) -> batch, of the pipeline.
+    dtypes: of the parameters as the networks read them, a pytree like them (see
+      `optim.ParameterUses`). The copies are then made with the update, and not
+      again by every step's networks.
 
   Returns:
     `train_chunk(state, constants, resident, xs) -> (state, sums [k])` for `xs`
@@ -233,32 +262,47 @@ def make_train_chunk(
     seeds = jnp.asarray(seeds)
     steps = jax.tree.leaves(xs)[0].shape[0]
 
-    def take_step(state: TrainState, x: Any) -> tuple[TrainState, Sums]:
-      return step(state, teacher_variables, load(resident, x), seeds)
+    def copy(params: Any) -> Any:
+      if dtypes is None:
+        return None
+      return jax.tree.map(
+        lambda p, dtype: None if p.dtype == dtype else p.astype(dtype),
+        *(params, dtypes),
+      )
+
+    def take_step(carry: Any, batch: Any) -> tuple[Any, Sums]:
+      state, copies = carry
+      state, sums = step(state, teacher_variables, batch, seeds, copies)
+      return (state, copy(state.params)), sums
 
     first = jax.tree.map(lambda x: x[0], xs)
     if steps == 1:  # XLA's CPU convolutions are slower in a loop
-      state, sums = take_step(state, first)
+      batch = load(resident, first)
+      state, sums = step(state, teacher_variables, batch, seeds)
       return state, jax.tree.map(lambda s: s[None], sums)
+    carry = state, copy(state.params)
     at_once = 1
     precompute_teacher = step.precompute_teacher
     if precompute_teacher is not None and jax.tree.leaves(teacher_variables):
       shape = jax.eval_shape(load, resident, first)["image"].shape
       at_once = precomputed_steps(steps, shape)
     if precompute_teacher is None or at_once == 1:
-      return jax.lax.scan(take_step, state, xs)
+      (state, _), sums = jax.lax.scan(
+        lambda carry, x: take_step(carry, load(resident, x)), carry, xs
+      )
+      return state, sums
 
-    def take_steps(state: TrainState, group: Any) -> tuple[TrainState, Sums]:
+    def take_steps(carry: Any, group: Any) -> tuple[Any, Sums]:
       batches = jax.vmap(load, (None, 0))(resident, group)
-      numbers = state.step + jnp.arange(at_once)
+      numbers = carry[0].step + jnp.arange(at_once)
       return jax.lax.scan(
-        lambda state, batch: step(state, teacher_variables, batch, seeds),
-        state,
+        take_step,
+        carry,
         precompute_teacher(teacher_variables, batches, numbers, seeds),
       )
 
     groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), xs)
-    state, sums = jax.lax.scan(take_steps, state, groups)
+    (state, _), sums = jax.lax.scan(take_steps, carry, groups)
     return state, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), sums)
 
   return train_chunk

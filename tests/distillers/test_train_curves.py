@@ -261,11 +261,11 @@ def test_six_steps(
     """What a stage trains; the other methods train everything."""
     params, rest = zip(*map(state_lib.split_params, state), strict=True)
     parts = ("student", "distiller")
-    return optim.reached_parameters(
+    return optim.parameter_uses(
       loss.make_loss_fn(**loss_arguments(weights)),
       *(dict(zip(parts, params)), dict(zip(parts, rest)), (frozen,)),
       *(batches[0], jnp.zeros((), jnp.int32), SEEDS),
-    )
+    ).reached
 
   weights, ramps = term_weights(curves, curve.word, method)
   weights |= curve.also

@@ -202,7 +202,12 @@ class Method:
     devices = devices_lib.make_devices(num_devices=num_devices, mapping=mapping)
     axis = collectives.AXIS
     step, state = self.step(
-      **{"axis_name": axis, **self.loss_arguments(axis, sync), **step_arguments}
+      **{
+        "axis_name": axis,
+        "shared_statistics": sync,
+        **self.loss_arguments(axis, sync),
+        **step_arguments,
+      }
     )
     specs = state_lib.state_specs(state, self.distiller()) if split else None
     state = devices.place(state, specs) if split else devices.replicate(state)

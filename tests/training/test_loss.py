@@ -289,9 +289,9 @@ def unreached(student, method, weights):
     steps_per_epoch=1,
     transform=lambda key, batch: batch["image"],
   )
-  flags = optim.reached_parameters(
+  flags = optim.parameter_uses(
     loss_fn, params, *rest, batch, jnp.int32(0), SEEDS
-  )
+  ).reached
   assert jax.tree.structure(flags) == jax.tree.structure(params)
   keystr = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
   leaves = jax.tree_util.tree_leaves_with_path(flags)

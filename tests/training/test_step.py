@@ -390,11 +390,11 @@ def test_seeds_that_are_none():
 def test_bfloat16_trains_in_float32_and_decays_what_is_reached(made):
   parts, batch = made("simkd", dtype=jnp.bfloat16), made("simkd").batch(8)
   start = parts.state(parts.optimizer())
-  mask = optim.reached_parameters(
+  mask = optim.parameter_uses(
     loss.make_loss_fn(**parts.loss_arguments()),
     *(start.params, start.collections, parts.teacher_variables),
     *(batch, start.step, SEEDS),
-  )
+  ).reached
   optimizer = parts.optimizer(decay_mask=mask)
   state = parts.state(optimizer)
 
@@ -419,6 +419,55 @@ def test_bfloat16_trains_in_float32_and_decays_what_is_reached(made):
   )
   exact = float(exact["loss"] / exact["count"])
   assert 0 < abs(history[0] - exact) < 0.05 * exact  # bfloat16 it was
+
+
+@pytest.mark.parametrize("split_ce", [False, True])
+def test_copies_in_bfloat16_change_nothing(split_ce, made):
+  """What the layers read is cast with the update, not by every layer."""
+  parts = made("simkd", dtype=jnp.bfloat16)
+  optimizer = parts.optimizer()
+  if split_ce:
+    alike = jax.tree.map(lambda _: True, parts.state(optimizer).params)
+    optimizer = optim.dot(
+      optax.constant_schedule(0.02), delta=0.05, shared=alike
+    )
+  weights = {"ce": 1.0, "kd": 0.0, "simkd": 1.0}
+  changes = {"split_ce": split_ce, "loss_weights": weights}
+  step, state = parts.step(optimizer, **changes)
+  batches = [parts.batch(8, seed=i) for i in range(4)]
+  xs = stack(batches)
+  loss_fn = loss.make_loss_fn(**{**parts.loss_arguments(), **changes})
+  if split_ce:
+    pair, loss_fn = loss_fn, lambda *a: (sum(pair(*a)[0]), None)
+  uses = optim.parameter_uses(
+    *(loss_fn, state.params, state.collections, parts.teacher_variables),
+    *(batches[0], state.step, SEEDS),
+  )
+  student = uses.dtypes["student"]
+  assert student["conv0"]["kernel"] == jnp.bfloat16
+  assert student["bn0"]["scale"] == jnp.float32
+  finals = [
+    jax.jit(step_lib.make_train_chunk(step, lambda _, x: x, dtypes))(
+      state, step_lib.Constants(parts.teacher_variables, SEEDS), {}, xs
+    )
+    for dtypes in (None, uses.dtypes)
+  ]
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7),
+    *finals,
+  )
+
+
+def test_what_is_read_twice_is_not_copied(made):
+  """Its gradients would be added in bfloat16."""
+  parts = made("mlkd", dtype=jnp.bfloat16)
+  state = parts.state(parts.optimizer())
+  uses = optim.parameter_uses(
+    loss.make_loss_fn(**parts.loss_arguments()),
+    *(state.params, state.collections, parts.teacher_variables),
+    *(parts.batch(8), state.step, SEEDS),
+  )
+  assert {*jax.tree.leaves(uses.dtypes)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("method", method_cases.stepped())
