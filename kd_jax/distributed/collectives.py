@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import flatten_util
 
 AXIS = "data"
 
@@ -16,6 +17,22 @@ AXIS = "data"
 def axis_mean(x: Any, axis_name: str | None) -> Any:
   """Mean of a pytree over the devices of a mapped axis."""
   return x if axis_name is None else jax.lax.pmean(x, axis_name)
+
+
+def axis_mean_of_gradients(tree: Any, axis_name: str | None) -> Any:
+  """`axis_mean`, with all scalars and vectors in one array.
+
+  XLA joins small collectives too, but unpacks each array with a kernel.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  small = [i for i, x in enumerate(leaves) if x.ndim < 2]
+  if axis_name is None or not small:
+    return axis_mean(tree, axis_name)
+  packed, unpack = flatten_util.ravel_pytree([leaves[i] for i in small])
+  rest = {i: x for i, x in enumerate(leaves) if i not in {*small}}
+  packed, means = axis_mean((packed, rest), axis_name)
+  means |= zip(small, unpack(packed), strict=True)
+  return jax.tree.unflatten(structure, [means[i] for i in range(len(leaves))])
 
 
 def axis_sum(x: Any, axis_name: str | None) -> Any:

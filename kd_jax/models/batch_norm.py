@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kd_jax.distributed import collectives
 
 # A GPU sums fewer rows than this at once.
-_MIN_ROWS = 1024
+_MIN_ROWS = 256
 
 
 def _like(v: jax.Array, x: jax.Array) -> jax.Array:

@@ -190,7 +190,7 @@ def make_train_step(
     grads, collections, sums = gradients(
       state, params, teacher_variables, batch, seeds
     )
-    grads = collectives.axis_mean(grads, axis_name)
+    grads = collectives.axis_mean_of_gradients(grads, axis_name)
     if not shared_statistics:
       collections = {
         module: {

@@ -19,6 +19,7 @@ def test_without_an_axis_nothing_happens():
   x = {"a": jnp.arange(3.0)}
   for collective in (
     collectives.axis_mean,
+    collectives.axis_mean_of_gradients,
     collectives.axis_sum,
     collectives.axis_gather,
     collectives.axis_sum_rows,
@@ -113,6 +114,31 @@ def test_sums_of_rows_come_back_to_their_device():
   np.testing.assert_array_equal(
     devices.map_chunk(fn)({}, {}, {}, xs), 3 * np.arange(4.0)
   )
+
+
+@pytest.mark.parametrize("least_axes", [0, 2])
+def test_the_mean_of_packed_gradients_is_that_of_each(least_axes):
+  made = devices_lib.make_devices(num_devices=4)
+
+  def both(carry, constants, resident, xs):
+    x = xs["x"][0, 0]
+    tree = {
+      **{"vector": x[0, 0] ** 3, "scalar": x[0, 0, 0], "matrix": x[0]},
+      **{"half": x[0, 1].astype(jnp.bfloat16), "map": x, "none": x[0, :0, 0]},
+    }
+    tree = {name: x for name, x in tree.items() if x.ndim >= least_axes}
+    means = collectives.axis_mean(tree, AXIS)
+    return carry, (means, collectives.axis_mean_of_gradients(tree, AXIS))
+
+  x = np.random.default_rng(0).standard_normal((1, 4, 5, 6, 7))
+  xs = made.shard({"x": x.astype(np.float32)})
+  _, (expected, found) = made.map_chunk(both, donate=False)(
+    made.replicate(jnp.zeros(())), {}, {}, xs
+  )
+  assert {k: x.dtype for k, x in found.items()} == {
+    k: x.dtype for k, x in expected.items()
+  }
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_flags_are_counted():
