@@ -8,11 +8,19 @@ a placeholder (None) is settled when the run starts, logged, and written to
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from kd_jax import registry
 from kd_jax.runs import presets
+
+# Sections whose fields depend on the method, or are the user's names.
+_FREE_FORM = {"distiller", "loss_weights", "loss_ramp_epochs", "stages", "grid"}
 
 
 def get_config(arg: str = "") -> ConfigDict:
   """Plain supervised training of a CIFAR-100 network, with every field."""
+  return finish(_all_fields(), arg)
+
+
+def _all_fields() -> ConfigDict:
   config = ConfigDict()
   # Of everything random: initial weights, order, augmentation, negatives.
   config.seed = 0
@@ -199,7 +207,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # How often the run, or every run of the grid, is made: NAME has the seed of
   # the config, NAME_seed1 the next one, and so on.
   config.trials = 1
-  return finish(config, arg)
+  return config
 
 
 def distillation(
@@ -277,8 +285,9 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     The config.
 
   Raises:
-    ValueError: for any other argument.
+    ValueError: for any other argument, or a field that this file lacks.
   """
+  _check_names(config)
   words = arg.split(",") if arg else []
   cifar = config.data.name == "cifar100" and not config.grid
   known = presets.of_method(config.distiller.name) if cifar else []
@@ -310,3 +319,20 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
     config.eval.batch_size = 64
     config.log.every_steps = 4
   return config
+
+
+def _check_names(config: ConfigDict) -> None:
+  """Finds misspelt fields; a method's own are checked by the method."""
+  known = _all_fields()
+  places = {"config": (config, known)}
+  for name, section in known.items():
+    if isinstance(section, ConfigDict) and name not in _FREE_FORM:
+      places[f"config.{name}"] = (config[name], section)
+  for place, (found, fields) in places.items():
+    for name in found:
+      if name not in fields:
+        hint = registry.did_you_mean(name, fields)
+        raise ValueError(
+          f"{place}.{name}: no such field.{hint} The fields are:"
+          f" {', '.join(fields)}"
+        )

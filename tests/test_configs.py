@@ -93,6 +93,14 @@ def test_config_repeats_the_modules_defaults(method):
     assert {key: getattr(module, key) for key in settings} == settings
 
 
+@pytest.mark.parametrize("place", ["epoch", "optim.learning_rat"])
+def test_a_misspelt_field_of_a_config_file(place):
+  config = load("kd_cifar")
+  config.update_from_flattened_dict({place: 1})
+  with pytest.raises(ValueError, match=rf"config\.{place}: no such .*you mean"):
+    base.finish(config, "")
+
+
 @pytest.mark.parametrize("arg", ["smok", "sead"])
 @pytest.mark.parametrize("name", NAMES)
 def test_unknown_argument(name, arg):
