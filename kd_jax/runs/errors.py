@@ -13,6 +13,10 @@ class UnsavedError(RuntimeError):
   """A checkpoint, a metric or a result could not be written."""
 
 
+class StoppedUnsavedError(UnsavedError):
+  """The run was asked to stop, and what it needs could not be written."""
+
+
 class CellsFailedError(RuntimeError):
   """Runs of a grid have failed; the others have been run."""
 

@@ -78,6 +78,7 @@ def run_grid(
     ValueError: for a mistake in any cell, before anything is written.
     CellsFailedError: at the end, naming each cell that failed.
     PreemptedError: see `train_and_evaluate`.
+    StoppedUnsavedError: likewise.
   """
   folder = storage.local_path(workdir, "--workdir")
   made = cells(config)
@@ -99,7 +100,7 @@ def run_grid(
       print(f"\n[{number + 1}/{len(names)}] {name}", flush=True)
     try:
       train.train_and_evaluate(made[name], str(folder / name))
-    except errors.PreemptedError:
+    except (errors.PreemptedError, errors.StoppedUnsavedError):
       raise
     except Exception as error:
       failed[name] = _describe(error)

@@ -76,8 +76,10 @@ class Loop:
     except errors.AGREED:
       self._close(agreed=True)
       raise
-    except errors.UnsavedError:
+    except errors.UnsavedError as error:
       self._close(agreed=False)  # closing would save
+      if name := self._stop.received:
+        raise errors.StoppedUnsavedError(f"{name}, but {error}") from error
       raise
     except BaseException:
       self._close(agreed=jax.process_count() == 1)

@@ -176,6 +176,21 @@ def test_a_broken_cell_is_reported_and_the_others_are_there(
   assert workdir_lib.result(tmp_path / "c_lost")
 
 
+def test_a_signal_stops_the_grid_even_if_the_disk_is_full(
+  tmp_path, monkeypatch
+):
+  made = []
+
+  def train_and_evaluate(config, workdir):
+    made.append(pathlib.Path(workdir).name)
+    raise errors.StoppedUnsavedError("SIGTERM, but the disk is full")
+
+  monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+  with pytest.raises(errors.UnsavedError, match="SIGTERM, but"):
+    grid.run_grid(make({"a": {}, "b": {}}), str(tmp_path))
+  assert made == ["a"]
+
+
 def test_a_signal_between_cells_stops_the_grid(tmp_path, monkeypatch):
   made = []
 

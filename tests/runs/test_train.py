@@ -435,27 +435,32 @@ def test_stopped_while_the_last_epoch_is_evaluated(tmp_path, monkeypatch):
   assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 4
 
 
-@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+@pytest.mark.parametrize("what", ["metrics", "checkpoint", "last checkpoint"])
 def test_what_cannot_be_saved_ends_the_run(tmp_path, monkeypatch, what):
   changes = {"epochs": 2, "checkpoint.every_steps": 3, "log.every_steps": 1}
   config = make_config("teacher", changes)
   of, name = {
     "metrics": (writers.Writer, "write"),
     "checkpoint": (checkpoint.Checkpointer, "save"),
-  }[what]
+  }[what.removeprefix("last ")]
   whole = getattr(of, name)
+  stopped = what == "last checkpoint"
+  kind = errors.StoppedUnsavedError if stopped else errors.UnsavedError
 
   def fail(self, step, *arguments, **more):
     if step == 6:
+      if stopped:
+        signal.raise_signal(signal.SIGTERM)
       raise OSError(28, "No space left on device")
     whole(self, step, *arguments, **more)
 
   with monkeypatch.context() as patch:
     patch.setattr(of, name, fail)
     with pytest.raises(
-      errors.UnsavedError, match=r"No space left .* resumes from step 3$"
-    ):
+      kind, match=r"No space left .* resumes from step 3$"
+    ) as raised:
       train.train_and_evaluate(config, str(tmp_path))
+  assert raised.type is kind
   assert checkpoint.steps(tmp_path / "checkpoints") == [3]
   assert train.train_and_evaluate(config, str(tmp_path))["steps"] == 8
 
