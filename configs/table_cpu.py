@@ -7,7 +7,7 @@
 The schedule of CIFAR-100's recipe, squeezed from 240 epochs to a few: batch 64,
 and a cosine instead of the steps at 150, 180 and 210. Student alone, KD and
 SimKD, three trials of 4 epochs each, with a teacher of 8; or, after the colon,
-`methods`: 2 epochs of every method for CNNs, once, with the weights of its
+`methods`: one epoch of every method for CNNs, once, with the weights of its
 config, and ramps and first stages squeezed alike. Methods that read the
 teacher's logits alone share a cache of them, in float16.
 
@@ -56,7 +56,7 @@ def get_config(arg: str = ""):
   config.optim.milestones = ()
   config.optim.nesterov = True
   if "methods" in words:
-    config.epochs = 2
+    config.epochs = 1
     config.grid = all_methods(config.epochs)
   else:
     config.epochs = 4
