@@ -37,7 +37,8 @@ def all_methods(epochs: int) -> dict[str, dict[str, Any]]:
     ramps, method = cell["loss_ramp_epochs"], cell["distiller"]
     cell["loss_ramp_epochs"] = {k: v * squeeze for k, v in ramps.items()}
     for field in {"decay_start", "decay_end", "reversal_epochs"} & {*method}:
-      method[field] = max(1, round(method[field] * squeeze))
+      least = 2 if field == "decay_end" else 1
+      method[field] = max(least, round(method[field] * squeeze))
     for stage in cell.get("stages", {}).values():
       stage["epochs"] = max(1, round(stage["epochs"] * squeeze))
     mixed = cell.get("data", {}).get("mixup")

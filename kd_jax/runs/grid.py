@@ -75,15 +75,18 @@ def run_grid(
     The workdirs of the shard's finished cells.
 
   Raises:
-    ValueError: for a mistake in any cell, before anything is written.
+    ValueError: for a mistake in one of these cells, before anything is written.
     CellsFailedError: at the end, naming each cell that failed.
     PreemptedError: see `train_and_evaluate`.
     StoppedUnsavedError: likewise.
   """
   folder = storage.local_path(workdir, "--workdir")
   made = cells(config)
+  names, (index, count) = list(made), shard
+  mine = range(index, len(names), count)
   # Trials differ only in their seeds: checking the first ones is enough.
-  for name in list(made)[: len(made) // config.trials]:
+  first = len(names) // config.trials
+  for name in [names[i] for i in sorted({number % first for number in mine})]:
     try:
       processes.on_all_processes(
         functools.partial(train.prepare, made[name], folder / name)
@@ -92,9 +95,8 @@ def run_grid(
       raise processes.RefusedError(f"config.grid.{name}: {error}") from error
     except ValueError as error:
       raise ValueError(f"config.grid.{name}: {error}") from error
-  index, count = shard
-  names, failed = list(made), {}
-  for number in range(index, len(names), count):
+  failed = {}
+  for number in mine:
     name = names[number]
     if processes.is_first():
       print(f"\n[{number + 1}/{len(names)}] {name}", flush=True)
@@ -106,14 +108,13 @@ def run_grid(
       failed[name] = _describe(error)
       if processes.is_first():
         print(f"{name} failed: {failed[name]}", file=sys.stderr)
-  mine = names[index::count]
   if failed:
     lines = [f"  {name}: {text}" for name, text in failed.items()]
     raise errors.CellsFailedError(
       f"{len(failed)} of {len(mine)} cells failed; the same command tries them"
       " again:\n" + "\n".join(lines)
     )
-  return [folder / name for name in mine]
+  return [folder / names[number] for number in mine]
 
 
 def _describe(error: Exception) -> str:
