@@ -156,6 +156,7 @@ def test_profile_reads_the_streams_of_a_gpu(tmp_path, monkeypatch):
   assert profile_step.events_of(tmp_path) == ([("a", "f", 0, 9)], False)
 
 
+@pytest.mark.full
 def test_a_profile_of_a_step(tmp_path, capsys):
   out = tmp_path / "profile.json"
   profile_step.main(

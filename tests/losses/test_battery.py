@@ -229,11 +229,14 @@ def test_hyper_parameters(name, case):
       except ValueError as error:
         assert f"{key}: expected" in str(error)
         continue
-      expected = [run(float(v))[i] for i, v in enumerate(values)]
-      np.testing.assert_allclose(found, expected, rtol=1e-5)
+      for i in (0, size - 1):
+        expected = run(float(values[i]))[i]
+        np.testing.assert_allclose(found[i], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(
+  "devices", [pytest.param(2, marks=pytest.mark.full), 4]
+)
 @pytest.mark.parametrize(
   "name", [n for n, case in CASES.items() if not case.per_example]
 )

@@ -1,7 +1,7 @@
 """Every network of the reference toolboxes, against their numbers.
 
-Names, shapes and dtypes of all; values of the smallest member of each family,
-and of all with `pytest -m full`.
+Names, shapes, dtypes and values of the smallest member of each family, and of
+all with `pytest -m full`.
 """
 
 import functools
@@ -53,11 +53,17 @@ def _cases():
 CASES, SMALLEST = _cases()
 
 
-def _parametrize(marks):
-  return pytest.mark.parametrize(
-    ("name", "spec", "values"),
-    [pytest.param(*case[1:], id=case[0], marks=marks(case)) for case in CASES],
-  )
+EACH = pytest.mark.parametrize(
+  ("name", "spec", "values"),
+  [
+    pytest.param(
+      *case[1:],
+      id=case[0],
+      marks=() if case in SMALLEST else pytest.mark.full,
+    )
+    for case in CASES
+  ],
+)
 
 
 def _state_dict(spec, rebuild):
@@ -92,7 +98,7 @@ def test_the_cases_are_those_of_the_golden_folder(golden):
   assert len(CASES) >= 40 and len(SMALLEST) >= 10
 
 
-@_parametrize(lambda case: ())
+@EACH
 def test_names_shapes_and_dtypes(name, spec, values):
   assert values.exists()
   model = models.create(name, spec["num_classes"], dtype="bfloat16")
@@ -137,7 +143,7 @@ def test_names_shapes_and_dtypes(name, spec, values):
   assert preacts == [f"{k}_preact" for k in maps][: len(preacts)]
 
 
-@_parametrize(lambda case: () if case in SMALLEST else pytest.mark.full)
+@EACH
 def test_values(name, spec, values, rebuild):
   model = models.create(name, spec["num_classes"])
   variables = pytorch.from_state_dict(
