@@ -95,6 +95,21 @@ def test_later_runs_do_not_run_the_teacher(made, monkeypatch):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
 
 
+@pytest.mark.full
+def test_images_that_grain_reads(tmp_path, monkeypatch):
+  changes = {"data.pipeline": "grain", "data.num_workers": 0}
+  cached = {**changes, "teacher.cache": str(tmp_path / "cache")}
+  cached["teacher.cache_dtype"] = "float32"
+  online = run(tmp_path / "online", changes)
+  first = run(tmp_path / "first", cached)
+  monkeypatch.setattr(teacher_cache.TeacherCache, "_compute", None)
+  later = run(tmp_path / "later", cached)
+  for a, b, c in zip(online, first, later, strict=True):
+    scale = np.abs(a).max() or 1
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale)
+    np.testing.assert_array_equal(b, c)
+
+
 @pytest.mark.parametrize(
   ("field", "value", "name"),
   [
