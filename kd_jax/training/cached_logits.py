@@ -17,9 +17,9 @@ def compress(logits: jax.Array, *, top_k: int, dtype: Any) -> dict[str, Any]:
     dtype: of what is kept, float32 or float16.
 
   Returns:
-    {"logits": [..., C]}, or {"logits": [..., k], "classes": int32 [..., k],
-    "rest": [...]}. "rest" is the logit that each other class gets, so that all
-    of them together keep their probability.
+    {"logits": [..., C]}, or {"logits": [..., k], "classes": [..., k], uint16
+    unless C is larger, "rest": [...]}. "rest" is the logit that each other
+    class gets, so that all of them together keep their probability.
   """
   logits = logits.astype(jnp.float32)
   others = logits.shape[-1] - top_k
@@ -28,9 +28,10 @@ def compress(logits: jax.Array, *, top_k: int, dtype: Any) -> dict[str, Any]:
   largest, classes = jax.lax.top_k(logits, top_k)
   left = jnp.put_along_axis(logits, classes, -jnp.inf, -1, inplace=False)
   rest = jax.nn.logsumexp(left, axis=-1) - jnp.log(float(others))
+  small = logits.shape[-1] <= 2**16
   return {
     "logits": largest.astype(dtype),
-    "classes": classes,
+    "classes": classes.astype(jnp.uint16) if small else classes,
     "rest": rest.astype(dtype),
   }
 
@@ -49,7 +50,6 @@ def expand(kept: dict[str, Any], num_classes: int) -> ModelOutputs:
   if "classes" in kept:
     rest = kept["rest"].astype(jnp.float32)[..., None]
     rest = jnp.broadcast_to(rest, (*rest.shape[:-1], num_classes))
-    logits = jnp.put_along_axis(
-      rest, kept["classes"], logits, -1, inplace=False
-    )
+    classes = kept["classes"].astype(jnp.int32)
+    logits = jnp.put_along_axis(rest, classes, logits, -1, inplace=False)
   return ModelOutputs(logits, {})

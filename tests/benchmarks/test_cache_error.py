@@ -14,8 +14,8 @@ def test_more_logits_lose_less(tmp_path, monkeypatch, capsys):
     errors = [row[name] for row in rows]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3 < 0.1
     assert errors[0] > 100 * errors[-1]
-  # One logit and the rest in float16, a class in int32; all 30 logits.
-  assert [rows[0]["bytes"], rows[-1]["bytes"]] == [8, 60]
+  # One logit and the rest in float16, a class in uint16; all 30 logits.
+  assert [rows[0]["bytes"], rows[-1]["bytes"]] == [6, 60]
   assert 0 < rows[0]["mass"] < rows[1]["mass"] < rows[-1]["mass"] < 1.0001
 
   (tmp_path / "epoch_00001").mkdir()
