@@ -163,6 +163,7 @@ def test_the_comparison_sees_a_wrong_reduction(wrong, made, monkeypatch):
   if wrong == "gradients":  # each device's own
     options["axis_name"] = None
   else:  # the gradient is a sum already, and its mean that sum
+    options["shared_statistics"] = False  # else JAX misses their mean
     shard_map = jax.shard_map
     monkeypatch.setattr(
       jax, "shard_map", lambda *a, check_vma, **k: shard_map(*a, **k)
