@@ -24,6 +24,7 @@ bytes or temporary bytes is an error.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -317,28 +318,33 @@ def main() -> None:
   found: dict[str, Any] = {}
   if args.out and args.out.exists():
     found = json.loads(args.out.read_text())
-  for file in args.config:
-    for devices in args.devices:
-      config = _load(file, args.set)
-      hosts, _, each = devices.rpartition("x")
+  problems = []
+  for file, devices in itertools.product(args.config, args.devices):
+    cell = " ".join([pathlib.Path(file).stem, *args.set, args.gpu, devices])
+    config = _load(file, args.set)
+    hosts, _, each = devices.rpartition("x")
+    try:
       compiled, steps = compile_step(config, target, f"1x{hosts or 1}x{each}")
-      cell = " ".join([pathlib.Path(file).stem, *args.set, args.gpu, devices])
-      found[cell] = {
-        **count(
-          compiled.as_text(),
-          steps=steps,
-          bandwidth=float(values["memory_bandwidth"]),
-          peak=measure.peak(card, config.dtype) or float("inf"),
-        ),
-        "temporary": compiled.memory_analysis().temp_size_in_bytes,
-      }
-      print(cell, json.dumps(found[cell]), flush=True)
-      if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    except Exception as error:  # the others may compile
+      problems.append(f"{cell}: {type(error).__name__}: {error}")
+      print(problems[-1], file=sys.stderr, flush=True)
+      continue
+    found[cell] = {
+      **count(
+        compiled.as_text(),
+        steps=steps,
+        bandwidth=float(values["memory_bandwidth"]),
+        peak=measure.peak(card, config.dtype) or float("inf"),
+      ),
+      "temporary": compiled.memory_analysis().temp_size_in_bytes,
+    }
+    print(cell, json.dumps(found[cell]), flush=True)
+    if args.out:
+      args.out.write_text(json.dumps(found, indent=1) + "\n")
   if args.budget:
-    problems = over_budget(found, json.loads(args.budget.read_text()))
-    if problems:
-      sys.exit("\n".join(["over the budget:", *problems]))
+    problems += over_budget(found, json.loads(args.budget.read_text()))
+  if problems:
+    sys.exit("\n".join(["not compiled, or over the budget:", *problems]))
 
 
 def _load(file: str, changes: list[str]) -> Any:
