@@ -303,7 +303,7 @@ def finish(config: ConfigDict, arg: str) -> ConfigDict:
   if "smoke" in words:
     config.student.name = "resnet8"
     for run in (config, *config.grid.values()):
-      if "teacher" in run and run.teacher.name:
+      if run.get("teacher", {}).get("name"):
         run.teacher.name = "resnet8x2"
       for stage in run.get("stages", {}).values():
         if "epochs" in stage:
