@@ -23,6 +23,7 @@ from configs import base, table_cifar
 from kd_jax import distillers
 
 PAIR = {"teacher": "resnet20", "student": "resnet8"}
+# --config.teacher.checkpoint is of all cells; a student alone has no teacher.
 ALONE = {"student": {"name": "resnet8"}, "teacher": {"checkpoint": ""}}
 
 

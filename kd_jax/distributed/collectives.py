@@ -20,7 +20,7 @@ def axis_mean(x: Any, axis_name: str | None) -> Any:
 
 
 def axis_mean_of_gradients(tree: Any, axis_name: str | None) -> Any:
-  """`axis_mean`, with all scalars and vectors in one array.
+  """`axis_mean` of a pytree, with all its scalars and vectors in one array.
 
   XLA joins small collectives too, but unpacks each array with a kernel.
   """

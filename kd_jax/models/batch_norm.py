@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kd_jax.distributed import collectives
 
-# A GPU sums fewer rows than this at once.
+# A GPU sums fewer rows than this at once. Chosen by counting kernels.
 _MIN_ROWS = 256
 
 

@@ -236,7 +236,7 @@ def parameter_uses(
     *arguments: the others.
 
   Returns:
-    The answer.
+    Its uses, traced from the gradient.
   """
   grad = jax.grad(loss_fn, has_aux=True)
   jaxpr = jax.make_jaxpr(lambda *a: grad(*a)[0])(params, *arguments).jaxpr
