@@ -86,3 +86,7 @@ def started(
     finally:
       timer.cancel()
       process.kill()
+      # Closing would write again what an ended process did not take.
+      with contextlib.suppress(BrokenPipeError):
+        assert process.stdin is not None
+        process.stdin.close()

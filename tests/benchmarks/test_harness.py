@@ -240,6 +240,18 @@ def test_a_process_waits_for_its_turns(last, result, tmp_path):
     assert process.result == result
 
 
+def test_an_ended_process_takes_no_turn(tmp_path):
+  (tmp_path / "waiting_program.py").write_text(WAITING)
+  paths = os.pathsep.join([str(REPO), str(tmp_path)])
+  environment = {**ENVIRONMENT, "PYTHONPATH": paths}
+  with processes.started(["waiting_program"], 9, environment) as process:
+    process.wait()
+    process.end()
+    process.wait()
+    process.take_turn()
+    assert "9 s that were left" in process.result["error"]
+
+
 def test_peaks_are_of_whole_names():
   assert measure.peak("NVIDIA H200", "float32") == 494.7e12
   assert measure.peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
