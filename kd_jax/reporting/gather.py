@@ -9,6 +9,7 @@ import gzip
 import pathlib
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,17 +21,12 @@ from kd_jax.reporting import tables as tables_lib
 from kd_jax.runs import records
 
 BEGIN = "<!-- results: written by python -m kd_jax results -->"
-
-
 END = "<!-- results: end -->"
-
 
 _ENVIRONMENT = "environment.json"
 
-
 # An absolute path: an argument, its value, or an item of a tuple.
 _PATH = re.compile(r"""(?:(?<=[='"(\[,])|^)/[^'",]+""")
-
 
 # Networks of the README's table.
 _PAIR = ("resnet32x4", "resnet8x4")
@@ -122,15 +118,15 @@ def tables(folder: pathlib.Path) -> str:
     folder: of folders of results; it may be missing.
 
   Returns:
-    The values of ResNet-32x4 -> ResNet-8x4, published and ours, with a row for
-    every method of the registry; then a table for each folder that has runs of
-    no published recipe.
+    A list of the registry's methods; the values of ResNet-32x4 -> ResNet-8x4,
+    published and ours; then a table for each folder that has runs of no
+    published recipe.
 
   Raises:
     ValueError: see `runs.collect`.
   """
   groups = _groups(folder)
-  parts = [_short_table(groups)]
+  parts = [_catalogue(), _short_table(groups)]
   by_folder: dict[str, list[runs.Group]] = {}
   for g in groups:
     config = g.first["config"]
@@ -166,21 +162,48 @@ def _groups(folder):
   return runs.group(runs.collect(folder)) if found else []
 
 
+def _catalogue():
+  """All methods, with the places and years of their papers."""
+  logits, more = [], []
+  for method, cls in distillers.DISTILLERS.items():
+    if not cls.needs_teacher:
+      continue
+    title, paper = _named(method)
+    place = paper.rpartition(", ")[2]
+    needs_logits_only = distillers.create(method).needs_logits_only
+    (logits if needs_logits_only else more).append(
+      f"[{title}](kd_jax/distillers/{method}.py) ({place})"
+    )
+  return (
+    f"Methods that read the teacher's logits alone: {', '.join(logits)}.\n\n"
+    "Methods that read more, such as features or a second view:"
+    f" {', '.join(more)}.\n"
+  )
+
+
+def _named(method):
+  """A method's name in the literature and its paper, from its docstring."""
+  module = sys.modules[distillers.DISTILLERS[method].__module__]
+  found = re.match(r"(\S+): .* \((.*)\)\.$", module.__doc__ or "", re.M)
+  return found.groups() if found else (method, "")
+
+
 def _short_table(groups):
-  """The table of one pair of networks."""
+  """The table of one pair of networks; methods without values are left out."""
   teacher, student = _PAIR
   lines = []
   for method, cls in distillers.DISTILLERS.items():
     pair = (teacher if cls.needs_teacher else "", student)
     values = _of_pair(published.values(), *pair, method)
     line = {
-      "method": cls.__name__ if cls.needs_teacher else "student alone",
+      "method": _named(method)[0] if cls.needs_teacher else "student alone",
       "config": f"`{_config(method)}.py`",
       "published": _join(_theirs(v) for v in values) or "-",
     }
     ours = [g for g in groups if _is_of(g, *pair, method)]
     line["kd_jax"] = _join(_ours(g) for g in ours) or _NOT_RUN
-    lines.append(line)
+    if values or ours:
+      lines.append(line)
   values = _of_pair(published.values(), "", teacher)
   ours = [g for g in groups if _is_of(g, "", teacher)]
   return (
@@ -260,7 +283,7 @@ def _settings(value):
 
 
 def _title(value):
-  name = distillers.DISTILLERS[value.method].__name__
+  name, _ = _named(value.method)
   n = [f"n = {value.n}"] if value.n else []
   words = [*_settings(value), f"{_EPOCHS[value.epoch]} epoch", *n]
   return f"{name} ({', '.join(words)})"
