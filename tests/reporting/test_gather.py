@@ -219,11 +219,13 @@ def test_nothing_has_been_run(tmp_path):
   assert header == ["method", "config", "published", "kd_jax"]
   rows = list(dict.fromkeys(row for row, _ in cells))
   pairs = {"", "resnet32x4"}
-  assert rows[0] == "student alone" and len(rows) == len({
-    v.method
-    for v in published.values()
-    if v.student == "resnet8x4" and v.teacher in pairs
-  })
+  assert rows[0] == "student alone" and len(rows) == len(
+    {
+      v.method
+      for v in published.values()
+      if v.student == "resnet8x4" and v.teacher in pairs
+    }
+  )
   assert {cells[row, 3] for row in rows} == {NOT_RUN}
   assert cells["SemCKD", 1] == "`semckd_cifar.py`"
   assert cells["SemCKD", 2] == "76.23 (SimKD, best)"
