@@ -23,6 +23,7 @@ bytes or temporary bytes is an error.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -207,13 +208,17 @@ def count(text: str, *, steps: int, bandwidth: float, peak: float) -> Any:
   }
 
 
-def compile_step(config: Any, target: str, topology: str) -> Any:
+def compile_step(
+  config: Any, target: str, topology: str, examples: int = 0
+) -> Any:
   """Compiles a config's train chunk for devices that are not there.
 
   Args:
     config: made by a file of `configs/`, unlocked.
     target: text of the GPU.
     topology: "SLICESxHOSTSxDEVICES".
+    examples: of the training set and of memory banks; as many as the config
+      has if 0. No images are made for them.
 
   Returns:
     (compiled program, steps of a dispatch).
@@ -243,8 +248,14 @@ def compile_step(config: Any, target: str, topology: str) -> Any:
   config.parallel.num_devices = 1
   teachers = teachers_lib.find(config, source)
   parts = components.build(config, source, test, teachers)
+  examples = examples or len(source)
+  repeated = dataclasses.replace(
+    source,
+    images=np.broadcast_to(source.images[:1], (examples, *source.image_shape)),
+    labels=np.resize(source.labels, examples),
+  )
   made = programs.make_programs(
-    components.make_recipe(config, source, teachers, gpus, parts.pipeline)
+    components.make_recipe(config, repeated, teachers, gpus, parts.pipeline)
   )
   variables = tuple(
     model.variable_shapes(t.network, source.image_shape) for t in teachers
@@ -271,10 +282,14 @@ def compile_step(config: Any, target: str, topology: str) -> Any:
   def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: struct(x, P()), tree)
 
+  resident = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype),
+    parts.pipeline.resident,
+  )
   arguments = (
     jax.tree.map(struct, made.shapes, made.specs),
     whole(step_lib.Constants(frozen, parts.seeds)),
-    whole(parts.pipeline.resident),
+    whole(resident),
     jax.tree.map(lambda x: struct(x, P(None, collectives.AXIS)), chunk),
   )
   traced = made.train_chunk.trace(*arguments)
@@ -303,6 +318,9 @@ def main() -> None:
   )
   parser.add_argument("--gpu", default="h200", help="a file of targets/")
   parser.add_argument("--devices", nargs="+", default=["1"], help="8, or 2x8")
+  parser.add_argument(
+    "--examples", type=int, default=0, help="of the set and of memory banks"
+  )
   parser.add_argument("--out", type=pathlib.Path, help="JSON, written to")
   parser.add_argument("--budget", type=pathlib.Path, help="JSON, compared with")
   args = parser.parse_args()
@@ -320,11 +338,15 @@ def main() -> None:
     found = json.loads(args.out.read_text())
   problems = []
   for file, devices in itertools.product(args.config, args.devices):
-    cell = " ".join([pathlib.Path(file).stem, *args.set, args.gpu, devices])
+    more = [f"examples={args.examples}"] if args.examples else []
+    words = [pathlib.Path(file).stem, *args.set, *more, args.gpu, devices]
+    cell = " ".join(words)
     config = _load(file, args.set)
     hosts, _, each = devices.rpartition("x")
     try:
-      compiled, steps = compile_step(config, target, f"1x{hosts or 1}x{each}")
+      compiled, steps = compile_step(
+        config, target, f"1x{hosts or 1}x{each}", args.examples
+      )
     except Exception as error:  # the others may compile
       problems.append(f"{cell}: {type(error).__name__}: {error}")
       print(problems[-1], file=sys.stderr, flush=True)

@@ -50,8 +50,9 @@ def mlkd_loss(
   Raises:
     ValueError: for other ranks, unequal shapes, or a number out of its range.
 
-  Source: Jin, Wang and Lin, "Multi-level Logit Distillation", CVPR 2023,
-  without its masks of confident examples and classes.
+  Source: Jin, Wang and Lin, "Multi-level Logit Distillation", CVPR 2023. The
+  authors' code also scales three terms by the shares of examples and classes
+  whose confidence is at most the median, about a half; the paper does not.
 
   >>> import jax.numpy as jnp
   >>> z = jnp.array([[1.0, 2.0]])
