@@ -209,7 +209,7 @@ def count(text: str, *, steps: int, bandwidth: float, peak: float) -> Any:
 
 
 def compile_step(
-  config: Any, target: str, topology: str, examples: int = 0
+  config: Any, target: str, topology: str, bank_rows: int = 0
 ) -> Any:
   """Compiles a config's train chunk for devices that are not there.
 
@@ -217,8 +217,8 @@ def compile_step(
     config: made by a file of `configs/`, unlocked.
     target: text of the GPU.
     topology: "SLICESxHOSTSxDEVICES".
-    examples: of the training set and of memory banks; as many as the config
-      has if 0. No images are made for them.
+    bank_rows: of memory banks; as many as the config has images if 0. The
+      images in a device's memory stay the config's.
 
   Returns:
     (compiled program, steps of a dispatch).
@@ -248,14 +248,12 @@ def compile_step(
   config.parallel.num_devices = 1
   teachers = teachers_lib.find(config, source)
   parts = components.build(config, source, test, teachers)
-  examples = examples or len(source)
-  repeated = dataclasses.replace(
-    source,
-    images=np.broadcast_to(source.images[:1], (examples, *source.image_shape)),
-    labels=np.resize(source.labels, examples),
+  labels = np.resize(source.labels, bank_rows or len(source))
+  recipe = components.make_recipe(
+    config, source, teachers, gpus, parts.pipeline
   )
   made = programs.make_programs(
-    components.make_recipe(config, repeated, teachers, gpus, parts.pipeline)
+    dataclasses.replace(recipe, train_labels=labels.tobytes())
   )
   variables = tuple(
     model.variable_shapes(t.network, source.image_shape) for t in teachers
@@ -282,14 +280,10 @@ def compile_step(
   def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: struct(x, P()), tree)
 
-  resident = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype),
-    parts.pipeline.resident,
-  )
   arguments = (
     jax.tree.map(struct, made.shapes, made.specs),
     whole(step_lib.Constants(frozen, parts.seeds)),
-    whole(resident),
+    whole(parts.pipeline.resident),
     jax.tree.map(lambda x: struct(x, P(None, collectives.AXIS)), chunk),
   )
   traced = made.train_chunk.trace(*arguments)
@@ -319,7 +313,7 @@ def main() -> None:
   parser.add_argument("--gpu", default="h200", help="a file of targets/")
   parser.add_argument("--devices", nargs="+", default=["1"], help="8, or 2x8")
   parser.add_argument(
-    "--examples", type=int, default=0, help="of the set and of memory banks"
+    "--bank_rows", type=int, default=0, help="of memory banks"
   )
   parser.add_argument("--out", type=pathlib.Path, help="JSON, written to")
   parser.add_argument("--budget", type=pathlib.Path, help="JSON, compared with")
@@ -338,14 +332,14 @@ def main() -> None:
     found = json.loads(args.out.read_text())
   problems = []
   for file, devices in itertools.product(args.config, args.devices):
-    more = [f"examples={args.examples}"] if args.examples else []
+    more = [f"bank_rows={args.bank_rows}"] if args.bank_rows else []
     words = [pathlib.Path(file).stem, *args.set, *more, args.gpu, devices]
     cell = " ".join(words)
     config = _load(file, args.set)
     hosts, _, each = devices.rpartition("x")
     try:
       compiled, steps = compile_step(
-        config, target, f"1x{hosts or 1}x{each}", args.examples
+        config, target, f"1x{hosts or 1}x{each}", args.bank_rows
       )
     except Exception as error:  # the others may compile
       problems.append(f"{cell}: {type(error).__name__}: {error}")
