@@ -6,7 +6,7 @@
 
 The first gathers the finished runs of a workdir. The second writes the short
 tables of what has been gathered into a document, the third those of all
-published pairs and methods, see `kd_jax.reporting.gather`.
+published pairs and methods, see `kd_jax.reporting.documents`.
 """
 
 import argparse
@@ -36,16 +36,16 @@ def main() -> None:
   args = parser.parse_args()
   with arguments.exit_on_error(parser):
     reporting.require_packages()
-    from kd_jax.reporting import gather
+    from kd_jax.reporting import documents, gather
 
     if args.to is not None:
       print(*gather.gather(args.folder, args.to), sep="\n")
       return
     document = args.readme or args.page
-    make = gather.tables if args.readme else gather.page
+    make = documents.tables if args.readme else documents.page
     text = document.read_text(encoding="utf-8")
     try:
-      new = gather.rewrite(text, make(args.folder))
+      new = documents.rewrite(text, make(args.folder))
     except ValueError as error:
       raise ValueError(f"{document}: {error}") from error
     if new != text:

@@ -3,8 +3,8 @@
 `runs` collects finished runs and groups trials; `statistics`, `tables`,
 `figures` and `hparams` show them; `published` has values to compare with;
 `analysis` compares students with teachers; `report` writes all of it, with
-`html`; `gather` keeps results and puts their tables into a document. The
-package may import `runs` and all rooms below it; only `cli` and `launch.py`
+`html`; `gather` keeps results, `documents` puts their tables into a document.
+The package may import `runs` and all rooms below it; only `cli` and `launch.py`
 import it.
 """
 

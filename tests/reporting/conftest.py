@@ -1,9 +1,23 @@
 """Runs and analyses that nobody has trained."""
 
+import json
+
 import numpy as np
 import pytest
 
 from kd_jax.reporting import analysis
+
+
+@pytest.fixture
+def keep(write):
+  """keep(folder, top1, **more): a finished run with its environment."""
+
+  def make(folder, *arguments, command=("launch.py",), **more):
+    write(folder, *arguments, **more)
+    environment = {"command": command, "versions": {"jax": "1.0"}}
+    (folder / "environment.json").write_text(json.dumps(environment))
+
+  return make
 
 
 @pytest.fixture
