@@ -72,20 +72,20 @@ def _groups(folder):
 
 def _catalogue():
   """All methods, with the places and years of their papers."""
-  logits, more = [], []
+  by_need: dict[bool, list[str]] = {True: [], False: []}
   for method, cls in distillers.DISTILLERS.items():
     if not cls.needs_teacher:
       continue
     title, paper = _named(method)
     place = paper.rpartition(", ")[2]
-    needs_logits_only = distillers.create(method).needs_logits_only
-    (logits if needs_logits_only else more).append(
+    by_need[distillers.create(method).needs_logits_only].append(
       f"[{title}](kd_jax/distillers/{method}.py) ({place})"
     )
   return (
-    f"Methods that read the teacher's logits alone: {', '.join(logits)}.\n\n"
+    "Methods that read the teacher's logits alone:"
+    f" {', '.join(by_need[True])}.\n\n"
     "Methods that read more, such as features or a second view:"
-    f" {', '.join(more)}.\n"
+    f" {', '.join(by_need[False])}.\n"
   )
 
 
