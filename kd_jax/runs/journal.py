@@ -146,6 +146,9 @@ class Journal:
       return
     offset, names = found
     terms = [n for n in names if n in self._config.loss_weights] or names
+    weights = ", ".join(
+      f"{name} {weight:g}" for name, weight in self._config.loss_weights.items()
+    )
     kept = "No checkpoint had been written"
     self.wait()
     if saved := self.saved_step():
@@ -153,9 +156,10 @@ class Journal:
     raise errors.NonFiniteLossError(
       f"step {first + offset + 1}: the loss is not finite (terms:"
       f" {', '.join(terms)}). {kept}. Lower config.optim.learning_rate (now"
-      f" {self._config.optim.learning_rate}) or set"
-      " config.optim.warmup_epochs or config.optim.gradient_clip, in another"
-      " --workdir: a run keeps its config"
+      f" {self._config.optim.learning_rate}) or a weight (config.loss_weights:"
+      f" {weights}), or set config.optim.warmup_epochs or"
+      " config.optim.gradient_clip, in another --workdir: a run keeps its"
+      " config"
     )
 
   def log(self, step: int, pace: float | None) -> str:
