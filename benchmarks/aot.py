@@ -217,8 +217,8 @@ def compile_step(
     config: made by a file of `configs/`, unlocked.
     target: text of the GPU.
     topology: "SLICESxHOSTSxDEVICES".
-    bank_rows: of memory banks; as many as the config has images if 0. The
-      images in a device's memory stay the config's.
+    bank_rows: of CRD's memory banks; if 0, as many as the config has images.
+      The images themselves stay as many as the config says.
 
   Returns:
     (compiled program, steps of a dispatch).
@@ -313,7 +313,7 @@ def main() -> None:
   parser.add_argument("--gpu", default="h200", help="a file of targets/")
   parser.add_argument("--devices", nargs="+", default=["1"], help="8, or 2x8")
   parser.add_argument(
-    "--bank_rows", type=int, default=0, help="of memory banks"
+    "--bank_rows", type=int, default=0, help="of CRD's memory banks"
   )
   parser.add_argument("--out", type=pathlib.Path, help="JSON, written to")
   parser.add_argument("--budget", type=pathlib.Path, help="JSON, compared with")

@@ -10,7 +10,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_jax import __main__ as command_line
-from kd_jax import distillers
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -163,12 +162,6 @@ def test_named_files_exist(name):
     if not any((REPO / folder / path).exists() for folder in ("", "configs"))
   ]
   assert missing == []
-
-
-def test_every_method_is_in_the_list():
-  methods = {*distillers.names()} - {"none"}
-  links = {m: f"](kd_jax/distillers/{m}.py)" for m in methods}
-  assert [m for m, link in links.items() if link not in README] == []
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
