@@ -55,12 +55,15 @@ def page(folder: pathlib.Path) -> str:
   Raises:
     ValueError: see `runs.collect`.
   """
-  groups = _groups(folder)
+  followers: dict[published.Published, list[runs.Group]] = {}
+  for g in _groups(folder):
+    for value in published.find(g.first["config"]):
+      followers.setdefault(value, []).append(g)
   by_recipe: dict[str, list[published.Published]] = {}
   for value in published.values():
     by_recipe.setdefault(value.recipe, []).append(value)
   return "\n".join(
-    _recipe_table(recipe, values, groups)
+    _recipe_table(recipe, values, followers)
     for recipe, values in by_recipe.items()
   )
 
@@ -123,7 +126,7 @@ def _short_table(groups):
   )
 
 
-def _recipe_table(recipe, values, groups):
+def _recipe_table(recipe, values, followers):
   """All pairs and methods of a recipe."""
   columns: dict[str, list[published.Published]] = {}
   for value in values:
@@ -137,9 +140,10 @@ def _recipe_table(recipe, values, groups):
     line = {"teacher": f"`{teacher}`", "student": f"`{student}`"}
     for name, network in (("its teacher", teacher), ("alone", student)):
       if alone:
-        line[name] = _cell([alone[network]] if network in alone else [], groups)
+        own = [alone[network]] if network in alone else []
+        line[name] = _cell(own, followers)
     for title, members in columns.items():
-      line[title] = _cell(_of_pair(members, teacher, student), groups)
+      line[title] = _cell(_of_pair(members, teacher, student), followers)
     lines.append(line)
   names = sorted({str.split(v.config)[0] for v in values})
   sources = dict.fromkeys(v.source for v in values)
@@ -213,15 +217,14 @@ def _ours(g):
   return f"{score} ({', '.join(words)})"
 
 
-def _cell(values, groups):
+def _cell(values, followers):
   """Published values and those of runs that follow them."""
   parts = []
   for value in values:
     parts.append(f"{value.top1:.2f}")
-    for g in groups:
-      if value in published.find(g.first["config"]):
-        score = statistics.mean_std(g.values(value.epoch, "top1"), 2)
-        parts.append(f"kd_jax {score} (n = {len(g.rows)})")
+    for g in followers.get(value, ()):
+      score = statistics.mean_std(g.values(value.epoch, "top1"), 2)
+      parts.append(f"kd_jax {score} (n = {len(g.rows)})")
   return _join(parts) or "-"
 
 
