@@ -1,6 +1,6 @@
 """The test session: four CPU devices, strict promotion, golden values."""
 
-import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -10,6 +10,8 @@ import sys
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs run for milliseconds: compiling them fast is what counts.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   # Compiles in half the time. XLA does not start with a flag unknown to it.
   flags = [
@@ -22,8 +24,10 @@ import filelock
 import hypothesis
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
+# Tracing makes many objects, and little garbage: looking for it among all that
+# JAX keeps takes a tenth of the time.
+gc.set_threshold(50_000, 20, 50)
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "allow")
 # The same examples each time; scripts/fuzz.py tries others.
@@ -72,39 +76,16 @@ def session_folder(tmp_path_factory) -> pathlib.Path:
   return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@contextlib.contextmanager
-def _compiling_fast(session_folder):
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(session_folder):
+  """Compiles a program once for all tests and all of xdist's workers."""
   folder = session_folder / "compilation_cache"
-  settings = {
-    "jax_disable_most_optimizations": (True, False),
-    "jax_compilation_cache_dir": (str(folder), None),
-    "jax_persistent_cache_min_compile_time_secs": (0.2, 1.0),
-  }
-  for name, (inside, _) in settings.items():
-    jax.config.update(name, inside)
-  compilation_cache.reset_cache()
-  yield
-  for name, (_, outside) in settings.items():
-    jax.config.update(name, outside)
-  compilation_cache.reset_cache()
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture
-def fast_compile(session_folder):
-  """Compiles several times faster, into slower code, and only once."""
-  with _compiling_fast(session_folder):
-    yield
-
-
-@pytest.fixture(scope="module")
-def fast_compile_module(session_folder):
-  """The same for all tests of a module, and for its own fixtures."""
-  with _compiling_fast(session_folder):
-    yield
-
-
-@pytest.fixture
-def smoke_run(session_folder, fast_compile):
+def smoke_run(session_folder):
   """smoke_run("kd_cifar") -> workdir of the finished `:smoke` run.
 
   Each run is made once for all tests, and by one of xdist's workers for all.

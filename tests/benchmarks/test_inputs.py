@@ -28,9 +28,7 @@ def coarse_clock(monkeypatch):
   monkeypatch.setattr(measure, "cpu_seconds", lambda: next(seconds))
 
 
-def test_input_pipelines_beside_each_other(
-  tmp_path, fast_compile, capsys, coarse_clock
-):
+def test_input_pipelines_beside_each_other(tmp_path, capsys, coarse_clock):
   out = tmp_path / "input.json"
   input_pipeline.main(
     [

@@ -70,7 +70,7 @@ def torch_losses(work: work_lib.Work, weights, steps: int) -> list[float]:
     pytest.param("semckd", 1, marks=pytest.mark.full),
   ],
 )
-def test_sides_have_the_same_losses(method, steps, weights, fast_compile):
+def test_sides_have_the_same_losses(method, steps, weights):
   work = tiny(method)
   ours = jax_side.Program(work, weights).run(steps)
   theirs = torch_losses(work, weights, steps)
@@ -78,7 +78,7 @@ def test_sides_have_the_same_losses(method, steps, weights, fast_compile):
   assert len(set(ours)) == steps  # it moves
 
 
-def test_crd_has_the_same_losses_of_the_same_negatives(weights, fast_compile):
+def test_crd_has_the_same_losses_of_the_same_negatives(weights):
   """The second and third step see the banks that those before have moved."""
   work = tiny("crd")
   source = work.source

@@ -217,9 +217,7 @@ def test_evaluate_weights_on_a_folder_of_cifars_layout(
   assert "It looks like resnet8 with 100 classes" in capsys.readouterr().err
 
 
-def test_evaluate_on_a_folder_of_images(
-  tmp_path, run_main, capsys, fast_compile
-):
+def test_evaluate_on_a_folder_of_images(tmp_path, run_main, capsys):
   rng = np.random.default_rng(0)
   for split in ("train", "val"):
     for name in ("n01", "n02", "n03"):

@@ -14,14 +14,6 @@ import pytest
 from kd_jax import distillers
 from kd_jax.models.layers import ModelOutputs
 
-# These programs run for milliseconds: compiling them fast is what counts.
-quick_jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-  },
-)
 LEAVES = {
   **{"kernel": "weight", "scale": "weight", "bias": "bias"},
   **{"mean": "running_mean", "var": "running_var"},
@@ -32,12 +24,6 @@ LEAVES = {
 def no_rank_promotion():
   with jax.numpy_rank_promotion("raise"):
     yield
-
-
-@pytest.fixture(scope="session")
-def quick():
-  """jax.jit, compiling fast."""
-  return quick_jit
 
 
 def reference_name(method, module, leaf):
@@ -238,7 +224,7 @@ class Tiny:
 
   def real_init(self, module, **given):
     """The variables that the module's own initialisers draw."""
-    return quick_jit(self.init_function(module, **given))(jax.random.key(0))
+    return jax.jit(self.init_function(module, **given))(jax.random.key(0))
 
   def init(self, module, **given):
     """Variables of the module's shapes, drawn with numpy, and its memory.
@@ -260,7 +246,7 @@ class Tiny:
     variables = jax.tree_util.tree_map_with_path(draw, shapes)
     if memory is not None:
       init = self.init_function(module, **given)
-      made = quick_jit(lambda key: init(key)["memory"])(jax.random.key(0))
+      made = jax.jit(lambda key: init(key)["memory"])(jax.random.key(0))
       variables["memory"] = made
     return variables
 
@@ -276,7 +262,7 @@ class Tiny:
       )
 
     if (module, train) not in self.compiled:
-      self.compiled[module, train] = quick_jit(call)
+      self.compiled[module, train] = jax.jit(call)
     given = {
       n: getattr(self, n) for n in ("student", "teacher", "batch")
     } | given

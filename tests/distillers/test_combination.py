@@ -37,7 +37,7 @@ def fixed(tiny):
   return tiny.given(batch={**tiny.batch, "negatives": negatives})
 
 
-def total(quick, module, variables, given, weights):
+def total(module, variables, given, weights):
   def loss(student, params):
     rest = {k: v for k, v in variables.items() if k != "params"}
     output, moved = module.apply(
@@ -48,12 +48,12 @@ def total(quick, module, variables, given, weights):
     sums = {name: jnp.mean(x) for name, x in output.terms.items()}
     return sum(weights[n] * sums[n] for n in weights), (sums, moved)
 
-  return quick(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+  return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
     given["student"], variables["params"]
   )
 
 
-def test_terms_and_gradients_are_the_sum_of_both(tiny, quick):
+def test_terms_and_gradients_are_the_sum_of_both(tiny):
   both = distillers.create("crd+dkd", **CRD, beta=2.0)
   crd = distillers.create("crd", **CRD)
   dkd = distillers.create("dkd", beta=2.0)
@@ -64,16 +64,14 @@ def test_terms_and_gradients_are_the_sum_of_both(tiny, quick):
   }
   weights = {"ce": 1.0, "kd": 2.0, "crd": 0.8, "dkd": 3.0}
   (value, (sums, moved)), (by_student, by_params) = total(
-    quick, both, variables, given, weights
+    both, variables, given, weights
   )
   assert sums.keys() == weights.keys()
   own = {kind: tree["crd"] for kind, tree in variables.items()}
   (one, (_, one_moved)), (g_one, p_one) = total(
-    quick, crd, own, given, {"ce": 1.0, "kd": 2.0, "crd": 0.8}
+    crd, own, given, {"ce": 1.0, "kd": 2.0, "crd": 0.8}
   )
-  (other, _), (g_other, _) = total(
-    quick, dkd, {"params": {}}, given, {"dkd": 3.0}
-  )
+  (other, _), (g_other, _) = total(dkd, {"params": {}}, given, {"dkd": 3.0})
   np.testing.assert_allclose(value, one + other, rtol=1e-6)
   expected = jax.tree.map(jnp.add, g_one, g_other)
   jax.tree.map(
@@ -145,7 +143,7 @@ def test_two_terms_of_one_name(tiny):
     module.apply({}, **tiny.given())
 
 
-def test_one_member_predicts(tiny, quick):
+def test_one_member_predicts(tiny):
   module = distillers.create("dkd+simkd")
   variables = tiny.init(module)
   output, _ = tiny.apply(module, variables, train=False)
@@ -156,7 +154,7 @@ def test_one_member_predicts(tiny, quick):
   assert module.predictor.name == "simkd"
   pair = (tiny.student, (tiny.teacher,))
   found, wanted = (
-    quick(lambda v, m=m: m.apply(v, *pair, method="last_map"))(v)
+    jax.jit(lambda v, m=m: m.apply(v, *pair, method="last_map"))(v)
     for m, v in ((module, variables), (simkd, alone))
   )
   np.testing.assert_allclose(found, wanted, rtol=1e-6)
@@ -168,7 +166,7 @@ def test_one_member_predicts(tiny, quick):
   np.testing.assert_array_equal(last, tiny.student.features["last"])
 
 
-def test_several_teachers(tiny, quick):
+def test_several_teachers(tiny):
   module = distillers.create_for_teachers("kd+simkd", (3.0, 1.0))
   other = jax.tree.map(lambda x: 1.5 * x[::-1], tiny.teacher)
   weights = normal(9, 16, 5)
@@ -177,11 +175,11 @@ def test_several_teachers(tiny, quick):
     "teachers": (tiny.teacher, other),
     "teacher_heads": (tiny.head, lambda pooled: pooled @ weights),
   }
-  variables = quick(lambda: module.init(jax.random.key(0), **given))()
-  output = quick(lambda v: module.apply(v, **given))(variables)
+  variables = jax.jit(lambda: module.init(jax.random.key(0), **given))()
+  output = jax.jit(lambda v: module.apply(v, **given))(variables)
   alone = distillers.create_for_teachers("simkd", (3.0, 1.0))
   own = {kind: tree["simkd"] for kind, tree in variables.items()}
-  expected = quick(lambda v: alone.apply(v, **given))(own)
+  expected = jax.jit(lambda v: alone.apply(v, **given))(own)
   np.testing.assert_allclose(output.logits, expected.logits, rtol=1e-6)
   for term, value in expected.terms.items():
     np.testing.assert_allclose(output.terms[term], value, rtol=1e-6)

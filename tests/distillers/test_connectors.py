@@ -67,10 +67,10 @@ FUSE = (X, jnp.ones((2, 2, 2, 24)), (4, 4), 30)
     ),
   ],
 )
-def test_initial_weights_are_the_references(quick, module, args, bounds):
+def test_initial_weights_are_the_references(module, args, bounds):
   """Uniform within +- the square root of `bounds`, and filling it."""
   train = {} if len(args) == 1 else {"train": True}
-  params = quick(lambda k: module.init(k, *args, **train))(jax.random.key(0))
+  params = jax.jit(lambda k: module.init(k, *args, **train))(jax.random.key(0))
   for name, square in bounds.items():
     kernel, bound = params["params"][name]["kernel"], np.sqrt(square)
     assert float(jnp.abs(kernel).max()) <= bound

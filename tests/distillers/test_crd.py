@@ -52,7 +52,7 @@ METHOD = Method(
 )
 
 
-def test_golden(golden_inputs, fill_distiller, rebuild, quick):
+def test_golden(golden_inputs, fill_distiller, rebuild):
   """Two calls: the second sees the banks that the first has moved."""
   inputs = golden_inputs
   calls = {}
@@ -80,7 +80,7 @@ def test_golden(golden_inputs, fill_distiller, rebuild, quick):
       )
       return jnp.mean(output.terms["crd"]), moved
 
-    value_and_grad = quick(jax.value_and_grad(loss, has_aux=True))
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
     start = variables["memory"]["bank_s"]
     for number, case in enumerate(cases):
       negatives = rebuild.integers(

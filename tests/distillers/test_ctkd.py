@@ -36,9 +36,9 @@ METHOD = Method(
 )
 
 
-def test_the_gradient_turns_round(golden, quick):
+def test_the_gradient_turns_round(golden):
   schedules = json.loads((golden / "losses_2.json").read_text())["schedules"]
-  grad = quick(
+  grad = jax.jit(
     jax.value_and_grad(
       lambda x, epoch: 3 * losses.reversed_gradient(x, epoch, epochs=10)
     )
@@ -50,7 +50,7 @@ def test_the_gradient_turns_round(golden, quick):
 
 
 @pytest.mark.parametrize("kind", METHOD.golden, ids=lambda kind: kind.pattern)
-def test_the_temperatures_gradient(golden_inputs, quick, kind):
+def test_the_temperatures_gradient(golden_inputs, kind):
   """In the fifth epoch, whose factor is -0.5."""
   ((_, case),) = golden_inputs.cases(kind.pattern)
   module = distillers.create("ctkd", **kind.fields(case))
@@ -66,5 +66,5 @@ def test_the_temperatures_gradient(golden_inputs, quick, kind):
     return jnp.mean(output.terms["ctkd"])
 
   (expected,) = case["grad"]["ctkd_theta"]["probe"]
-  found = quick(jax.grad(loss))(jnp.ones(()))
+  found = jax.jit(jax.grad(loss))(jnp.ones(()))
   np.testing.assert_allclose(found, expected, rtol=1e-3)

@@ -39,7 +39,7 @@ METHOD = Method(
 )
 
 
-def test_two_teachers_give_the_mean(golden_inputs, quick):
+def test_two_teachers_give_the_mean(golden_inputs):
   """The golden value is the sum."""
   ((_, case),) = golden_inputs.cases("funmatch_kl_two_teachers")
   module = distillers.create_for_teachers(
@@ -61,13 +61,13 @@ def test_two_teachers_give_the_mean(golden_inputs, quick):
     )
     return 2 * jnp.mean(output.terms["funmatch"])
 
-  value, gradient = quick(jax.value_and_grad(loss))(student.logits)
+  value, gradient = jax.jit(jax.value_and_grad(loss))(student.logits)
   np.testing.assert_allclose(value, case["loss"], rtol=1e-5)
   golden_inputs.assert_gradient(gradient, case["grad"]["logits_s"], "two")
 
 
 @pytest.mark.parametrize("distance", funmatch.DISTANCES[1:])
-def test_every_distance_stays_finite(distance, quick):
+def test_every_distance_stays_finite(distance):
   """For huge logits, equal networks and a batch of one."""
   largest = T.max(-1, keepdims=True)
   one_hot = np.where(largest == T, 1e4, -1e4)
@@ -75,7 +75,7 @@ def test_every_distance_stays_finite(distance, quick):
   def loss(s, t):
     return jnp.mean(losses.funmatch_loss(s, t, distance=distance))
 
-  both = quick(jax.value_and_grad(loss, (0, 1)))
+  both = jax.jit(jax.value_and_grad(loss, (0, 1)))
   for s, t in ((1e4 * S, one_hot), (T, T), (0 * S, 0 * T), (S[:1], T[:1])):
     s, t = (x.astype(np.float32) for x in (s, t))
     for x in jax.tree.leaves(both(s, t)):

@@ -87,7 +87,7 @@ def expected_modules(case, unused):
 
 
 @pytest.mark.parametrize(("method", "kind"), GOLDEN)
-def test_method(golden_inputs, fill_distiller, quick, method, kind):
+def test_method(golden_inputs, fill_distiller, method, kind):
   inputs = golden_inputs
   for pair, case in inputs.cases(kind.pattern):
     student, teacher = (network(inputs, pair, case, side) for side in "st")
@@ -146,9 +146,9 @@ def test_method(golden_inputs, fill_distiller, quick, method, kind):
     varied = {
       n: student.features.get(n, student.logits) for n in names.values()
     }
-    (value, logits), gradients = quick(jax.value_and_grad(loss, has_aux=True))(
-      varied, variables, teacher
-    )
+    (value, logits), gradients = jax.jit(
+      jax.value_and_grad(loss, has_aux=True)
+    )(varied, variables, teacher)
     context = f"{pair} {kind.pattern} {kind.fields(case)}"
     np.testing.assert_allclose(
       value, case["loss"], rtol=kind.tolerance, err_msg=context

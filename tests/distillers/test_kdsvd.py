@@ -52,12 +52,12 @@ def matrices(maps, example):
 
 
 @pytest.fixture(scope="module")
-def value_and_grad(quick):
+def value_and_grad():
   def loss(students, teachers):
     value = losses.kdsvd_loss(students, teachers)
     return jnp.sum(value), value
 
-  compiled = quick(jax.value_and_grad(loss, has_aux=True))
+  compiled = jax.jit(jax.value_and_grad(loss, has_aux=True))
 
   def run(students, teachers):
     (_, value), gradients = compiled(students, teachers)

@@ -26,13 +26,13 @@ def given(tiny, **more):
 
 
 @pytest.mark.parametrize("name", ABLE)
-def test_terms_and_prediction_are_weighted_means(tiny, name, quick):
+def test_terms_and_prediction_are_weighted_means(tiny, name):
   alone = distillers.create(name)
   joined = distillers.create_for_teachers(name, WEIGHTS)
   other = jax.tree.map(lambda x: 1.5 * x[::-1], tiny.teacher)
   both = given(tiny, teachers=(tiny.teacher, other))
 
-  @quick
+  @jax.jit
   def outputs(key):
     variables = joined.init(key, **both)
     single = [
@@ -61,7 +61,7 @@ def test_terms_and_prediction_are_weighted_means(tiny, name, quick):
 
 
 @pytest.mark.parametrize("size", [8, 4])
-def test_a_joined_classifier_predicts_the_mean(tiny, make_output, size, quick):
+def test_a_joined_classifier_predicts_the_mean(tiny, make_output, size):
   """Also if one teacher's map is half as large as the other's."""
   joined = distillers.create_for_teachers("simkd", WEIGHTS)
   teachers = tuple(
@@ -70,7 +70,7 @@ def test_a_joined_classifier_predicts_the_mean(tiny, make_output, size, quick):
   student = make_output(5, widths=(6, 12), sizes=(8, 8))
   both = given(tiny, student=student, teachers=teachers)
 
-  @quick
+  @jax.jit
   def outputs(key):
     variables = joined.init(key, **both)
     last = joined.apply(variables, student, teachers, method="last_map")

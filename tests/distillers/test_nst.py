@@ -25,10 +25,10 @@ METHOD = Method(
 )
 
 
-def test_golden_of_some_maps(golden_inputs, quick):
+def test_golden_of_some_maps(golden_inputs):
   """The method itself compares all stages."""
   inputs = golden_inputs
-  value_and_grad = quick(
+  value_and_grad = jax.jit(
     jax.value_and_grad(lambda s, t: jnp.mean(losses.nst_loss(s, t)))
   )
   for pair, case in inputs.cases("nst"):

@@ -47,7 +47,7 @@ METHOD = Method(
 )
 
 
-def test_the_loss(golden_inputs, quick):
+def test_the_loss(golden_inputs):
   """Of logits alone; the method wants stages too."""
   logits = [golden_inputs.tensor(f"logits_{side}") for side in "st"]
   for _, case in golden_inputs.cases(r"ofa_eps[\d.]+"):
@@ -57,13 +57,13 @@ def test_the_loss(golden_inputs, quick):
       labels = golden_inputs.labels(case)
       return jnp.mean(losses.ofa_loss(student, logits[1], labels, **settings))
 
-    value, gradient = quick(jax.value_and_grad(loss))(logits[0])
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits[0])
     np.testing.assert_allclose(value, case["loss"], rtol=1e-5)
     expected = case["grad"]["logits_s"]
     golden_inputs.assert_gradient(gradient, expected, "ofa")
 
 
-def compare(inputs, quick, case, fill, features, given, **fields):
+def compare(inputs, case, fill, features, given, **fields):
   """Value and gradients of the term "ofa" against a golden value."""
   module = distillers.create("ofa", eps=case["eps"], **fields)
   teacher = ModelOutputs(
@@ -90,12 +90,12 @@ def compare(inputs, quick, case, fill, features, given, **fields):
     )
     return jnp.mean(output.terms["ofa"])
 
-  value, gradients = quick(jax.value_and_grad(loss))(given)
+  value, gradients = jax.jit(jax.value_and_grad(loss))(given)
   np.testing.assert_allclose(value, case["loss"], rtol=1e-5)
   return gradients
 
 
-def test_exits_of_convolutional_stages(golden_inputs, fill_distiller, quick):
+def test_exits_of_convolutional_stages(golden_inputs, fill_distiller):
   inputs = golden_inputs
   ((_, case),) = inputs.cases("ofa_cnn_heads")
 
@@ -109,7 +109,7 @@ def test_exits_of_convolutional_stages(golden_inputs, fill_distiller, quick):
 
   given = {name: inputs.tensor(name) for name in case["student"]}
   gradients = compare(
-    *(inputs, quick, case, fill),
+    *(inputs, case, fill),
     lambda given: {f"stage{name[7]}": x for name, x in given.items()},
     given,
   )
@@ -118,7 +118,7 @@ def test_exits_of_convolutional_stages(golden_inputs, fill_distiller, quick):
 
 
 @pytest.mark.parametrize("stage", [1, 4])
-def test_exits_of_tokens(golden_inputs, fill_distiller, quick, stage):
+def test_exits_of_tokens(golden_inputs, fill_distiller, stage):
   inputs = golden_inputs
   ((_, case),) = inputs.cases(f"ofa_vit_head{stage}")
 
@@ -133,9 +133,7 @@ def test_exits_of_tokens(golden_inputs, fill_distiller, quick, stage):
     return {**found, "block1": grid, f"class_token{stage}": tokens[:, 0]}
 
   tokens = inputs.tensor("ofa_tokens_s")
-  gradient = compare(
-    inputs, quick, case, fill, features, tokens, exits=(stage,)
-  )
+  gradient = compare(inputs, case, fill, features, tokens, exits=(stage,))
   inputs.assert_gradient(gradient, case["grad"]["ofa_tokens_s"], "tokens")
 
 

@@ -108,7 +108,7 @@ class Networks(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def networks(read, rebuild, quick):
+def networks(read, rebuild):
   """networks(folder, pair) -> its `Networks`, compiled for all methods."""
 
   @functools.cache
@@ -119,7 +119,7 @@ def networks(read, rebuild, quick):
     teacher, frozen = torch_variables(
       rebuild, curves["teacher"], curves["teacher_seed"]
     )
-    precompute = quick(
+    precompute = jax.jit(
       loss.make_precompute_teacher(teachers=(teacher,), transform=as_it_is)
     )
     batches = [
@@ -130,7 +130,7 @@ def networks(read, rebuild, quick):
       lambda v, x: student.apply(v, x, train=False),
       *(variables, batches[0]["image"]),
     )
-    predict = quick(lambda v, x: student.apply(v, x, train=False).logits)
+    predict = jax.jit(lambda v, x: student.apply(v, x, train=False).logits)
     return Networks(
       *(student, variables, output, teacher, frozen, batches, predict)
     )
@@ -161,9 +161,7 @@ def relative_error(ours, theirs):
     for name, curve in CURVES
   ],
 )
-def test_six_steps(
-  method, curve, read, networks, rebuild, fill_distiller, quick
-):
+def test_six_steps(method, curve, read, networks, rebuild, fill_distiller):
   curves = read(curve.folder, curve.pair)
   expected, tolerance = curves["methods"][curve.word], curve.tolerance
   seed = curves["student_seed"]
@@ -209,7 +207,7 @@ def test_six_steps(
   variables = jax.eval_shape(initialize, student_output)
   if "memory" in variables:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), student_output)
-    memory = quick(lambda output: initialize(output)["memory"])(zeros)
+    memory = jax.jit(lambda output: initialize(output)["memory"])(zeros)
     variables = {**variables, "memory": memory}
   if constants := distiller.teacher_constants((teacher,), (frozen,)):
     variables = {**variables, base.CONSTANTS: constants}
@@ -230,7 +228,7 @@ def test_six_steps(
       weight_decay=curves["weight_decay"],
       decay_mask=reached,
     )
-    step = quick(
+    step = jax.jit(
       step_lib.make_train_step(
         optimizer=optimizer,
         split_ce=bool(curve.dot_delta),
@@ -291,7 +289,7 @@ def test_six_steps(
     theta = state.params["distiller"]["theta"]
     np.testing.assert_allclose(1 - theta, 1 - expected["theta"][-1], rtol=1e-3)
 
-  @quick
+  @jax.jit
   def evaluate(state, x):
     outputs, _ = loss.run_teachers((teacher,), (frozen,), x)
     output = student.apply(state.variables("student"), x, train=False)

@@ -44,7 +44,7 @@ def grid(tokens):
   return tokens.reshape(tokens.shape[0], 14, 14, -1)
 
 
-def test_golden(golden_inputs, rebuild, quick):
+def test_golden(golden_inputs, rebuild):
   inputs = golden_inputs
   ((_, case),) = inputs.cases("vitkd")
   params = {}
@@ -91,19 +91,19 @@ def test_golden(golden_inputs, rebuild, quick):
     terms = call(module.apply, {"params": params}, batch, low, high).terms
     return jnp.mean(terms["vitkd"])
 
-  value, gradients = quick(jax.value_and_grad(loss, (0, 1)))(*given, batch)
+  value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(*given, batch)
   np.testing.assert_allclose(value, case["loss"], rtol=1e-5)
   for name, gradient in zip(case["student"], gradients, strict=True):
     inputs.assert_gradient(gradient, case["grad"][name], name)
 
 
-def test_every_example_has_its_own_mask(tiny_for, quick):
+def test_every_example_has_its_own_mask(tiny_for):
   """By the step's key and its index, whatever else is in the batch."""
   module = distillers.create("vitkd")
   rngs = {"distiller": jax.random.key(3)}
 
   def mask(index):
-    call = quick(
+    call = jax.jit(
       lambda index: module.apply(
         *({}, {"index": index}, (*index.shape, 4, 4)),
         **{"method": "_mask", "rngs": rngs},

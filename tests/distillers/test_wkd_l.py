@@ -37,7 +37,7 @@ METHOD = Method(
 )
 
 
-def test_golden(golden_inputs, quick):
+def test_golden(golden_inputs):
   """Its case has the classifier's weights in place of features."""
   inputs = golden_inputs
   ((_, case),) = inputs.cases("wkd_logit")
@@ -65,7 +65,7 @@ def test_golden(golden_inputs, quick):
     )
     return jnp.mean(output.terms["wkd_l"])
 
-  value, gradient = quick(jax.value_and_grad(loss))(student.logits)
+  value, gradient = jax.jit(jax.value_and_grad(loss))(student.logits)
   np.testing.assert_allclose(value, case["loss"], rtol=1e-5)
   inputs.assert_gradient(gradient, case["grad"]["logits_s"], "wkd_l")
 

@@ -21,15 +21,6 @@ CASES = {
   for name, case in method.losses.items()
 }
 
-# Milliseconds of work: compiling fast is what counts.
-QUICK = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-  },
-)
-
 
 def pytest_generate_tests(metafunc):
   if "case" in metafunc.fixturenames:
@@ -62,7 +53,7 @@ def compiled(name, case):
       full[position] = value
     return jnp.mean(fn(name, case)(*full))
 
-  return QUICK(fn(name, case)), QUICK(jax.value_and_grad(mean))
+  return jax.jit(fn(name, case)), jax.jit(jax.value_and_grad(mean))
 
 
 def value_and_grads(name, case, args):
@@ -109,7 +100,7 @@ def test_examples_are_independent_or_equivariant(name, case):
     )
     return fn(name, case)(*args)[0]
 
-  singles = QUICK(jax.vmap(single, in_axes=axes))(*case.args)
+  singles = jax.jit(jax.vmap(single, in_axes=axes))(*case.args)
   np.testing.assert_allclose(singles, value, rtol=1e-5)
 
 
@@ -221,7 +212,7 @@ def test_hyper_parameters(name, case):
       continue
     for scalar in (np.float32(value), jnp.float32(value)):
       np.testing.assert_allclose(run(scalar), base, rtol=1e-5)
-    np.testing.assert_allclose(QUICK(run)(value), base, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(run)(value), base, rtol=1e-5)
     values = value * np.linspace(0.5, 1, size, dtype=np.float32)
     for rows in (values, values[:, None]):
       try:

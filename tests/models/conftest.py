@@ -40,10 +40,6 @@ SMALL = {
     10, imagenet=True, **_SHUFFLE
   ),
 }
-# Optimising these programs would take longer than running them does.
-quick_jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def draw(model, seed=0):
@@ -72,11 +68,6 @@ def _draw():
   return draw
 
 
-@pytest.fixture(scope="session", name="quick_jit")
-def _quick_jit():
-  return quick_jit
-
-
 @pytest.fixture(scope="session", params=SMALL)
 def family(request):
   """A small member, its output in evaluation mode, and its gradients there."""
@@ -88,7 +79,7 @@ def family(request):
     output = model.apply({**variables, "params": params}, images, train=False)
     return jnp.sum(output.logits * jnp.cos(jnp.arange(10.0))), output
 
-  run = quick_jit(jax.grad(objective, has_aux=True))
+  run = jax.jit(jax.grad(objective, has_aux=True))
   grads, output = run(variables["params"])
   return types.SimpleNamespace(
     name=request.param,

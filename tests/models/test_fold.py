@@ -36,28 +36,28 @@ def relative_error(got, expected):
   return np.abs(got - expected).max() / np.abs(expected).max()
 
 
-def test_a_frozen_network_computes_the_same(family, quick_jit):
+def test_a_frozen_network_computes_the_same(family):
   before = jax.tree.map(np.copy, family.variables)
   frozen = fold.freeze(family.model, family.variables, SIZE)
   jax.tree.map(np.testing.assert_array_equal, family.variables, before)
   assert list(frozen) == ["params"]
   assert kinds(frozen["params"]) == FOLDED[family.name]
-  got = quick_jit(family.model.apply)(frozen, family.images)
+  got = jax.jit(family.model.apply)(frozen, family.images)
   for key, expected in family.output.features.items():
     assert relative_error(got.features[key], expected) < 1e-5, key
   assert relative_error(got.logits, family.output.logits) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["_tiny", "wrn_16_1"])
-def test_frozen_in_bfloat16(name, draw, quick_jit):
+def test_frozen_in_bfloat16(name, draw):
   network = models.create(name, 10, dtype="bfloat16")
   variables = draw(network)
   frozen = fold.freeze(network, variables, SIZE)
   again = fold.freeze(network, frozen, SIZE)
   jax.tree.map(np.testing.assert_array_equal, frozen, again)
   images = np.random.default_rng(1).standard_normal((2, *SIZE), np.float32)
-  expected = quick_jit(models.create(name, 10).apply)(variables, images).logits
-  run = quick_jit(network.apply)
+  expected = jax.jit(models.create(name, 10).apply)(variables, images).logits
+  run = jax.jit(network.apply)
   got, as_is = (run(v, images).logits for v in (frozen, variables))
   assert got.dtype == jnp.float32
   # Folded, what bfloat16 rounds are other numbers, not more of them.

@@ -4,7 +4,6 @@ Names, shapes, dtypes and values of the smallest member of each family, and of
 all with `pytest -m full`.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -150,10 +149,7 @@ def test_values(name, spec, values, rebuild):
     name, spec["num_classes"], _state_dict(spec, rebuild)
   )
 
-  # Optimising the program would take longer than running it does.
-  @functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-  )
+  @jax.jit
   def run(variables, images, train_images):
     evaluated = model.apply(variables, images, train=False)
     trained, state = model.apply(

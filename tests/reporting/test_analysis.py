@@ -46,7 +46,7 @@ def test_embedding_keeps_groups_together():
 
 
 @pytest.fixture
-def grid(smoke_run, fast_compile):
+def grid(smoke_run):
   """The finished grid of quickstart's smoke run, and its teacher's folder."""
   workdir = smoke_run("quickstart")
   return workdir, pathlib.Path(teacher_of(workdir / "kd")["checkpoint"])

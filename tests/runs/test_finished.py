@@ -176,7 +176,7 @@ def test_a_run_without_weights(kd, tmp_path, missing, weights, words):
   assert not (tmp_path / "export").exists()
 
 
-def test_a_combination_exports_what_predicts(fast_compile, tmp_path):
+def test_a_combination_exports_what_predicts(tmp_path):
   """A SimKD student like any other, without the variables of its companion."""
   config = base_config.distillation(
     "simkd+crd",

@@ -152,9 +152,7 @@ def test_finished_grid(smoke_run, monkeypatch):
   assert {p: p.read_bytes() for p in before} == before
 
 
-def test_a_broken_cell_is_reported_and_the_others_are_there(
-  tmp_path, fast_compile
-):
+def test_a_broken_cell_is_reported_and_the_others_are_there(tmp_path):
   # Each step multiplies the weights by a thousand.
   hot = {"optim": {"learning_rate": 1e3, "weight_decay": 1.0}, "epochs": 20}
   config = make({"a_hot": hot, "b": {}, "c_lost": {}})

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def run(launch, folder, tmp_path, fast_compile):
+def run(launch, folder, tmp_path):
   def start(name, pipeline, *flags, data_dir=folder):
     code = launch(
       *("--config", f"{REPO}/configs/simkd_folder.py"),

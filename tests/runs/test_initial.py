@@ -34,11 +34,6 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast(fast_compile_module):
-  """Runs of one program compile it once."""
-
-
 def make(stages=STAGES, **changes):
   config = importlib.import_module("configs.fitnet_cifar").get_config("smoke")
   config.stages = ConfigDict(stages)

@@ -99,7 +99,7 @@ def test_refused_before_anything_is_written(changes, words, tmp_path):
 @pytest.mark.parametrize(
   "end", ["low", pytest.param("high", marks=pytest.mark.full)]
 )
-def test_the_ends_of_the_limits_train(end, tmp_path, fast_compile):
+def test_the_ends_of_the_limits_train(end, tmp_path):
   changes = {
     "low": {
       "optim.learning_rate": 1e-30,

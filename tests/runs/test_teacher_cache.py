@@ -25,11 +25,6 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast(fast_compile_module):
-  """Runs of one program compile it once."""
-
-
 def make_config(changes=(), method="kd"):
   config = importlib.import_module(f"configs.{method}_cifar").get_config(
     "smoke"

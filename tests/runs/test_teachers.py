@@ -334,7 +334,7 @@ def test_a_file_is_a_teacher(teacher_file, source):
 # From the command line, on digits.
 
 
-def test_a_chain_and_two_teachers(launch, tmp_path, capsys, fast_compile):
+def test_a_chain_and_two_teachers(launch, tmp_path, capsys):
   def run(name, *flags):
     code = launch(
       *("--config", f"{REPO}/configs/simkd_digits.py"),

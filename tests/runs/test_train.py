@@ -54,11 +54,6 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast(fast_compile_module):
-  """Runs of one program compile it once."""
-
-
 def make_config(name, changes=()):
   config = importlib.import_module(f"configs.{name}_cifar").get_config("smoke")
   if config.teacher.name:

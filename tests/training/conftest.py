@@ -239,10 +239,3 @@ class Method:
 def made():
   """made("kd", **options) -> its `Method`, made once."""
   return functools.cache(Method)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
