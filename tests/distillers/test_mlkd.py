@@ -27,7 +27,8 @@ METHOD = Method(
       per_example=False,
     )
   },
-  fields={"other_temperatures": (3.0,)},
+  small={"other_temperatures": (3.0,)},
+  fields={"other_temperatures": (3.0, 5.0)},
   weights={"ce": 0.1, "kd": 0, "mlkd": 0.9},
   optim={"learning_rate": 0.025},
   relational=True,
@@ -70,7 +71,9 @@ def test_gradient_of_the_strong_view(golden_inputs, tiny):
   student, teacher = (
     ModelOutputs(golden_inputs.tensor(f"logits_{side}"), {}) for side in "st"
   )
-  module = tiny.create("mlkd")
+  module = tiny.create(
+    "mlkd", other_temperatures=tuple(case["temperatures"][1:])
+  )
 
   def total(logits):
     views = strong_views(golden_inputs, case)
@@ -80,7 +83,7 @@ def test_gradient_of_the_strong_view(golden_inputs, tiny):
     means = {name: jnp.mean(term) for name, term in output.terms.items()}
     return 0.1 * means["ce"] + 0.9 * means["mlkd"]
 
-  gradient = jax.grad(total)(golden_inputs.tensor("logits_s_strong"))
+  gradient = jax.jit(jax.grad(total))(golden_inputs.tensor("logits_s_strong"))
   golden_inputs.assert_gradient(gradient, case["grad"]["logits_s_strong"], "")
 
 
