@@ -76,14 +76,6 @@ def session_folder(tmp_path_factory) -> pathlib.Path:
   return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(session_folder):
-  """Compiles a program once for all tests and all of xdist's workers."""
-  folder = session_folder / "compilation_cache"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
 @pytest.fixture
 def smoke_run(session_folder):
   """smoke_run("kd_cifar") -> workdir of the finished `:smoke` run.
