@@ -154,7 +154,7 @@ def relative_error(ours, theirs):
       name,
       curve,
       marks=()
-      if curve.word in ("kd", "dot", "crd", "simkd")
+      if curve.word in ("dot", "crd", "simkd")
       else pytest.mark.full,
       id=f"{name}-{curve.word}" + "-other" * (curve.pair != Curve.pair),
     )

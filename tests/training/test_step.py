@@ -83,8 +83,18 @@ def is_relational(parts, monkeypatch):
   return 4 in rows
 
 
-@pytest.mark.parametrize("method", method_cases.stepped())
-def test_equal_on_any_devices(method, made, monkeypatch):
+def on_devices():
+  """(method, devices): relational methods on 4, and with `-m full` on 2."""
+  for param in method_cases.stepped():
+    (name,) = param.values
+    relational = method_cases.method(name).relational
+    yield pytest.param(name, 4 if relational else 2, marks=param.marks)
+    if relational:
+      yield pytest.param(name, 2, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(("method", "num_devices"), on_devices())
+def test_equal_on_any_devices(method, num_devices, made, monkeypatch):
   parts = made(method)
   one = state, metrics = parts.train(1)
   assert set(metrics[0]) == {"loss", "top1", "count"} | {
@@ -104,10 +114,9 @@ def test_equal_on_any_devices(method, made, monkeypatch):
     assert moved != constant or np.issubdtype(now.dtype, np.integer)
   relational = is_relational(parts, monkeypatch)
   assert relational == method_cases.method(method).relational
-  for num_devices in (2, 4) if relational else (2,):
-    other = parts.train(num_devices)
-    assert_same(one, other, TOLERANCE.get(method, 1e-4))
-    assert_equal_on_all_devices(other[0])
+  other = parts.train(num_devices)
+  assert_same(one, other, TOLERANCE.get(method, 1e-4))
+  assert_equal_on_all_devices(other[0])
 
 
 @pytest.mark.parametrize("method", ["crd", "simkd"])
