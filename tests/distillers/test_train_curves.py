@@ -153,9 +153,7 @@ def relative_error(ours, theirs):
     pytest.param(
       name,
       curve,
-      marks=()
-      if curve.word in ("dot", "crd", "simkd")
-      else pytest.mark.full,
+      marks=() if curve.word in ("dot", "crd", "simkd") else pytest.mark.full,
       id=f"{name}-{curve.word}" + "-other" * (curve.pair != Curve.pair),
     )
     for name, curve in CURVES
