@@ -121,7 +121,10 @@ def plain_term(tiny_for):
 @pytest.mark.parametrize(
   ("method", "field", "value"),
   [
-    (name, field, value)
+    pytest.param(
+      *(name, field, value),
+      marks=() if name in method_cases.KINDS else pytest.mark.full,
+    )
     for name, method in METHODS.items()
     for field, value in method.fields.items()
     if value is not None

@@ -93,7 +93,7 @@ def on_devices():
       yield pytest.param(name, 2, marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize(("method", "num_devices"), on_devices())
+@pytest.mark.parametrize(("method", "num_devices"), [*on_devices()])
 def test_equal_on_any_devices(method, num_devices, made, monkeypatch):
   parts = made(method)
   one = state, metrics = parts.train(1)
