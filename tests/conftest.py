@@ -1,4 +1,4 @@
-"""The test session: four CPU devices, strict promotion, golden values."""
+"""The test session: four CPU devices, fast compilation, golden values."""
 
 import gc
 import importlib.metadata
@@ -21,6 +21,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
   os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import filelock
+import golden_models
 import hypothesis
 import jax
 import pytest
@@ -36,15 +37,13 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-TESTS = pathlib.Path(__file__).resolve().parent
-REPO = TESTS.parent
-GOLDEN = pathlib.Path(os.environ.get("KD_JAX_GOLDEN") or TESTS / "golden")
+REPO = pathlib.Path(__file__).resolve().parent.parent
 
 
 def _load_rebuild():
-  path = GOLDEN / "rebuild.py"
+  path = golden_models.FOLDER / "rebuild.py"
   if not path.exists():  # the naming scheme is part of the layout
-    path = TESTS / "golden" / "rebuild.py"
+    path = golden_models.OWN / "rebuild.py"
   spec = importlib.util.spec_from_file_location("golden_rebuild", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -54,7 +53,7 @@ def _load_rebuild():
 @pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
   """The folder of golden values (KD_JAX_GOLDEN, else tests/golden)."""
-  return GOLDEN
+  return golden_models.FOLDER
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ RUN = ["teacher_cifar", "kd_cifar", "crd_cifar", "simkd_cifar", "quickstart"]
 @pytest.mark.parametrize(
   "name",
   [
-    # What differs from the method's file for CIFAR are numbers.
+    # The method is tried with its file for CIFAR.
     pytest.param(name, marks=pytest.mark.full)
     if name.endswith("_imagenet") and name.removesuffix("_imagenet") in METHODS
     else name

@@ -1,9 +1,8 @@
 """Networks that nobody has trained, and other toolboxes' checkpoints."""
 
 import json
-import os
-import pathlib
 
+import golden_models
 import jax
 import numpy as np
 import pytest
@@ -13,20 +12,12 @@ from kd_jax import models
 from kd_jax.interop import model as model_lib
 from kd_jax.interop import pytorch
 
-GOLDEN = pathlib.Path(
-  os.environ.get("KD_JAX_GOLDEN")
-  or pathlib.Path(__file__).resolve().parents[1] / "golden"
-)
-
 
 def _layouts():
   """Each distinct checkpoint layout of the reference toolboxes, once."""
   cases = {}
-  for path in sorted((GOLDEN / "models").glob("*.json")):
-    for name, spec in json.loads(path.read_text()).items():
-      if spec["image_size"] == 32 and f"{name}_cifar" in models.names():
-        name = f"{name}_cifar"
-      cases[name, json.dumps(spec["state_dict"])] = {"name": name, **spec}
+  for _, name, spec in golden_models.networks():
+    cases[name, json.dumps(spec["state_dict"])] = {"name": name, **spec}
   return list(cases.values())
 
 

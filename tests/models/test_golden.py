@@ -4,11 +4,8 @@ Names, shapes, dtypes and values of the smallest member of each family, and of
 all with `pytest -m full`.
 """
 
-import json
-import os
-import pathlib
-
 import flax.traverse_util
+import golden_models
 import jax
 import numpy as np
 import pytest
@@ -17,10 +14,6 @@ from kd_jax import models
 from kd_jax.interop import pytorch
 from kd_jax.models import base
 
-FOLDER = pathlib.Path(
-  os.environ.get("KD_JAX_GOLDEN")
-  or pathlib.Path(__file__).resolve().parents[1] / "golden"
-)
 # Its linear bottlenecks amplify rounding: the reference's stage4 itself is 8e-6
 # from the one computed in float64.
 FEATURE_TOLERANCE = {"MobileNetV2_Imagenet": 3e-5}
@@ -34,17 +27,14 @@ SUFFIXES = {
 
 
 def _cases():
-  cases, smallest = [], {}
-  for path in sorted((FOLDER / "models").glob("*.json")):
-    for name, spec in json.loads(path.read_text()).items():
-      ours = name
-      if spec["image_size"] == 32 and f"{name}_cifar" in models.names():
-        ours = f"{name}_cifar"
-      values = path.with_suffix("") / f"{name}.npz"
-      cases.append((f"{path.stem}-{name}", ours, spec, values))
+  cases = [
+    (f"{values.parent.name}-{values.stem}", name, spec, values)
+    for values, name, spec in golden_models.networks()
+  ]
+  smallest = {}
   for case in sorted(cases, key=lambda case: case[2]["num_params"]):
-    _, ours, spec, _ = case
-    family = type(models.create(ours, 2)), spec["image_size"]
+    _, name, spec, _ = case
+    family = type(models.create(name, 2)), spec["image_size"]
     smallest.setdefault(family, case)
   return cases, list(smallest.values())
 
@@ -93,7 +83,7 @@ def _error(actual, expected):
 
 
 def test_the_cases_are_those_of_the_golden_folder(golden):
-  assert golden == FOLDER
+  assert golden == golden_models.FOLDER
   assert len(CASES) >= 40 and len(SMALLEST) >= 10
 
 
